@@ -1,0 +1,1 @@
+//! Bytes both sides agree on.

@@ -1,0 +1,2 @@
+//! The `ibex` command.
+fn main() {}
