@@ -213,7 +213,7 @@ struct alignas(64) HandleCtx {
   uint64_t go_send, go_receive;    ///< {generation:32 | nonce:24 | code:8}; see wait.h
   uint32_t send_done_blocks, receive_done_blocks;
   uint64_t lost[kRankWords];       ///< peers whose picks of this step are lost
-  uint64_t reserved[6];
+  uint64_t reserved[8];
 };
 static_assert(sizeof(HandleCtx) == 192);
 
@@ -238,7 +238,10 @@ struct SourceInfo {
 };
 static_assert(sizeof(SourceInfo) == 16);
 
-struct LayoutRange { uint32_t begin, len; };
+/// The packed rows of one source rank for one local expert.
+struct LayoutRange {
+  uint32_t begin, len;           ///< first packed row, number of rows
+};
 static_assert(sizeof(LayoutRange) == 8);
 
 /// What every half of a lane needs. Pointers are device addresses.
