@@ -1,1 +1,5 @@
 //! Ibex.
+
+pub mod config;
+pub mod error;
+pub mod ids;
