@@ -86,4 +86,13 @@ IBEX_HD T max_of(T a, T b) {
   return a > b ? a : b;
 }
 
+/// The larger of two floats; a NaN loses against any number (as CUDA's fmaxf).
+IBEX_HD float max_num(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);
+#else
+  return b > a || a != a ? b : a;
+#endif
+}
+
 }  // namespace ibex
