@@ -21,8 +21,10 @@ constexpr uint32_t kNumOps = 2;
 
 /// Count in a signal word that says: this step's input from the writer is lost, do not wait for it.
 constexpr uint32_t kCountLost = 0xffffffffu;
-/// `Pick::owner` of a pick that nobody serves: masked (-1) by the caller, or its owner is not a member.
+/// Owner of a pick that the caller masked (-1).
 constexpr uint16_t kNoOwner = 0xffff;
+/// `HandleArrays::pick_owner` of a pick that was not dispatched although it was not masked: lost.
+constexpr uint16_t kLostOwner = 0xfffe;
 /// Entry of `MemberTable::owner_of` for an expert that is placed nowhere.
 constexpr uint32_t kUnplaced = 0xffffffffu;
 
@@ -79,13 +81,18 @@ static_assert(sizeof(Layout) == 72);
 /// One pick of a token as it travels: 16 bytes, so that a lane reads it in one load.
 struct Pick {
   uint16_t expert, owner;         ///< owner: the rank that serves it, or kNoOwner
-  uint16_t local_expert, index;   ///< index: position among this source's picks of that expert, in token order
+  uint16_t local_expert, index;   ///< index: how many earlier tokens of this source pick that expert
   uint8_t k, flags;               ///< flags: bit 0 = first pick of this token at this owner
   uint16_t reserved;
   float weight;
 };
 static_assert(sizeof(Pick) == 16);
+/// First pick of this token at this owner: `reduced` combine sends its row under this k.
 constexpr uint8_t kPickFirstAtOwner = 1;
+/// An earlier pick of this token names the same expert: it shares that pick's packed row.
+constexpr uint8_t kPickDuplicate = 2;
+/// `HandleCtx::flags`: some token of this step picks one expert twice.
+constexpr uint32_t kHasDuplicates = 1;
 
 struct MessageHeader {
   uint32_t token, generation;
@@ -167,10 +174,11 @@ struct alignas(64) LaneState {
   uint64_t credited[kNumOps];      ///< contiguous consumed-and-posted steps
   uint64_t busy;                   ///< nonce + 1 of the send half that runs, 0 = none
   uint64_t staging_seq;            ///< staging slots handed out so far
-  uint64_t pending[kNumOps][kMaxRing];  ///< last consumed sequence number per slot, credit to be posted
+  uint64_t pending[kNumOps][kMaxRing];  ///< last consumed sequence number per slot; receive halves write it
+  uint64_t posting[kNumOps][kMaxRing];  ///< snapshot of `pending` that the running send half posts
   uint64_t reserved[2];
 };
-static_assert(sizeof(LaneState) == 192);
+static_assert(sizeof(LaneState) == 320);
 
 /// Words in pinned host memory that the host reads without stopping a kernel.
 struct alignas(64) LaneHostWords {
@@ -210,21 +218,27 @@ struct alignas(64) HandleCtx {
   uint32_t table_idx, placement_version;
   uint32_t staging_slot, num_tokens;
   uint32_t num_topk, flags;
-  uint64_t go_send, go_receive;    ///< {generation:32 | nonce:24 | code:8}; see wait.h
+  uint64_t go_send, go_receive;    ///< {nonce:32 | go code:32} while a half runs, else 0; see half.h
   uint32_t send_done_blocks, receive_done_blocks;
   uint64_t lost[kRankWords];       ///< peers whose picks of this step are lost
   uint64_t reserved[8];
 };
 static_assert(sizeof(HandleCtx) == 192);
 
+/// How long one wait for one peer has gone on; see wait.h.
+struct WaitClock {
+  uint64_t started_ns, last_poll_ns;
+  uint64_t silent_ns, stalled_ns;  ///< time without a sign of life; time after the peer passed what we wait for
+  uint64_t beat;                   ///< the peer's beat when it last changed
+  uint32_t polls, reserved;
+};
+static_assert(sizeof(WaitClock) == 48);
+
 /// Progress of one QP inside one send half; only its owner warp touches it, and only during that half.
 struct alignas(64) SendCursor {
-  uint32_t phase, next;            ///< next: messages (dispatch: token ordinals, combine: messages) looked at
-  uint32_t num_messages, num_picks;
-  uint64_t started_ns, last_poll_ns;
-  uint64_t silent_ns, stalled_ns;
-  uint64_t beat;
-  uint32_t polls, usable;
+  uint32_t phase, next;            ///< next: position in the list of what may have to be sent
+  uint32_t num_messages, num_picks;  ///< sent so far
+  WaitClock clock;
 };
 static_assert(sizeof(SendCursor) == 64);
 

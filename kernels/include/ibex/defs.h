@@ -55,6 +55,15 @@ IBEX_HD uint32_t lowest_bit(uint32_t x) {
 #endif
 }
 
+/// Index of the highest set bit of a non-zero word.
+IBEX_HD uint32_t highest_bit(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return 31u - static_cast<uint32_t>(__clz(static_cast<int>(x)));
+#else
+  return 31u - static_cast<uint32_t>(__builtin_clz(x));
+#endif
+}
+
 /// Bits below lane `l`: the mask that turns a ballot into an exclusive prefix count.
 IBEX_HD uint32_t lanes_below(uint32_t l) { return (1u << l) - 1u; }
 

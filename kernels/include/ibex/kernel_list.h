@@ -1,10 +1,13 @@
-/// Every kernel by name, in the order of its id. Ids are stable: append, never reorder.
+/// Every kernel by name, with the id under which host and device sides know it (`KernelId` in args.h).
 ///
-/// The host table (host/registry.cpp) and the Rust side (runtime/gpu) resolve a kernel by this name; the CUDA image
-/// has it as `ibex_<name>`.
+/// The host table (host/registry.cpp) is made from this list; the CUDA image has a kernel as `ibex_<name>`.
 #pragma once
 
 #define IBEX_KERNEL_LIST(X) \
-  X(selftest)               \
-  X(selftest_pair)          \
-  X(selftest_empty)
+  X(dispatch, 0)            \
+  X(combine, 1)             \
+  X(post, 2)                \
+  X(expert, 3)              \
+  X(selftest, 4)            \
+  X(selftest_pair, 5)       \
+  X(selftest_empty, 6)

@@ -26,8 +26,10 @@ pub const NUM_OPS: usize = 2;
 
 /// Count in a signal word that says: this step's input from the writer is lost, do not wait for it.
 pub const COUNT_LOST: u32 = u32::MAX;
-/// [`Pick::owner`] of a pick that nobody serves.
+/// Owner of a pick that the caller masked (-1).
 pub const NO_OWNER: u16 = u16::MAX;
+/// `pick_owner` of a pick that was not dispatched although it was not masked: lost.
+pub const LOST_OWNER: u16 = u16::MAX - 1;
 /// Entry of [`MemberTable::owner_of`] for an expert that is placed nowhere.
 pub const UNPLACED: u32 = u32::MAX;
 
@@ -205,9 +207,9 @@ device_struct! {
         pub expert: u16,
         /// Owner: the rank that serves it, or kNoOwner.
         pub owner: u16,
-        /// Index: position among this source's picks of that expert, in token order.
+        /// Index: how many earlier tokens of this source pick that expert.
         pub local_expert: u16,
-        /// Index: position among this source's picks of that expert, in token order.
+        /// Index: how many earlier tokens of this source pick that expert.
         pub index: u16,
         /// Flags: bit 0 = first pick of this token at this owner.
         pub k: u8,
@@ -388,8 +390,10 @@ device_struct! {
         pub busy: u64,
         /// Staging slots handed out so far.
         pub staging_seq: u64,
-        /// Last consumed sequence number per slot, credit to be posted.
+        /// Last consumed sequence number per slot; receive halves write it.
         pub pending: [[u64; MAX_RING]; NUM_OPS],
+        /// Snapshot of `pending` that the running send half posts.
+        pub posting: [[u64; MAX_RING]; NUM_OPS],
         /// Zero.
         pub reserved: [u64; 2],
     }
@@ -504,9 +508,9 @@ device_struct! {
         pub num_topk: u32,
         /// Flags.
         pub flags: u32,
-        /// {generation:32 | nonce:24 | code:8}; see wait.h.
+        /// {nonce:32 | go code:32} while a half runs, else 0; see half.h.
         pub go_send: u64,
-        /// {generation:32 | nonce:24 | code:8}; see wait.h.
+        /// {nonce:32 | go code:32} while a half runs, else 0; see half.h.
         pub go_receive: u64,
         /// Send done blocks.
         pub send_done_blocks: u32,
@@ -520,31 +524,40 @@ device_struct! {
 }
 
 device_struct! {
-    /// Progress of one QP inside one send half; only its owner warp touches it, and only during that half.
-    #[repr(C, align(64))]
-    pub struct SendCursor {
-        /// Next: messages (dispatch: token ordinals, combine: messages) looked at.
-        pub phase: u32,
-        /// Next: messages (dispatch: token ordinals, combine: messages) looked at.
-        pub next: u32,
-        /// Num messages.
-        pub num_messages: u32,
-        /// Num picks.
-        pub num_picks: u32,
+    /// How long one wait for one peer has gone on; see wait.h.
+    #[repr(C)]
+    pub struct WaitClock {
         /// Started ns.
         pub started_ns: u64,
         /// Last poll ns.
         pub last_poll_ns: u64,
-        /// Silent ns.
+        /// Time without a sign of life; time after the peer passed what we wait for.
         pub silent_ns: u64,
-        /// Stalled ns.
+        /// Time without a sign of life; time after the peer passed what we wait for.
         pub stalled_ns: u64,
-        /// Beat.
+        /// The peer's beat when it last changed.
         pub beat: u64,
         /// Polls.
         pub polls: u32,
-        /// Usable.
-        pub usable: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+device_struct! {
+    /// Progress of one QP inside one send half; only its owner warp touches it, and only during that half.
+    #[repr(C, align(64))]
+    pub struct SendCursor {
+        /// Next: position in the list of what may have to be sent.
+        pub phase: u32,
+        /// Next: position in the list of what may have to be sent.
+        pub next: u32,
+        /// Sent so far.
+        pub num_messages: u32,
+        /// Sent so far.
+        pub num_picks: u32,
+        /// Clock.
+        pub clock: WaitClock,
     }
 }
 
@@ -832,6 +845,7 @@ pub fn layout_table() -> Vec<(String, usize)> {
         DeviceFault,
         PeerTelemetry,
         HandleCtx,
+        WaitClock,
         SendCursor,
         SourceInfo,
         LayoutRange,

@@ -1,0 +1,113 @@
+/// One send queue as its owner warp drives it: space, batches, doorbells, completions.
+///
+/// Only the owner warp of a QP posts to it, so there is no lock and no compare-and-swap. Indices count WQEBBs and
+/// only grow; every WQE of ours is one WQEBB. All functions are called by the whole warp unless they say otherwise.
+///
+/// INVARIANT: producer_idx - consumer_idx <= sq_mask + 1: a WQE is never overwritten before a CQE covers it.
+#pragma once
+#include "ibex/args.h"
+#include "ibex/warp.h"
+#include "ibex/wqe.h"
+
+namespace ibex {
+
+constexpr uint32_t kCqeCompletionOff = 0x3c;
+constexpr uint32_t kCqeSyndromeOff = 0x34;
+constexpr uint32_t kCqeOpcodeInvalid = 0xf;
+constexpr uint32_t kCqeOpcodeRequesterError = 0xd;
+constexpr uint32_t kCqeOpcodeResponderError = 0xe;
+
+/// What the collapsed CQE says: opcode and counter come from one 4-byte load, so they belong together.
+struct Completion {
+  bool valid, error;
+  uint16_t wqe_counter;
+  uint8_t syndrome, vendor;
+};
+
+/// Reads the CQE. Any single lane may call this; it changes nothing.
+///
+/// # Ordering
+/// ORDER(5): CQE body -> completion word. Acquire at sys; pairs with the device's release store at 0x3c.
+IBEX_DEV Completion read_cqe(const QpDeviceCtx& qp) {
+  const uint32_t word = ld_acquire_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeCompletionOff));
+  const uint32_t opcode = word >> 28;
+  Completion c{opcode != kCqeOpcodeInvalid, false, 0, 0, 0};
+  c.wqe_counter = static_cast<uint16_t>((word & 0xffu) << 8 | (word >> 8 & 0xffu));
+  c.error = opcode == kCqeOpcodeRequesterError || opcode == kCqeOpcodeResponderError;
+  if (c.error) {
+    const uint32_t s = ld_relaxed_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeSyndromeOff));
+    c.syndrome = static_cast<uint8_t>(s >> 24);
+    c.vendor = static_cast<uint8_t>(s >> 16);
+  }
+  return c;
+}
+
+/// The consumer index that a completion implies, given an earlier one. The CQE carries 16 bits of it; a queue is
+/// never deeper than 2^15, so the difference is unambiguous.
+IBEX_DEV uint32_t completed_idx(const Completion& c, uint32_t consumer_idx) {
+  const uint16_t done = static_cast<uint16_t>(c.wqe_counter + 1);
+  return consumer_idx + static_cast<uint16_t>(done - static_cast<uint16_t>(consumer_idx));
+}
+
+/// Takes in what the CQE says. Lane 0 only. Returns whether the QP is in error.
+///
+/// An error CQE completes its WQE too: the device will not read that WQE's rows again. "Error, last syndrome seen"
+/// is the verdict; in a collapsed CQ the flush overwrites the first error.
+IBEX_DEV bool poll_cq(QpDeviceCtx& qp) {
+  const Completion c = read_cqe(qp);
+  if (c.valid) qp.consumer_idx = completed_idx(c, qp.consumer_idx);
+  if (c.error && c.syndrome != 0) qp.syndrome = c.syndrome;
+  return qp.syndrome != 0;
+}
+
+/// WQEBBs that may be written now without asking the CQ.
+IBEX_DEV uint32_t known_space(const QpDeviceCtx& qp) { return qp.sq_mask + 1 - (qp.producer_idx - qp.consumer_idx); }
+
+/// Makes sure of `wanted` WQEBBs, reading the CQ only when the cached index says no.
+IBEX_DEV bool has_space(QpDeviceCtx& qp, uint32_t wanted) {
+  const bool enough = warp::one_lane([&] {
+    if (known_space(qp) >= wanted) return true;
+    poll_cq(qp);
+    return known_space(qp) >= wanted;
+  });
+  warp::sync();
+  return enough;
+}
+
+/// WQEs written but not yet rung. The owner writes them through `put_*` at `next_idx`, counts them in, and rings once.
+struct Batch {
+  QpDeviceCtx* qp;
+  uint32_t next_idx;   ///< index of the next WQE to write
+  uint32_t num_wqes;
+};
+
+IBEX_DEV Batch begin_batch(QpDeviceCtx& qp) { return Batch{&qp, qp.producer_idx, 0}; }
+
+IBEX_DEV void count_in(Batch& b, uint32_t num_wqes) {
+  b.next_idx += num_wqes;
+  b.num_wqes += num_wqes;
+}
+
+/// Tells the HCA that all WQEs of the batch are ready. `last` is the ctrl of the last one, which must be signalled.
+/// Returns at once; completion is the CQ's word.
+///
+/// # Ordering
+/// ORDER(2): WQE stores -> doorbell record. `warp::sync` gathers the lanes' stores, then a release at sys, which
+///   covers the rings, the record and every buffer that a WQE names (host memory on the emulated HCA).
+/// ORDER(3): doorbell record -> doorbell. A fence, then a relaxed MMIO store.
+/// Pairs with ORDER(2), ORDER(3) in runtime/hca/src/emulated.
+IBEX_DEV void ring_doorbell(Batch& b, Ctrl last) {
+  warp::sync();
+  ONE_LANE {
+    QpDeviceCtx& qp = *b.qp;
+    qp.producer_idx = b.next_idx;
+    st_release_sys(reinterpret_cast<uint32_t*>(qp.doorbell_record), bswap32(b.next_idx & 0xffffu));
+    fence_acq_rel_sys();
+    st_relaxed_mmio_sys(reinterpret_cast<uint64_t*>(qp.doorbell),
+                        static_cast<uint64_t>(last.qpn_ds_be) << 32 | last.opcode_idx_be);
+  }
+  warp::sync();
+  b.num_wqes = 0;
+}
+
+}  // namespace ibex

@@ -1,0 +1,345 @@
+/// The send half as owner warps run it: each owner goes round its QPs and takes each a step further.
+///
+///   Open -> Credit -> Rows -> Signal -> Drain -> Done        any wait that runs out: -> Lost -> Done
+///
+/// An owner never blocks on one peer: every step does what is possible now and returns. What differs between
+/// dispatch and combine (which rows go where) is the `Rows` policy:
+///
+///   RowStep step(SendJob&, Batch&)    post the rows that can go now
+///   bool owed_nothing(SendJob&)       the peer's input was lost here: say LOST, no credit needed
+///   Ctrl put_trailer(SendJob&, Batch&), uint32_t trailer_wqes(SendJob&)   what goes before the signal
+///   uint32_t count(const SendCursor&) the count in the signal word
+///   void posted(SendJob&)             all of this QP's WQEs of the step are posted
+///   bool must_drain()                 rows may not be reused after the half, so wait for the CQE
+#pragma once
+#include "ibex/args.h"
+#include "ibex/half.h"
+#include "ibex/layout.h"
+#include "ibex/qp.h"
+#include "ibex/wait.h"
+#include "ibex/warp.h"
+
+namespace ibex {
+
+enum SendPhase : uint32_t {
+  kPhaseOpen = 0,
+  kPhaseCredit,
+  kPhaseRows,
+  kPhaseSignal,
+  kPhaseDrain,
+  kPhaseLost,
+  kPhaseDone,
+};
+
+/// One QP in one send half.
+struct SendJob {
+  const LaneArgs& a;
+  const HalfContext& h;
+  HandleCtx& ctx;
+  QpDeviceCtx& qp;
+  PeerCtx& to;
+  SendCursor& cursor;
+  uint32_t peer, channel;
+
+  IBEX_DEV bool rdma() const { return to.route == kRouteIbgda; }
+};
+
+/// What one step of the Rows phase did.
+struct RowStep {
+  bool progress;
+  bool finished;
+  bool starved;  ///< waits for send-queue space or ring rows, that is: for CQEs
+};
+
+/// Adds to the byte counter of the route that the job's peer is reached by. Lane 0 only.
+IBEX_DEV void count_bytes(SendJob& j, uint64_t bytes) {
+  PeerTelemetry& t = j.a.telemetry[j.peer];
+  uint64_t* counter = &t.bytes_rdma;
+  if (j.to.route == kRouteLocal) counter = &t.bytes_local;
+  if (j.to.route == kRouteMapped) counter = &t.bytes_mapped;
+  add_relaxed_sys(counter, bytes);
+}
+
+/// WQEBBs that data never takes: credits of every slot of both operations, a trailer, a signal or LOST.
+IBEX_DEV uint32_t reserved_wqebbs(const Shape& s) { return kNumOps * s.ring + 3; }
+
+/// WQEBBs that data may take now, at most `wanted`; reads the CQ only if the cached index says that they are short.
+IBEX_DEV uint32_t data_space(SendJob& j, uint32_t wanted) {
+  const uint32_t reserve = reserved_wqebbs(j.a.shape);
+  if (has_space(j.qp, reserve + wanted)) return wanted;
+  const uint32_t space = known_space(j.qp);
+  return space > reserve ? space - reserve : 0;
+}
+
+/// How many rows one batch may hold, so that it always fits the queue.
+IBEX_DEV uint32_t batch_limit(const SendJob& j) {
+  return min_of(kWarpSize, j.qp.sq_mask + 1 - reserved_wqebbs(j.a.shape));
+}
+
+IBEX_DEV void set_phase(SendJob& j, uint32_t phase) {
+  warp::sync();
+  ONE_LANE {
+    j.cursor.phase = phase;
+    start_clock(j.cursor.clock, clock_ns());
+  }
+  warp::sync();
+}
+
+IBEX_DEV void advance_cursor(SendJob& j, uint32_t next, uint32_t messages, uint32_t picks) {
+  warp::sync();
+  ONE_LANE {
+    j.cursor.next = next;
+    j.cursor.num_messages += messages;
+    j.cursor.num_picks += picks;
+    start_clock(j.cursor.clock, clock_ns());
+  }
+  warp::sync();
+}
+
+/// Puts one little-endian word into our region at the peer, as a WQE of `b`. Returns its ctrl.
+IBEX_DEV Ctrl put_word(SendJob& j, Batch& b, uint64_t offset, uint64_t word) {
+  const RemoteAddress remote{j.to.region_va + offset, j.to.region_rkey_be};
+  ONE_LANE put_write_inline8(j.qp, b.next_idx, remote, word, kSignaled);
+  count_in(b, 1);
+  return make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3);
+}
+
+/// Puts the signal word by the lane's signal mode. FETCH_ADD adds (new - last), so the word ends up the same.
+IBEX_DEV Ctrl put_signal(SendJob& j, Batch& b, uint64_t word) {
+  const uint64_t offset = signal_offset(j.a, j.h.op, j.h.slot, j.channel);
+  if (j.a.shape.signal_mode == kSignalWrite) return put_word(j, b, offset, word);
+  const RemoteAddress remote{j.to.region_va + offset, j.to.region_rkey_be};
+  const uint64_t result = reinterpret_cast<uint64_t>(&j.a.atomic_result[qp_index(j.a.shape, j.peer, j.channel)]);
+  ONE_LANE {
+    uint64_t& last = j.qp.signal_last[j.h.op][j.h.slot];
+    put_fetch_add(j.qp, b.next_idx, remote, word - last, result, j.a.lkey_be, kSignaled);
+    last = word;
+  }
+  count_in(b, 1);
+  return make_ctrl(j.qp, b.next_idx - 1, kOpAtomicFetchAdd, 4);
+}
+
+/// Stores a word into our region at a mapped peer, after everything this warp has copied there.
+///
+/// # Ordering
+/// ORDER(15): rows copied by all lanes -> word. `warp::sync`, then a release at sys; pairs with ORDER(6).
+IBEX_DEV void store_word_mapped(SendJob& j, uint64_t offset, uint64_t word) {
+  warp::sync();
+  ONE_LANE st_release_sys(reinterpret_cast<uint64_t*>(j.to.region_ptr + offset), word);
+}
+
+/// Posts the credit of every step that was consumed since the last send half. Never waits: without space the
+/// credit stays pending and goes with the next half.
+IBEX_DEV void post_credits(SendJob& j) {
+  if (j.peer == j.a.shape.rank) return;
+  Batch b = begin_batch(j.qp);
+  Ctrl last{};
+  for (uint32_t op = 0; op < kNumOps; ++op) {
+    for (uint32_t slot = 0; slot < j.a.shape.ring; ++slot) {
+      const uint64_t seq = j.a.state->posting[op][slot];
+      if (seq == j.to.posted_credit[op][slot]) continue;
+      const uint64_t offset = consumed_offset(j.a, op, slot);
+      if (!j.rdma()) {
+        store_word_mapped(j, offset, seq);
+      } else {
+        if (!has_space(j.qp, b.num_wqes + 1)) continue;
+        last = put_word(j, b, offset, seq);
+      }
+      warp::sync();
+      ONE_LANE {
+        j.to.posted_credit[op][slot] = seq;
+        add_relaxed_sys(&j.a.telemetry[j.peer].credits, uint64_t{1});
+      }
+    }
+  }
+  warp::sync();
+  if (b.num_wqes != 0) ring_doorbell(b, last);
+}
+
+/// May this QP be posted to at all? Lane 0 decides for the warp: a host may be changing the state.
+IBEX_DEV bool is_usable(SendJob& j) {
+  const bool usable = warp::one_lane([&] {
+    if (!is_alive(*j.h.table, j.peer)) return false;
+    if (!j.rdma()) return true;
+    // ORDER(16): queue fields that the host wrote -> state Active. Acquire at sys.
+    return ld_acquire_sys(&j.qp.state) == kQpActive && j.qp.syndrome == 0;
+  });
+  warp::sync();
+  return usable;
+}
+
+/// The first sequence number whose ring slot the peer must have emptied for us; older ones need no credit.
+IBEX_DEV bool has_credit(const SendJob& j) {
+  const uint64_t needed = j.h.seq - j.a.shape.ring;
+  if (j.h.seq <= j.a.shape.ring || needed < j.to.base_seq[j.h.op] || j.peer == j.a.shape.rank) return true;
+  const uint64_t* word =
+      reinterpret_cast<const uint64_t*>(j.to.my_region + consumed_offset(j.a, j.h.op, j.h.slot));
+  // ORDER(8): the peer's slab reads -> consumed word -> our writes into that slot. Acquire at sys.
+  return static_cast<int64_t>(ld_acquire_sys(word) - needed) >= 0;
+}
+
+/// Ticks the clock of a wait on this QP; `passed` is whether the peer has done its part. Lane 0 only.
+IBEX_DEV uint32_t tick_queue(SendJob& j, bool passed, Evidence* e) {
+  if (j.rdma() && poll_cq(j.qp)) {
+    e->completion = read_cqe(j.qp);
+    return kFaultCompletion;
+  }
+  e->waited_ns = waited(j.cursor.clock);
+  if (is_suspected(j.a, j.peer)) return kFaultReported;
+  return tick(j.a, j.cursor.clock, j.peer, passed);
+}
+
+/// One look at a wait that `ready` ends. Moves to Lost when time is up. Returns whether anything changed.
+template <class Ready, class Passed>
+IBEX_DEV bool wait_in_phase(SendJob& j, uint32_t next_phase, Ready ready, Passed passed) {
+  const uint32_t outcome = warp::one_lane([&]() -> uint32_t {
+    if (ready()) return next_phase;
+    Evidence e{};
+    e.qp_slot = j.a.qp_slot_base + qp_index(j.a.shape, j.peer, j.channel);
+    const uint32_t kind = tick_queue(j, passed(), &e);
+    if (kind == kFaultNone) return j.cursor.phase;
+    if (kind != kFaultReported) suspect(j.a, j.h, j.peer, kind, e);
+    add_relaxed_sys(&j.a.telemetry[j.peer].send_wait_ns, e.waited_ns);
+    return kPhaseLost;
+  });
+  warp::sync();
+  if (outcome == j.cursor.phase) return false;
+  set_phase(j, outcome);
+  return true;
+}
+
+template <class Rows>
+IBEX_DEV void open_queue(SendJob& j, Rows& rows) {
+  if (!is_usable(j)) {
+    ONE_LANE set_bit(j.ctx.lost, j.peer);
+    set_phase(j, kPhaseDone);
+    return;
+  }
+  if (j.channel == 0) post_credits(j);
+  const bool give_up = warp::one_lane([&] { return is_suspected(j.a, j.peer); });
+  set_phase(j, give_up || j.h.go == kGoNoRows || rows.owed_nothing(j) ? kPhaseLost : kPhaseCredit);
+}
+
+template <class Rows>
+IBEX_DEV bool send_rows(SendJob& j, Rows& rows) {
+  const RowStep step = rows.step(j);
+  if (step.finished) set_phase(j, kPhaseSignal);
+  if (step.progress || step.finished) return true;
+  if (!step.starved) return false;  // Waits for this GPU's own casters, which always finish.
+  return wait_in_phase(j, kPhaseRows, [] { return false; }, [] { return true; });
+}
+
+template <class Rows>
+IBEX_DEV bool signal_peer(SendJob& j, Rows& rows) {
+  const uint64_t word = signal_word(j.h.generation, rows.count(j.cursor));
+  if (!j.rdma()) {
+    rows.copy_trailer(j);
+    store_word_mapped(j, signal_offset(j.a, j.h.op, j.h.slot, j.channel), word);
+  } else {
+    if (!has_space(j.qp, 1 + rows.trailer_wqes(j))) {
+      return wait_in_phase(j, kPhaseSignal, [] { return false; }, [] { return true; });
+    }
+    Batch b = begin_batch(j.qp);
+    rows.put_trailer(j, b);
+    const Ctrl last = put_signal(j, b, word);
+    ring_doorbell(b, last);
+  }
+  rows.posted(j);
+  set_phase(j, rows.must_drain(j) ? kPhaseDrain : kPhaseDone);
+  return true;
+}
+
+/// Says LOST to a peer that cannot be served in this step, if its queue still takes a WQE.
+template <class Rows>
+IBEX_DEV void say_lost(SendJob& j, Rows& rows) {
+  const uint64_t word = signal_word(j.h.generation, kCountLost);
+  ONE_LANE {
+    set_bit(j.ctx.lost, j.peer);
+    add_relaxed_sys(&j.a.telemetry[j.peer].steps_lost, uint64_t{1});
+  }
+  if (!j.rdma()) {
+    store_word_mapped(j, signal_offset(j.a, j.h.op, j.h.slot, j.channel), word);
+  } else if (j.qp.syndrome == 0 && has_space(j.qp, 1)) {
+    Batch b = begin_batch(j.qp);
+    const Ctrl last = put_signal(j, b, word);
+    ring_doorbell(b, last);
+  }
+  rows.posted(j);
+  set_phase(j, rows.must_drain(j) ? kPhaseDrain : kPhaseDone);
+}
+
+/// Waits until a CQE covers every WQE of this QP, so that the rows they name may be reused by anyone.
+///
+/// If time runs out the peer is suspected and the host fences the QP; its flush ends this wait. Only the hard cap,
+/// that is a host that does not act at all, ends it without.
+IBEX_DEV bool drain(SendJob& j) {
+  const bool over = warp::one_lane([&] {
+    poll_cq(j.qp);
+    if (j.qp.consumer_idx == j.qp.producer_idx) return true;
+    Evidence e{};
+    e.qp_slot = j.a.qp_slot_base + qp_index(j.a.shape, j.peer, j.channel);
+    e.waited_ns = waited(j.cursor.clock);
+    const uint32_t kind = tick(j.a, j.cursor.clock, j.peer, true);
+    if (kind == kFaultNone) return false;
+    suspect(j.a, j.h, j.peer, kFaultSourceRows, e);
+    set_bit(j.ctx.lost, j.peer);
+    return kind == kFaultCap;
+  });
+  warp::sync();
+  if (over) set_phase(j, kPhaseDone);
+  return over;
+}
+
+/// Takes one QP a step further. Returns whether anything changed.
+template <class Rows>
+IBEX_DEV bool advance(SendJob& j, Rows& rows) {
+  switch (j.cursor.phase) {
+    case kPhaseOpen:
+      open_queue(j, rows);
+      return true;
+    case kPhaseCredit:
+      return wait_in_phase(
+          j, kPhaseRows, [&] { return has_credit(j); },
+          [&] { return has_credited(j.a, j.peer, j.h.op, j.h.seq - j.a.shape.ring); });
+    case kPhaseRows:
+      return send_rows(j, rows);
+    case kPhaseSignal:
+      return signal_peer(j, rows);
+    case kPhaseLost:
+      say_lost(j, rows);
+      return true;
+    case kPhaseDrain:
+      return drain(j);
+    default:
+      return false;
+  }
+}
+
+/// Runs all QPs of one owner to their end: `first`, `first + stride`, …
+template <class Rows>
+IBEX_DEV void drive_queues(const LaneArgs& a, const HalfContext& h, HandleCtx& ctx, Rows& rows, uint32_t first,
+                           uint32_t stride) {
+  const uint32_t num_qps = a.shape.num_ranks * a.shape.num_channels;
+  for (uint32_t q = first; q < num_qps; q += stride) {
+    ONE_LANE {
+      SendCursor& c = a.cursors[q];
+      c.phase = kPhaseOpen;
+      c.next = c.num_messages = c.num_picks = 0;
+    }
+  }
+  warp::sync();
+  for (bool open = true; open;) {
+    open = false;
+    bool progress = false;
+    for (uint32_t q = first; q < num_qps; q += stride) {
+      SendJob j{a, h, ctx, a.qps[q], a.peers[q / a.shape.num_channels], a.cursors[q],
+                q / a.shape.num_channels, q % a.shape.num_channels};
+      if (j.cursor.phase == kPhaseDone) continue;
+      progress |= advance(j, rows);
+      open |= j.cursor.phase != kPhaseDone;
+    }
+    if (open && !progress) backoff();
+  }
+}
+
+}  // namespace ibex
