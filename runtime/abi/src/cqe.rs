@@ -22,7 +22,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use crate::types::QpNum;
 
 mod syndrome;
-pub use syndrome::{Syndrome, VendorSyndrome, WcStatus};
+pub use syndrome::{Syndrome, VendorSyndrome, WcOpcode, WcStatus};
 
 /// Size of a completion queue entry.
 pub const CQE: usize = 64;

@@ -191,7 +191,7 @@ pub fn set_bytes(bytes: &mut [u8], first: Field, list: &[u8]) {
 
 fn list_start(first: Field) -> usize {
     assert!(
-        first.width == 8 && first.bit_off % 8 == 0,
+        first.width == 8 && first.bit_off.is_multiple_of(8),
         "{first:?} is not a list of bytes"
     );
     first.bytes().start

@@ -1,6 +1,9 @@
-//! Why work failed: the syndrome of an error completion and the verdict it stands for.
+//! What a completion means to a caller: why work failed, and what kind of work it was.
 
 use std::fmt;
+
+use super::CqeOpcode;
+use crate::wqe::Opcode;
 
 /// What failed, as byte 0x37 of an error completion says.
 ///
@@ -227,6 +230,59 @@ impl WcStatus {
             Self::RemAbortErr => "aborted error",
             Self::GeneralErr => "general error",
         }
+    }
+}
+
+/// What kind of work a completion is for, with the numbers that libibverbs gives.
+///
+/// SPEC: verbs.h `ibv_wc_opcode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum WcOpcode {
+    /// A send.
+    Send = 0,
+    /// An RDMA write.
+    RdmaWrite = 1,
+    /// An RDMA read.
+    RdmaRead = 2,
+    /// A compare and swap.
+    CompSwap = 3,
+    /// A fetch and add.
+    FetchAdd = 4,
+    /// A receive consumed by a send.
+    Recv = 128,
+    /// A receive consumed by an RDMA write with immediate.
+    RecvRdmaWithImm = 129,
+}
+
+impl WcOpcode {
+    /// The number that libibverbs gives.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        // CAST: a fieldless enum of representation u8.
+        self as u8
+    }
+
+    /// What libmlx5 makes of a good completion's opcode and its send WQE's opcode byte.
+    ///
+    /// `None` for work that has no counterpart there, NOP among it.
+    #[must_use]
+    pub const fn of(cqe: CqeOpcode, wqe_opcode: u8) -> Option<Self> {
+        Some(match (cqe, Opcode::from_byte(wqe_opcode)) {
+            (CqeOpcode::RespWriteImm, _) => Self::RecvRdmaWithImm,
+            (CqeOpcode::RespSend | CqeOpcode::RespSendImm | CqeOpcode::RespSendInval, _) => {
+                Self::Recv
+            }
+            (CqeOpcode::Req, Some(wqe)) => match wqe {
+                Opcode::RdmaWrite | Opcode::RdmaWriteImm => Self::RdmaWrite,
+                Opcode::Send | Opcode::SendImm | Opcode::SendInval => Self::Send,
+                Opcode::RdmaRead => Self::RdmaRead,
+                Opcode::AtomicCs => Self::CompSwap,
+                Opcode::AtomicFa => Self::FetchAdd,
+                _ => return None,
+            },
+            _ => return None,
+        })
     }
 }
 
