@@ -1,7 +1,8 @@
 //! The owned form of a work queue entry: what tests build, what traces keep, what hosts post.
 //!
 //! Invariant: `Wqe::parse(&emitted)` gives back the value that was emitted, and emitting what was
-//! parsed gives back the bytes, reserved bits excepted.
+//! parsed gives back the bytes, except for reserved bits and a modifier that the opcode has no use
+//! for, which become zero.
 
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
