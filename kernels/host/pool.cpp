@@ -57,7 +57,7 @@ ibex_pool* ibex_pool_create(const ibex_pool_config* config, ibex_status* status)
   auto pool = std::make_unique<ibex_pool>();
   pool->config = c;
   for (uint32_t i = 0; i < c.num_workers; ++i) {
-    pool->workers.push_back(std::make_unique<Worker>(pool.get(), i, c));
+    pool->workers.push_back(std::make_unique<Worker>(i, c));
   }
   return pool.release();
 }

@@ -66,7 +66,9 @@ typedef struct ibex_launch {
   uint32_t warps_per_block;
   const void* args;         ///< copied before the call returns
   size_t args_len;
-  void (*on_done)(void* ctx);  ///< called once on the worker's thread when the last block has left; may be null
+  /// Called exactly once: on the worker's thread when the last block has left, or with `finished` false when the
+  /// pool is destroyed before that. May launch; may be null.
+  void (*on_done)(void* ctx, bool finished);
   void* done_ctx;
 } ibex_launch;
 
@@ -78,6 +80,11 @@ typedef struct ibex_pool_stats {
   uint64_t stacks;          ///< stacks mapped, in use or pooled
   uint64_t schedule_hash;   ///< simulation: identical for identical schedules
 } ibex_pool_stats;
+
+#ifdef __cplusplus
+// The twins stand in runtime/gpu/pool/ffi.rs.
+static_assert(sizeof(ibex_pool_config) == 56 && sizeof(ibex_launch) == 48 && sizeof(ibex_pool_stats) == 48);
+#endif
 
 typedef struct ibex_pool ibex_pool;
 
@@ -99,7 +106,7 @@ uint64_t ibex_pool_now_ns(const ibex_pool* pool);
 /// Sums over the workers; exact when no worker runs.
 void ibex_pool_get_stats(const ibex_pool* pool, ibex_pool_stats* stats);
 
-/// The kernels of this build, by id. Null past the last one.
+/// The kernels of this build, by id. Null or 0 where no kernel has it.
 const char* ibex_kernel_name(uint32_t kernel_id);
 uint32_t ibex_kernel_args_len(uint32_t kernel_id);
 uint32_t ibex_kernel_threads_max(uint32_t kernel_id);

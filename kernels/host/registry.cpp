@@ -4,18 +4,20 @@
 #include "host/registry.h"
 #include "host/pool.h"
 
-#define IBEX_DECLARE(name) extern "C" const ibex_kernel ibex_kernel_##name;
+#define IBEX_DECLARE(name, id) extern "C" const ibex_kernel ibex_kernel_##name;
 IBEX_KERNEL_LIST(IBEX_DECLARE)
 #undef IBEX_DECLARE
 
 namespace ibex::host {
 
-#define IBEX_ENTRY(name) &ibex_kernel_##name,
-static const ibex_kernel* const kKernels[] = {IBEX_KERNEL_LIST(IBEX_ENTRY)};
-#undef IBEX_ENTRY
-
 const ibex_kernel* find_kernel(uint32_t id) {
-  return id < sizeof(kKernels) / sizeof(kKernels[0]) ? kKernels[id] : nullptr;
+  switch (id) {
+#define IBEX_ENTRY(name, number) \
+  case number: return &ibex_kernel_##name;
+    IBEX_KERNEL_LIST(IBEX_ENTRY)
+#undef IBEX_ENTRY
+    default: return nullptr;
+  }
 }
 
 }  // namespace ibex::host

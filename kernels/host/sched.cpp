@@ -183,17 +183,16 @@ void Worker::leave(Fiber* f) {
 
 // ---- The main context.
 
-Worker::Worker(ibex_pool* owner, uint32_t idx, const ibex_pool_config& cfg)
-    : pool(owner), index(idx), config(cfg), stacks_(cfg.stack_len) {
+Worker::Worker(uint32_t idx, const ibex_pool_config& cfg) : index(idx), config(cfg), stacks_(cfg.stack_len) {
   if (cfg.mode == IBEX_SIMULATION) sim = std::make_unique<Sim>(cfg.seed);
 }
 
 Worker::~Worker() {
-  for (Grid* grid : grids_) free_grid(grid);
+  for (Grid* grid : grids_) free_grid(grid, false);
   while (inbox_head_ != nullptr) {
     Grid* grid = inbox_head_;
     inbox_head_ = grid->next;
-    delete grid;
+    free_grid(grid, false);
   }
   for (char* arena : arenas_) std::free(arena);
 }
@@ -278,24 +277,26 @@ void Worker::finish_grids() {
       grids_.erase(grids_.begin() + static_cast<ptrdiff_t>(i));
       break;
     }
-    const auto on_done = grid->on_done;
-    void* ctx = grid->done_ctx;
     {
       std::lock_guard lock(mutex_);
       admitted_ -= grid->num_fibers();
       for (uint32_t i = 0; i < grid->num_fibers(); ++i) stacks_.give(grid->fibers[i].stack);
     }
-    free_grid(grid);
-    if (on_done != nullptr) on_done(ctx);
+    free_grid(grid, true);
   }
 }
 
-void Worker::free_grid(Grid* grid) {
-  for (uint32_t i = 0; i < grid->num_fibers(); ++i) tsan_destroy_fiber(&grid->fibers[i]);
-  for (uint32_t b = 0; b < grid->num_blocks; ++b) {
-    if (grid->blocks[b].arena != nullptr) arenas_.push_back(grid->blocks[b].arena);
+void Worker::free_grid(Grid* grid, bool finished) {
+  const auto on_done = grid->on_done;
+  void* ctx = grid->done_ctx;
+  if (grid->blocks) {
+    for (uint32_t i = 0; i < grid->num_fibers(); ++i) tsan_destroy_fiber(&grid->fibers[i]);
+    for (uint32_t b = 0; b < grid->num_blocks; ++b) {
+      if (grid->blocks[b].arena != nullptr) arenas_.push_back(grid->blocks[b].arena);
+    }
   }
   delete grid;
+  if (on_done != nullptr) on_done(ctx, finished);
 }
 
 char* Worker::take_arena() {
@@ -386,7 +387,7 @@ Fiber* Worker::take_unsettled() {
 /// All is quiet: the device, and if that has nothing to do, time.
 ibex_status Worker::pass_time() {
   uint64_t deadline;
-  if (run_progress(&deadline)) {
+  if (run_progress(&deadline) || attention_.load(std::memory_order_relaxed)) {
     sim->event();
     return IBEX_OK;
   }
@@ -407,13 +408,15 @@ ibex_status Worker::simulate(bool (*until)(void*), void* ctx) {
   tl_worker = this;
   tsan_main_ = tsan_this_fiber();
   ibex_status status = IBEX_OK;
-  while (status == IBEX_OK && !until(ctx)) {
+  while (status == IBEX_OK) {
     sim->note(kMain);
+    // In this order: what `on_done` and `until` launch is taken in before anybody could think that all is quiet.
+    finish_grids();
+    if (until(ctx)) break;
     if (!take_inbox()) {
       status = IBEX_SHUT_DOWN;
       break;
     }
-    finish_grids();
     if (sim->count_step() > config.steps_max) {
       dump("livelock: accesses change memory, but time never moves");
       status = IBEX_LIVELOCK;

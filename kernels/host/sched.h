@@ -79,7 +79,7 @@ struct Grid {
   uint32_t num_blocks = 0;
   uint32_t warps_per_block = 0;
   uint32_t live = 0;  ///< fibers that have not left
-  void (*on_done)(void*) = nullptr;
+  void (*on_done)(void*, bool) = nullptr;
   void* done_ctx = nullptr;
   Grid* next = nullptr;  ///< in the inbox, or among the finished
   std::unique_ptr<Block[]> blocks;
@@ -90,7 +90,7 @@ struct Grid {
 };
 
 struct Worker {
-  Worker(ibex_pool* pool, uint32_t index, const ibex_pool_config& config);
+  Worker(uint32_t index, const ibex_pool_config& config);
   ~Worker();
 
   // Any thread.
@@ -111,7 +111,6 @@ struct Worker {
 
   void dump(const char* why) const;
 
-  ibex_pool* const pool;
   const uint32_t index;
   const ibex_pool_config config;
   Fiber* current = nullptr;
@@ -124,7 +123,8 @@ struct Worker {
   bool take_inbox();  ///< false: shut down
   void build(Grid* grid);
   void finish_grids();
-  void free_grid(Grid* grid);
+  /// Frees it and calls `on_done`.
+  void free_grid(Grid* grid, bool finished);
   bool run_progress(uint64_t* deadline);
   void wait_for_launch();
   void rest();

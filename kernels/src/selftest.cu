@@ -69,10 +69,10 @@ IBEX_DEV void barriers(uint32_t* out) {
   ONE_LANE squares[id] = id * id;
   warp::sync_block();
   ONE_LANE out[16] = squares[count - 1 - id];
-  const uint32_t partner = id ^ 1;
-  if (partner < count) {
+  const uint32_t partner = id ^ 1, barrier_id = 1 + id / 2;
+  if (partner < count && barrier_id < 16) {
     ONE_LANE pairs[id] = 100 + id;
-    warp::sync_warps(1 + id / 2 % 15, 2);
+    warp::sync_warps(barrier_id, 2);
     ONE_LANE out[17] = pairs[partner];
   }
   warp::sync_block();
