@@ -2,4 +2,6 @@
 
 pub mod config;
 pub mod error;
+pub mod gpu;
 pub mod ids;
+pub mod time;

@@ -1,0 +1,436 @@
+//! Host memory that plays the part of GPU memory.
+//!
+//! A [`Mapping`] owns its pages. [`Allocations`] knows which ranges are live, so that copies are checked, and keeps
+//! dropped mappings until the GPU has no work outstanding: a kernel that was queued before the drop still finds
+//! its memory.
+//!
+//! INVARIANT: kernels and devices write this memory while we look at it, so every access here is atomic, word by
+//! word, and no reference to it is ever formed.
+#![expect(
+    unsafe_code,
+    reason = "maps pages and copies through raw addresses; callers see checked ranges only"
+)]
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::super::{GpuError, GpuField};
+
+/// Pages of x86-64.
+const PAGE: usize = 4096;
+/// From this length on a mapping is aligned to, and asks for, huge pages.
+const HUGE_PAGE: usize = 2 << 20;
+/// Longest allocation: 2^46 bytes, half of what a process can address.
+const ALLOC_LEN_MAX: usize = 1 << 46;
+
+/// Anonymous pages, unmapped when dropped.
+pub(super) struct Mapping {
+    base: usize,
+    mapped_len: usize,
+    /// First usable byte; at or behind `base`.
+    addr: usize,
+}
+
+impl Mapping {
+    /// Maps `len` zeroed bytes at a multiple of `align`.
+    pub(super) fn new(len: usize, align: usize) -> Result<Self, GpuError> {
+        check_range(GpuField::AllocLen, len, ALLOC_LEN_MAX)?;
+        check_range(GpuField::AllocAlign, align, ALLOC_LEN_MAX)?;
+        if !align.is_power_of_two() {
+            return Err(GpuError::BadAlignment { align });
+        }
+        let wanted = if len >= HUGE_PAGE { HUGE_PAGE } else { PAGE };
+        let align = align.max(wanted);
+        // The kernel aligns to pages; for more, map the slack as well and use the aligned part of it.
+        let mapped_len = len.next_multiple_of(PAGE) + (align - PAGE);
+        let base = map_pages(mapped_len)?;
+        let addr = base.next_multiple_of(align);
+        if len >= HUGE_PAGE {
+            advise_huge(addr, len.next_multiple_of(PAGE));
+        }
+        Ok(Self {
+            base,
+            mapped_len,
+            addr,
+        })
+    }
+
+    pub(super) fn addr(&self) -> u64 {
+        self.addr as u64
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `mapped_len` are what mmap returned, and nobody holds a reference into the pages.
+        unsafe { libc::munmap(self.base as *mut libc::c_void, self.mapped_len) };
+    }
+}
+
+fn check_range(field: GpuField, value: usize, max: usize) -> Result<(), GpuError> {
+    if (1..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(GpuError::OutOfRange {
+        field,
+        value: value as u64,
+        min: 1,
+        max: max as u64,
+    })
+}
+
+fn map_pages(len: usize) -> Result<usize, GpuError> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches nothing that exists.
+    let base = unsafe { libc::mmap(core::ptr::null_mut(), len, protection, flags, -1, 0) };
+    if base == libc::MAP_FAILED {
+        let code = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+        return Err(GpuError::Os { call: "mmap", code });
+    }
+    Ok(base as usize)
+}
+
+/// Asks for huge pages; a kernel that has none answers with an error, and small pages serve as well.
+fn advise_huge(addr: usize, len: usize) {
+    // SAFETY: the range lies inside a mapping that we just made; the advice changes no contents.
+    unsafe { libc::madvise(addr as *mut libc::c_void, len, libc::MADV_HUGEPAGE) };
+}
+
+/// Live ranges of one GPU, and mappings that wait for it to become idle.
+#[derive(Default)]
+pub(super) struct Allocations {
+    /// First address -> length.
+    live: RwLock<BTreeMap<u64, usize>>,
+    retired: Mutex<Vec<Mapping>>,
+}
+
+impl Allocations {
+    pub(super) fn insert(&self, mapping: &Mapping, len: usize) {
+        self.live.write().insert(mapping.addr(), len);
+    }
+
+    /// Ends a range's life; its pages stay until someone drops [`Allocations::take_retired`].
+    pub(super) fn retire(&self, mapping: Mapping) {
+        // Waits for copies in progress, which hold the table for reading.
+        self.live.write().remove(&mapping.addr());
+        self.retired.lock().push(mapping);
+    }
+
+    /// Everything retired so far, to be unmapped. Call when no queued work can name it.
+    pub(super) fn take_retired(&self) -> Vec<Mapping> {
+        core::mem::take(&mut *self.retired.lock())
+    }
+
+    #[cfg(test)]
+    pub(super) fn num_retired(&self) -> usize {
+        self.retired.lock().len()
+    }
+
+    pub(super) fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError> {
+        // SAFETY: `with_live` has checked that the range stays mapped during the call.
+        self.with_live(addr, bytes.len(), || unsafe {
+            copy_in(addr as usize, bytes)
+        })
+    }
+
+    pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
+        // SAFETY: as above.
+        self.with_live(addr, bytes.len(), || unsafe {
+            copy_out(addr as usize, bytes)
+        })
+    }
+
+    pub(super) fn fill(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
+        // SAFETY: as above.
+        self.with_live(addr, len, || unsafe { fill_in(addr as usize, byte, len) })
+    }
+
+    pub(super) fn load_u32(&self, addr: u64) -> Result<u32, GpuError> {
+        self.with_word(addr, 4, |ptr| {
+            // SAFETY: live and aligned, says `with_word`; everyone accesses this memory atomically.
+            unsafe { AtomicU32::from_ptr(ptr.cast()) }.load(Ordering::Acquire)
+        })
+    }
+
+    pub(super) fn store_u32(&self, addr: u64, value: u32) -> Result<(), GpuError> {
+        self.with_word(addr, 4, |ptr| {
+            // SAFETY: as in `load_u32`.
+            unsafe { AtomicU32::from_ptr(ptr.cast()) }.store(value, Ordering::Release);
+        })
+    }
+
+    pub(super) fn load_u64(&self, addr: u64) -> Result<u64, GpuError> {
+        self.with_word(addr, 8, |ptr| {
+            // SAFETY: as in `load_u32`.
+            unsafe { AtomicU64::from_ptr(ptr.cast()) }.load(Ordering::Acquire)
+        })
+    }
+
+    pub(super) fn store_u64(&self, addr: u64, value: u64) -> Result<(), GpuError> {
+        self.with_word(addr, 8, |ptr| {
+            // SAFETY: as in `load_u32`.
+            unsafe { AtomicU64::from_ptr(ptr.cast()) }.store(value, Ordering::Release);
+        })
+    }
+
+    /// Runs `access` on one naturally aligned word that is known to stay mapped.
+    fn with_word<T>(
+        &self,
+        addr: u64,
+        len: usize,
+        access: impl FnOnce(*mut u8) -> T,
+    ) -> Result<T, GpuError> {
+        let align = len as u64;
+        if !addr.is_multiple_of(align) {
+            return Err(GpuError::Misaligned { addr, align });
+        }
+        self.with_live(addr, len, || access(addr as *mut u8))
+    }
+
+    /// Runs `access` while the range is known to stay mapped.
+    fn with_live<T>(
+        &self,
+        addr: u64,
+        len: usize,
+        access: impl FnOnce() -> T,
+    ) -> Result<T, GpuError> {
+        let live = self.live.read();
+        let refused = GpuError::NotAllocated { addr, len };
+        let Some((&begin, &live_len)) = live.range(..=addr).next_back() else {
+            return Err(refused);
+        };
+        let offset = addr - begin;
+        if offset > live_len as u64 || len as u64 > live_len as u64 - offset {
+            return Err(refused);
+        }
+        Ok(access())
+    }
+}
+
+/// Splits a range into unaligned head, 8-byte words and tail, as byte counts.
+fn split(addr: usize, len: usize) -> (usize, usize, usize) {
+    let head = (addr.next_multiple_of(8) - addr).min(len);
+    let words = (len - head) / 8;
+    (head, words, len - head - words * 8)
+}
+
+/// # Safety
+/// `addr` must be mapped for `bytes.len()` bytes.
+unsafe fn copy_in(addr: usize, bytes: &[u8]) {
+    let (head, words, _) = split(addr, bytes.len());
+    let (head_bytes, rest) = bytes.split_at(head);
+    let (word_bytes, tail_bytes) = rest.split_at(words * 8);
+    // SAFETY: every byte written lies in the caller's range.
+    unsafe {
+        store_bytes(addr, head_bytes);
+        for (i, word) in word_bytes.chunks_exact(8).enumerate() {
+            let mut value = [0; 8];
+            value.copy_from_slice(word);
+            word_at(addr + head + i * 8).store(u64::from_ne_bytes(value), Ordering::Relaxed);
+        }
+        store_bytes(addr + head + words * 8, tail_bytes);
+    }
+}
+
+/// # Safety
+/// `addr` must be mapped for `bytes.len()` bytes.
+unsafe fn copy_out(addr: usize, bytes: &mut [u8]) {
+    let (head, words, _) = split(addr, bytes.len());
+    let (head_bytes, rest) = bytes.split_at_mut(head);
+    let (word_bytes, tail_bytes) = rest.split_at_mut(words * 8);
+    // SAFETY: every byte read lies in the caller's range.
+    unsafe {
+        load_bytes(addr, head_bytes);
+        for (i, word) in word_bytes.chunks_exact_mut(8).enumerate() {
+            let value = word_at(addr + head + i * 8).load(Ordering::Relaxed);
+            word.copy_from_slice(&value.to_ne_bytes());
+        }
+        load_bytes(addr + head + words * 8, tail_bytes);
+    }
+}
+
+/// # Safety
+/// `addr` must be mapped for `len` bytes.
+unsafe fn fill_in(addr: usize, byte: u8, len: usize) {
+    let (head, words, tail) = split(addr, len);
+    let value = u64::from_ne_bytes([byte; 8]);
+    // SAFETY: every byte written lies in the caller's range.
+    unsafe {
+        store_bytes(addr, &[byte; 8][..head]);
+        for i in 0..words {
+            word_at(addr + head + i * 8).store(value, Ordering::Relaxed);
+        }
+        store_bytes(addr + head + words * 8, &[byte; 8][..tail]);
+    }
+}
+
+/// # Safety
+/// `addr` must be a multiple of 8 and mapped for 8 bytes for as long as the result is used.
+unsafe fn word_at<'a>(addr: usize) -> &'a AtomicU64 {
+    // SAFETY: by the contract of this function.
+    unsafe { AtomicU64::from_ptr(addr as *mut u64) }
+}
+
+/// # Safety
+/// `addr` must be mapped for `bytes.len()` bytes.
+unsafe fn store_bytes(addr: usize, bytes: &[u8]) {
+    for (i, &byte) in bytes.iter().enumerate() {
+        // SAFETY: by the contract of this function.
+        unsafe { AtomicU8::from_ptr((addr + i) as *mut u8) }.store(byte, Ordering::Relaxed);
+    }
+}
+
+/// # Safety
+/// `addr` must be mapped for `bytes.len()` bytes.
+unsafe fn load_bytes(addr: usize, bytes: &mut [u8]) {
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        // SAFETY: by the contract of this function.
+        *byte = unsafe { AtomicU8::from_ptr((addr + i) as *mut u8) }.load(Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn live(len: usize, align: usize) -> (Allocations, Mapping) {
+        let allocations = Allocations::default();
+        let mapping = Mapping::new(len, align).unwrap();
+        allocations.insert(&mapping, len);
+        (allocations, mapping)
+    }
+
+    #[test]
+    fn memory_is_zeroed_and_aligned() {
+        for (len, align) in [
+            (1, 1),
+            (4097, 64),
+            (100, 1 << 16),
+            (3 << 20, 4096),
+            (10, 4 << 20),
+        ] {
+            let (allocations, mapping) = live(len, align);
+            assert!(mapping.addr().is_multiple_of(align.max(4096) as u64));
+            let mut bytes = vec![0xff; len];
+            allocations.read(mapping.addr(), &mut bytes).unwrap();
+            assert!(bytes.iter().all(|&byte| byte == 0));
+        }
+    }
+
+    #[test]
+    fn every_offset_and_length_round_trips_and_touches_nothing_else() {
+        let (allocations, mapping) = live(64, 64);
+        let data: Vec<u8> = (1..=40).collect();
+        for offset in 0..24 {
+            for len in 0..=data.len() {
+                allocations.fill(mapping.addr(), 0xa5, 64).unwrap();
+                allocations
+                    .write(mapping.addr() + offset as u64, &data[..len])
+                    .unwrap();
+                let mut all = [0; 64];
+                allocations.read(mapping.addr(), &mut all).unwrap();
+                let mut part = vec![0; len];
+                allocations
+                    .read(mapping.addr() + offset as u64, &mut part)
+                    .unwrap();
+                assert_eq!(part, &data[..len]);
+                assert!(
+                    all[..offset]
+                        .iter()
+                        .chain(&all[offset + len..])
+                        .all(|&byte| byte == 0xa5)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn fill_covers_exactly_its_range() {
+        let (allocations, mapping) = live(64, 64);
+        for (offset, len) in [(0, 64), (1, 5), (3, 30), (7, 1), (8, 8), (9, 0)] {
+            allocations.fill(mapping.addr(), 0, 64).unwrap();
+            allocations
+                .fill(mapping.addr() + offset as u64, 7, len)
+                .unwrap();
+            let mut all = [0; 64];
+            allocations.read(mapping.addr(), &mut all).unwrap();
+            for (i, &byte) in all.iter().enumerate() {
+                assert_eq!(
+                    byte == 7,
+                    (offset..offset + len).contains(&i),
+                    "byte {i} of {offset}+{len}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_outside_one_live_allocation_is_refused() {
+        let (allocations, mapping) = live(100, 64);
+        let addr = mapping.addr();
+        for (addr, len) in [
+            (addr, 101),
+            (addr + 100, 1),
+            (addr - 1, 1),
+            (addr + 1, usize::MAX),
+            (u64::MAX, 2),
+            (0, 0),
+        ] {
+            let refused = Err(GpuError::NotAllocated { addr, len });
+            assert_eq!(allocations.fill(addr, 0, len), refused);
+        }
+        assert_eq!(allocations.fill(addr + 100, 0, 0), Ok(()));
+        allocations.retire(mapping);
+        assert_eq!(
+            allocations.read(addr, &mut [0]),
+            Err(GpuError::NotAllocated { addr, len: 1 })
+        );
+    }
+
+    #[test]
+    fn words_are_checked_for_alignment() {
+        let (allocations, mapping) = live(16, 16);
+        let addr = mapping.addr();
+        allocations.store_u64(addr + 8, u64::MAX - 1).unwrap();
+        assert_eq!(allocations.load_u64(addr + 8), Ok(u64::MAX - 1));
+        allocations.store_u32(addr + 4, 9).unwrap();
+        assert_eq!(allocations.load_u32(addr + 4), Ok(9));
+        assert_eq!(
+            allocations.load_u64(addr + 4),
+            Err(GpuError::Misaligned {
+                addr: addr + 4,
+                align: 8
+            })
+        );
+        assert_eq!(
+            allocations.store_u32(addr + 2, 0),
+            Err(GpuError::Misaligned {
+                addr: addr + 2,
+                align: 4
+            })
+        );
+    }
+
+    #[test]
+    fn bad_sizes_and_alignments_are_refused() {
+        let refused = |len, align| Mapping::new(len, align).err();
+        let range = |field, value, max: usize| {
+            Some(GpuError::OutOfRange {
+                field,
+                value,
+                min: 1,
+                max: max as u64,
+            })
+        };
+        assert_eq!(refused(0, 8), range(GpuField::AllocLen, 0, ALLOC_LEN_MAX));
+        assert_eq!(
+            refused(ALLOC_LEN_MAX + 1, 8),
+            range(GpuField::AllocLen, (1 << 46) + 1, ALLOC_LEN_MAX)
+        );
+        assert_eq!(refused(8, 0), range(GpuField::AllocAlign, 0, ALLOC_LEN_MAX));
+        assert_eq!(refused(8, 24), Some(GpuError::BadAlignment { align: 24 }));
+    }
+}

@@ -1,0 +1,313 @@
+//! The seam to a GPU: memory, streams, events, launches and captured graphs.
+//!
+//! [`Gpu`] is all that the rest of the runtime knows of the machine that runs kernels. [`HostGpu`] runs the same
+//! kernel source on the CPU.
+//!
+//! Who owns what: a [`DeviceMemory`] owns its bytes and gives them back when dropped, but not before every launch
+//! that was queued on its GPU has finished. Kernels, the HCA and other ranks write that memory at any time, so the
+//! host looks at it only through copies ([`Gpu::read`]) and single words ([`Gpu::load_u64`]), never by reference.
+//!
+//! Invariants:
+//! - Work of one stream runs in the order in which it was queued; nothing else orders work but events.
+//! - A wait can only name an event that was recorded before, so streams never wait for each other in a circle.
+//! - Arguments are copied when a launch is queued or captured; later changes of the caller's bytes have no effect.
+//! - Capture runs nothing, and a replay runs exactly the captured bytes.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+mod error;
+pub mod host;
+pub mod image;
+pub mod pool;
+
+pub use error::{CaptureError, GpuError, GpuField, HandleKind};
+pub use host::HostGpu;
+pub use pool::{ARGS_LEN_MAX, WARPS_PER_BLOCK_MAX};
+
+/// A kernel, by the number under which both sides know it (kernels/include/ibex/kernel_list.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum KernelId {
+    /// Tokens out to experts.
+    Dispatch = 0,
+    /// Results back, weighted and summed.
+    Combine = 1,
+    /// The post microbenchmark.
+    Post = 2,
+    /// The stand-in expert of benches and tests.
+    Expert = 3,
+    /// The self-test of the SIMT layer: collectives, barriers, atomics, copies.
+    Selftest = 4,
+    /// The self-test in which two devices pass a payload to and fro.
+    SelftestPair = 5,
+    /// The self-test that measures what a launch costs.
+    SelftestEmpty = 6,
+}
+
+/// One kernel launch as a caller describes it.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// Which kernel.
+    pub kernel: KernelId,
+    /// The bytes of its argument struct; copied.
+    pub args: &'a [u8],
+    /// Blocks; all of them run at the same time, so this is bounded by [`Gpu::max_coresident_blocks`].
+    pub blocks: u32,
+    /// Warps of each block, 1 to [`WARPS_PER_BLOCK_MAX`].
+    pub warps_per_block: u32,
+}
+
+/// A machine that runs kernels.
+///
+/// All methods may be called from any thread. Handles are cheap to clone and belong to the GPU that made them;
+/// another one answers [`GpuError::ForeignHandle`].
+pub trait Gpu: Send + Sync {
+    /// Allocates `len` zeroed bytes that kernels and the HCA can reach, aligned to at least `align`.
+    ///
+    /// # Errors
+    /// `OutOfRange` for an empty or unaddressable length, `BadAlignment`, `Os` when memory is exhausted.
+    fn alloc(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError>;
+
+    /// Allocates `len` zeroed bytes of host memory that kernels can reach and the host can read while they run.
+    ///
+    /// # Errors
+    /// As [`Gpu::alloc`].
+    fn alloc_pinned(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError>;
+
+    /// Copies `bytes` to `addr` and returns when they stand there. Not ordered with streams.
+    ///
+    /// # Errors
+    /// `NotAllocated` unless the whole range lies in one live allocation of this GPU.
+    fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError>;
+
+    /// Copies memory at `addr` into `bytes`. Not ordered with streams: synchronize first to see a kernel's result.
+    ///
+    /// # Errors
+    /// As [`Gpu::write`].
+    fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), GpuError>;
+
+    /// Sets `len` bytes at `addr` to `byte`. Not ordered with streams.
+    ///
+    /// # Errors
+    /// As [`Gpu::write`].
+    fn fill(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError>;
+
+    /// Reads one 4-byte word while kernels run. Pinned memory only, where the two differ.
+    ///
+    /// # Ordering
+    /// Acquire at system scope.
+    ///
+    /// # Errors
+    /// `NotAllocated`, `Misaligned`.
+    fn load_u32(&self, addr: u64) -> Result<u32, GpuError>;
+
+    /// Writes one 4-byte word while kernels run. Pinned memory only, where the two differ.
+    ///
+    /// # Ordering
+    /// Release at system scope.
+    ///
+    /// # Errors
+    /// `NotAllocated`, `Misaligned`.
+    fn store_u32(&self, addr: u64, value: u32) -> Result<(), GpuError>;
+
+    /// As [`Gpu::load_u32`], for 8 bytes.
+    ///
+    /// # Errors
+    /// `NotAllocated`, `Misaligned`.
+    fn load_u64(&self, addr: u64) -> Result<u64, GpuError>;
+
+    /// As [`Gpu::store_u32`], for 8 bytes.
+    ///
+    /// # Errors
+    /// `NotAllocated`, `Misaligned`.
+    fn store_u64(&self, addr: u64, value: u64) -> Result<(), GpuError>;
+
+    /// Makes a stream: a queue of work that runs in order. Dropping it lets queued work finish.
+    fn stream(&self) -> Stream;
+
+    /// Makes an event: a mark that streams and the host can ask for. A fresh one counts as completed.
+    fn event(&self) -> Event;
+
+    /// Marks the work queued on `stream` so far; an earlier mark of the same event is forgotten.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `QueueFull`.
+    fn record(&self, event: &Event, stream: &Stream) -> Result<(), GpuError>;
+
+    /// Lets later work of `stream` start only after the work that `event` marks now has finished.
+    ///
+    /// A stream that waits for an event of a captured stream joins that capture.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `QueueFull`, `Capture` when one of the two is captured and the other is not part of it.
+    fn wait(&self, event: &Event, stream: &Stream) -> Result<(), GpuError>;
+
+    /// Whether the work that `event` marks has finished.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `Capture` for an event of a captured stream.
+    fn query(&self, event: &Event) -> Result<bool, GpuError>;
+
+    /// Nanoseconds between the completions of two events.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `EventPending`, `Capture` for an event of a captured stream.
+    fn elapsed_ns(&self, start: &Event, end: &Event) -> Result<u64, GpuError>;
+
+    /// Queues one kernel, or records it when `stream` is being captured.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `QueueFull`, `OutOfRange` for the arguments' length, the blocks or the warps.
+    ///
+    /// # Safety
+    /// `launch.args` must be the argument struct of `launch.kernel`, and every address in it must stay valid for
+    /// what that kernel does with it, until the launch has finished (for a captured launch: until the last replay
+    /// of its graph has). Dropping a [`DeviceMemory`] of the same GPU is safe at any time for launches that were
+    /// queued before.
+    #[expect(
+        unsafe_code,
+        reason = "arguments carry addresses that only the caller can vouch for"
+    )]
+    unsafe fn launch(&self, stream: &Stream, launch: &Launch<'_>) -> Result<(), GpuError>;
+
+    /// Starts recording `stream` instead of running it.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `Capture`.
+    fn begin_capture(&self, stream: &Stream) -> Result<(), GpuError>;
+
+    /// Ends the recording that began on `stream`; on an error the recording is discarded.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `Capture` where work of a joined stream is not waited for.
+    fn end_capture(&self, stream: &Stream) -> Result<Graph, GpuError>;
+
+    /// Whether launches on `stream` are recorded rather than run.
+    ///
+    /// # Errors
+    /// `ForeignHandle`.
+    fn is_capturing(&self, stream: &Stream) -> Result<bool, GpuError>;
+
+    /// Queues a captured graph on `stream` as one operation.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `QueueFull`, `Capture` when `stream` is being captured itself.
+    fn replay(&self, graph: &Graph, stream: &Stream) -> Result<(), GpuError>;
+
+    /// Blocks until all work queued on `stream` has finished; reports the first failure since the last call.
+    ///
+    /// A failed launch makes the stream skip the launches behind it, up to this call.
+    ///
+    /// # Errors
+    /// `ForeignHandle`, `Capture` while the stream is being captured, or what made a launch fail.
+    fn synchronize(&self, stream: &Stream) -> Result<(), GpuError>;
+
+    /// Most blocks of `warps_per_block` warps that run at the same time; 0 if not even one block fits.
+    fn max_coresident_blocks(&self, warps_per_block: u32) -> u32;
+
+    /// Captures begun since this GPU was made: a caller that must not capture again can prove it.
+    fn captures(&self) -> u64;
+}
+
+/// Tells GPUs of one process apart; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GpuId(u64);
+
+impl GpuId {
+    /// A number that no other GPU of this process has.
+    pub fn fresh() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Bytes that kernels can reach; given back when dropped.
+pub struct DeviceMemory {
+    addr: u64,
+    len: usize,
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+impl DeviceMemory {
+    /// For implementers of [`Gpu`]: `owner` gives `len` bytes at `addr` back when it is dropped.
+    pub fn new(addr: u64, len: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
+        Self {
+            addr,
+            len,
+            _owner: owner,
+        }
+    }
+
+    /// Address of the first byte, as kernels see it.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Length in bytes, as asked for.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true: an empty allocation is refused.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl core::fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "DeviceMemory({:#x}, {} bytes)", self.addr, self.len)
+    }
+}
+
+macro_rules! handle {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone)]
+        pub struct $name {
+            gpu: GpuId,
+            inner: Arc<dyn Any + Send + Sync>,
+        }
+
+        impl $name {
+            /// For implementers of [`Gpu`]: wraps what `gpu` keeps for this handle.
+            pub fn new(gpu: GpuId, inner: Arc<dyn Any + Send + Sync>) -> Self {
+                Self { gpu, inner }
+            }
+
+            /// For implementers of [`Gpu`]: what `gpu` keeps for this handle.
+            ///
+            /// # Errors
+            /// `ForeignHandle` if another GPU made it.
+            pub fn of<T: 'static>(&self, gpu: GpuId) -> Result<&T, GpuError> {
+                let foreign = GpuError::ForeignHandle { handle: HandleKind::$name };
+                if self.gpu != gpu {
+                    return Err(foreign);
+                }
+                self.inner.downcast_ref().ok_or(foreign)
+            }
+        }
+
+        impl core::fmt::Debug for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                write!(f, concat!(stringify!($name), " of {:?}"), self.gpu)
+            }
+        }
+    };
+}
+
+handle!(
+    /// A queue of work that runs in order.
+    Stream
+);
+handle!(
+    /// A mark in a stream.
+    Event
+);
+handle!(
+    /// A captured list of launches with frozen arguments and the edges between them.
+    Graph
+);
