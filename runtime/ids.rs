@@ -81,7 +81,7 @@ impl fmt::Display for Epoch {
     }
 }
 
-/// Step counter in a signal word: the low 32 bits of a sequence number, never zero.
+/// Step counter in a signal word: a sequence number folded into 32 bits, never zero.
 ///
 /// It wraps, so it has no `Ord`; words are compared for equality and, where a skipped step must be
 /// told from an old one, by [`Generation::is_after`].
@@ -89,14 +89,11 @@ impl fmt::Display for Epoch {
 pub struct Generation(u32);
 
 impl Generation {
-    /// The generation of sequence number `seq`, or `None` for the one value in 2^32 that has none.
+    /// The generation of sequence number `seq`; the circle has 2^32 - 1 steps, because 0 is none of them.
     #[must_use]
-    pub const fn of_seq(seq: u64) -> Option<Self> {
-        // CAST: the generation is the low half by definition.
-        match seq as u32 {
-            0 => None,
-            low => Some(Self(low)),
-        }
+    pub const fn of_seq(seq: u64) -> Self {
+        // CAST: the remainder is below 2^32 - 1.
+        Self(1 + (seq % 0xffff_ffff) as u32)
     }
 
     /// The value as it stands in a signal word.
@@ -105,7 +102,7 @@ impl Generation {
         self.0
     }
 
-    /// Whether `self` is newer than `other` on the circle of 2^32 steps.
+    /// Whether `self` is newer than `other` on the circle.
     #[must_use]
     pub const fn is_after(self, other: Self) -> bool {
         let ahead = self.0.wrapping_sub(other.0);
@@ -123,26 +120,33 @@ impl fmt::Display for Generation {
 mod tests {
     use super::*;
 
-    fn generation(seq: u64) -> Generation {
-        Generation::of_seq(seq).unwrap()
+    #[test]
+    fn a_generation_is_never_zero_and_differs_from_its_neighbours() {
+        for seq in [
+            0,
+            1,
+            0xffff_fffd,
+            0xffff_fffe,
+            0xffff_ffff,
+            1 << 32,
+            u64::MAX - 1,
+        ] {
+            let (now, next) = (Generation::of_seq(seq), Generation::of_seq(seq + 1));
+            assert!(
+                now.get() != 0 && next.is_after(now) && !now.is_after(next),
+                "{seq}"
+            );
+            assert!(!now.is_after(now));
+        }
+        assert_eq!(Generation::of_seq(0xffff_fffe).get(), u32::MAX);
+        assert_eq!(Generation::of_seq(0xffff_ffff).get(), 1);
     }
 
     #[test]
-    fn generation_is_the_low_half_and_never_zero() {
-        assert_eq!(Generation::of_seq(0), None);
-        assert_eq!(Generation::of_seq(1 << 32), None);
-        assert_eq!(generation((1 << 32) + 7).get(), 7);
-    }
-
-    #[test]
-    fn generation_order_survives_the_wrap() {
-        let last = generation(u64::from(u32::MAX));
-        let first = generation((1 << 32) + 1);
-        assert!(first.is_after(last));
-        assert!(!last.is_after(first));
-        assert!(!first.is_after(first));
-        assert!(generation(1 << 31).is_after(generation(1)));
-        assert!(!generation((1 << 31) + 1).is_after(generation(1)));
+    fn half_the_circle_ahead_is_not_newer() {
+        let first = Generation::of_seq(0);
+        assert!(Generation::of_seq((1 << 31) - 1).is_after(first));
+        assert!(!Generation::of_seq(1 << 31).is_after(first));
     }
 
     #[test]

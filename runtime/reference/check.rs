@@ -1,0 +1,360 @@
+//! Compares what a device left in memory with what dispatch and combine must compute.
+//!
+//! [`Step`] owns the inputs of all ranks and their cast rows. Device memory is read through
+//! [`PackedRows`], rows at a time: the packed tensors are sized for the worst routing and mostly empty.
+//!
+//! INVARIANT: nothing a device wrote is trusted: any index it left is checked before it is followed.
+//!
+//! A token that picks one expert twice shares one packed row (of the first pick); every pick still
+//! adds its own weight in combine.
+
+use std::ops::AddAssign;
+
+use ibex_abi::device_ctx::{LayoutRange, SourceInfo};
+
+use crate::config::{CombineMode, SCALE_BLOCK, ValidConfig, WireDtype};
+use crate::ids::{ExpertIdx, LocalExpertIdx, Rank};
+use crate::reference::numerics;
+use crate::reference::routing::RankInput;
+
+/// What a check found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Rows (dispatch) or outputs (combine) looked at.
+    pub checked: u64,
+    /// Rows or outputs that differ from the reference, given the losses.
+    pub wrong: u64,
+    /// Picks reported lost.
+    pub lost: u64,
+    /// Picks reported lost although their owner was a member.
+    pub excess_losses: u64,
+}
+
+impl AddAssign for Verdict {
+    fn add_assign(&mut self, other: Self) {
+        self.checked += other.checked;
+        self.wrong += other.wrong;
+        self.lost += other.lost;
+        self.excess_losses += other.excess_losses;
+    }
+}
+
+/// Read access to the packed tensors of one rank; rows are numbered within their local expert.
+pub trait PackedRows {
+    /// Reads the payload of consecutive rows.
+    fn payload(&self, expert: LocalExpertIdx, first: u32, into: &mut [u8]);
+    /// Reads the stored scales of one row, block after block, whatever the strides are.
+    fn scales(&self, expert: LocalExpertIdx, row: u32, into: &mut [u8]);
+    /// Reads where one row came from.
+    fn source_info(&self, expert: LocalExpertIdx, row: u32) -> SourceInfo;
+}
+
+/// What a dispatch left at one rank.
+pub struct DispatchOutput<'a> {
+    /// `[max_local_experts]`.
+    pub expert_counts: &'a [i32],
+    /// `[max_local_experts][num_ranks]`.
+    pub layout_ranges: &'a [LayoutRange],
+    /// `[num_ranks]`.
+    pub source_ok: &'a [u32],
+    /// The packed tensors.
+    pub rows: &'a dyn PackedRows,
+}
+
+/// What a combine left at one rank.
+pub struct CombineOutput<'a> {
+    /// `[num_tokens][hidden]` bf16.
+    pub out: &'a [u16],
+    /// `[num_tokens]`: bit k = the pick was not summed.
+    pub lost_topk: &'a [u32],
+}
+
+/// One packed row that a dispatch must produce.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PackedRow {
+    /// Token at the source.
+    pub token: u32,
+    /// Pick of that token.
+    pub k: u8,
+    /// Weight of that pick.
+    pub weight: f32,
+}
+
+/// One step of all ranks: inputs, and the rows as they travel.
+pub struct Step<'a> {
+    config: &'a ValidConfig,
+    inputs: &'a [RankInput],
+    /// Per rank and token: payload and stored scales.
+    travelling: Vec<Vec<(Vec<u8>, Vec<u8>)>>,
+}
+
+impl<'a> Step<'a> {
+    /// Casts every row of `inputs`, which are those of all ranks in order.
+    ///
+    /// # Panics
+    /// PANIC: the number of inputs is not the number of ranks.
+    #[must_use]
+    pub fn new(config: &'a ValidConfig, inputs: &'a [RankInput]) -> Self {
+        assert_eq!(
+            inputs.len(),
+            config.num_ranks as usize,
+            "one input per rank"
+        );
+        let travel = |row: &[u16]| match config.dtype {
+            WireDtype::Bf16 => (
+                row.iter().flat_map(|bits| bits.to_le_bytes()).collect(),
+                Vec::new(),
+            ),
+            WireDtype::Fp8 => numerics::cast_row(row, config.scales),
+        };
+        let rows_of = |input: &RankInput| {
+            (0..input.num_tokens)
+                .map(|token| travel(input.row(token)))
+                .collect()
+        };
+        Self {
+            config,
+            inputs,
+            travelling: inputs.iter().map(rows_of).collect(),
+        }
+    }
+
+    /// Who serves pick (`token`, `k`) of `source`; `None` if it is masked or names no expert.
+    fn owner(&self, source: Rank, token: u32, k: usize) -> Option<(Rank, LocalExpertIdx)> {
+        let expert = u16::try_from(self.inputs[source.index()].picks(token)[k]).ok()?;
+        self.config.owner_of(ExpertIdx(expert))
+    }
+
+    /// The packed rows of `source` for one local expert of `rank`, in the order that the format fixes.
+    #[must_use]
+    pub fn expected_rows(
+        &self,
+        rank: Rank,
+        expert: LocalExpertIdx,
+        source: Rank,
+    ) -> Vec<PackedRow> {
+        let input = &self.inputs[source.index()];
+        let first_pick = |token| {
+            let picks = 0..input.num_topk as usize;
+            picks
+                .into_iter()
+                .find(|&k| self.owner(source, token, k) == Some((rank, expert)))
+        };
+        let row = |token| {
+            let k = first_pick(token)?;
+            // CAST: at most 32 picks.
+            Some(PackedRow {
+                token,
+                k: k as u8,
+                weight: input.weights(token)[k],
+            })
+        };
+        (0..input.num_tokens).filter_map(row).collect()
+    }
+
+    /// Checks everything that a dispatch left at `rank`.
+    #[must_use]
+    pub fn check_dispatch(&self, rank: Rank, output: &DispatchOutput<'_>) -> Verdict {
+        let mut verdict = Verdict::default();
+        for local in 0..self.config.max_local_experts() {
+            // CAST: at most 65 535 experts.
+            let expert = LocalExpertIdx(local as u16);
+            let num_ranks = self.config.num_ranks as usize;
+            let ranges = &output.layout_ranges[expert.index() * num_ranks..][..num_ranks];
+            if !is_dense(ranges, output.expert_counts[expert.index()]) {
+                verdict.wrong += 1;
+            }
+            for (source, &range) in (0..).map(Rank).zip(ranges) {
+                verdict += self.check_range(rank, expert, source, range, output);
+            }
+        }
+        verdict
+    }
+
+    fn check_range(
+        &self,
+        rank: Rank,
+        expert: LocalExpertIdx,
+        source: Rank,
+        range: LayoutRange,
+        output: &DispatchOutput<'_>,
+    ) -> Verdict {
+        let mut expected = self.expected_rows(rank, expert, source);
+        let mut verdict = Verdict::default();
+        if output.source_ok[source.index()] != 1 {
+            verdict.lost += expected.len() as u64;
+            expected.clear();
+        }
+        verdict.checked += expected.len() as u64;
+        let capacity = u64::from(self.config.num_ranks) * u64::from(self.config.max_tokens);
+        let fits = u64::from(range.begin) + u64::from(range.len) <= capacity;
+        if range.len as usize != expected.len() || !fits {
+            verdict.wrong += (expected.len() as u64).max(1);
+            return verdict;
+        }
+        let payload_len = self.payload_len();
+        let mut payload = vec![0; payload_len * expected.len()];
+        output.rows.payload(expert, range.begin, &mut payload);
+        let received = payload.chunks(payload_len).zip(range.begin..);
+        for (row, (payload, index)) in expected.iter().zip(received) {
+            let (wanted_payload, wanted_scales) =
+                &self.travelling[source.index()][row.token as usize];
+            let info = output.rows.source_info(expert, index);
+            let mut scales = vec![0; wanted_scales.len()];
+            output.rows.scales(expert, index, &mut scales);
+            let same = payload == wanted_payload
+                && scales == *wanted_scales
+                && (info.token, info.source, info.k) == (row.token, source.0, row.k)
+                && info.weight.to_bits() == row.weight.to_bits();
+            verdict.wrong += u64::from(!same);
+        }
+        verdict
+    }
+
+    fn payload_len(&self) -> usize {
+        let hidden = self.config.hidden as usize;
+        match self.config.dtype {
+            WireDtype::Bf16 => 2 * hidden,
+            WireDtype::Fp8 => hidden,
+        }
+    }
+
+    /// Checks everything that a combine left at `rank`, with the stand-in expert in between.
+    ///
+    /// A lost pick is taken out of the sum; a pick whose owner is no member must be reported lost.
+    #[must_use]
+    pub fn check_combine(
+        &self,
+        rank: Rank,
+        output: &CombineOutput<'_>,
+        is_member: impl Fn(Rank) -> bool,
+    ) -> Verdict {
+        let input = &self.inputs[rank.index()];
+        let hidden = self.config.hidden as usize;
+        let mut verdict = Verdict::default();
+        for token in 0..input.num_tokens {
+            let lost = output.lost_topk[token as usize];
+            let mut plausible = true;
+            for k in 0..32 {
+                let is_lost = lost >> k & 1 == 1;
+                let owner = (k < input.num_topk as usize)
+                    .then(|| self.owner(rank, token, k))
+                    .flatten()
+                    .map(|(owner, _)| owner);
+                match owner {
+                    None => plausible &= !is_lost,
+                    Some(owner) if is_lost => verdict.excess_losses += u64::from(is_member(owner)),
+                    Some(owner) => plausible &= is_member(owner),
+                }
+            }
+            let out = &output.out[token as usize * hidden..][..hidden];
+            verdict.checked += 1;
+            verdict.lost += u64::from(lost.count_ones());
+            verdict.wrong +=
+                u64::from(!plausible || out != self.expected_output(rank, token, lost));
+        }
+        verdict
+    }
+
+    /// The output of one token, the lost picks left out.
+    #[must_use]
+    pub fn expected_output(&self, rank: Rank, token: u32, lost: u32) -> Vec<u16> {
+        let values = self.received_values(rank, token);
+        let weights = self.inputs[rank.index()].weights(token);
+        let picks = self.inputs[rank.index()].picks(token);
+        // (owner, weight, row) of every pick that counts, in ascending k.
+        let rows = (0..picks.len())
+            .filter(|&k| lost >> k & 1 == 0)
+            .filter_map(|k| {
+                let (owner, _) = self.owner(rank, token, k)?;
+                let expert = u16::try_from(picks[k]).ok()?;
+                let row = numerics::expert_row(&values, numerics::expert_factor(expert));
+                Some((owner, weights[k], row))
+            });
+        match self.config.combine {
+            CombineMode::Exact => {
+                let mut sums = vec![0.0; values.len()];
+                rows.for_each(|(_, weight, row)| numerics::add_weighted(&mut sums, &row, weight));
+                numerics::round_row(&sums)
+            }
+            CombineMode::Reduced => reduce_by_owner(rows, values.len()),
+        }
+    }
+
+    /// A token's row as its experts see it.
+    fn received_values(&self, source: Rank, token: u32) -> Vec<f32> {
+        match self.config.dtype {
+            WireDtype::Bf16 => {
+                let row = self.inputs[source.index()].row(token);
+                row.iter()
+                    .map(|&bits| numerics::bf16_to_f32(bits))
+                    .collect()
+            }
+            WireDtype::Fp8 => {
+                let (payload, scales) = &self.travelling[source.index()][token as usize];
+                numerics::decode_row(payload, scales, self.config.scales)
+            }
+        }
+    }
+
+    /// Bytes of stored scales per row.
+    #[must_use]
+    pub fn scale_row_len(&self) -> usize {
+        match self.config.dtype {
+            WireDtype::Bf16 => 0,
+            WireDtype::Fp8 => {
+                let blocks = self.config.hidden.div_ceil(SCALE_BLOCK) as usize;
+                blocks * numerics::scale_len(self.config.scales)
+            }
+        }
+    }
+}
+
+/// How far a `reduced` output may lie from the exact sum, given the sum of the magnitudes `|w * y|`.
+///
+/// Each owner's sum is rounded once to bf16 and so is their total: 2^-8 of its magnitude each time, and
+/// fp32 adds little. The constant part covers outputs that are denormal.
+#[must_use]
+pub fn reduced_bound(magnitude_sum: f64) -> f64 {
+    magnitude_sum * (1.0 / 127.0) + f64::from(f32::MIN_POSITIVE)
+}
+
+/// `reduced`: per owner a weighted sum rounded once; then their plain sum, owners by their first pick.
+fn reduce_by_owner(rows: impl Iterator<Item = (Rank, f32, Vec<u16>)>, hidden: usize) -> Vec<u16> {
+    let mut partial: Vec<(Rank, Vec<f32>)> = Vec::new();
+    for (owner, weight, row) in rows {
+        let known = partial.iter().position(|&(other, _)| other == owner);
+        let place = known.unwrap_or_else(|| {
+            partial.push((owner, vec![0.0; hidden]));
+            partial.len() - 1
+        });
+        numerics::add_weighted(&mut partial[place].1, &row, weight);
+    }
+    let mut sums = vec![0.0; hidden];
+    for (_, owned) in &partial {
+        numerics::add_plain(&mut sums, &numerics::round_row(owned));
+    }
+    numerics::round_row(&sums)
+}
+
+/// Whether the ranges of one expert tile `0..count` without gaps or overlaps, in any order.
+fn is_dense(ranges: &[LayoutRange], count: i32) -> bool {
+    let mut used: Vec<(u64, u64)> = ranges
+        .iter()
+        .filter(|range| range.len > 0)
+        .map(|range| (u64::from(range.begin), u64::from(range.len)))
+        .collect();
+    used.sort_unstable();
+    let mut end = 0;
+    for (begin, len) in used {
+        if begin != end {
+            return false;
+        }
+        end += len;
+    }
+    i64::from(count) == i64::try_from(end).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+#[path = "check_tests.rs"]
+mod tests;
