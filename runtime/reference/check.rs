@@ -14,8 +14,8 @@ use ibex_abi::device_ctx::{LayoutRange, SourceInfo};
 
 use crate::config::{CombineMode, SCALE_BLOCK, ValidConfig, WireDtype};
 use crate::ids::{ExpertIdx, LocalExpertIdx, Rank};
+use crate::reference::inputs::RankInput;
 use crate::reference::numerics;
-use crate::reference::routing::RankInput;
 
 /// What a check found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -4,7 +4,8 @@ use ibex_abi::device_ctx::{LayoutRange, SourceInfo};
 
 use super::*;
 use crate::config::{Config, ScaleKind};
-use crate::reference::routing::{InputKey, Routing};
+use crate::reference::inputs::InputKey;
+use crate::reference::routing::Routing;
 
 /// The packed tensors of one rank, and the small arrays beside them.
 struct Device {

@@ -1,20 +1,14 @@
-//! Inputs of a step as a pure function of (seed, iteration, rank): activations, routes, weights.
+//! How tokens choose experts: the distributions of published benchmarks.
 //!
-//! Owns the vectors of [`RankInput`]. The distributions are those of published benchmarks; 1 % of all
-//! picks are masked (-1), and some blocks hold what arithmetic finds hard: NaN, infinities, denormals,
-//! zeros, the boundary of e4m3.
-//!
-//! INVARIANT: two ranks that draw for the same key get the same bytes; different keys share no stream.
+//! Owns the scratch of a [`Router`]. Every distribution draws k different experts per token.
 
 use std::fmt;
 use std::str::FromStr;
 
-use crate::config::{NUM_EXPERTS_MAX, SCALE_BLOCK, ValidConfig};
+use crate::config::{NUM_EXPERTS_MAX, ValidConfig};
 use crate::error::{ConfigError, Limit, Value};
-use crate::ids::Rank;
+use crate::reference::rng::{Rng, exp};
 
-/// Share of picks that the generator masks with -1.
-pub const MASKED_SHARE: f64 = 0.01;
 /// Exponent of the Zipf distribution: P(i) proportional to (i + 1)^-alpha.
 pub const ZIPF_ALPHA: f64 = 1.0;
 /// k-hot: this share of tokens takes all its experts from the hot ones.
@@ -23,8 +17,6 @@ pub const KHOT_SHARE: f64 = 0.5;
 pub const NUM_GROUPS: u32 = 8;
 /// See [`NUM_GROUPS`].
 pub const NUM_GROUPS_TAKEN: u32 = 4;
-/// One block of channels in this many is an edge case.
-const EDGE_BLOCK_ONE_IN: u64 = 64;
 
 /// How tokens choose experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,173 +106,8 @@ impl FromStr for Routing {
     }
 }
 
-/// What one rank is given in one step.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct RankInput {
-    /// Tokens of this step.
-    pub num_tokens: u32,
-    /// Picks per token.
-    pub num_topk: u32,
-    /// `[num_tokens][hidden]` bf16.
-    pub x: Vec<u16>,
-    /// `[num_tokens][num_topk]`, -1 = masked.
-    pub topk_idx: Vec<i32>,
-    /// `[num_tokens][num_topk]`.
-    pub topk_weights: Vec<f32>,
-}
-
-/// Names one input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InputKey {
-    /// Seed of the run.
-    pub seed: u64,
-    /// Step of the run, warm-up included.
-    pub iteration: u64,
-    /// The rank it is for.
-    pub rank: Rank,
-}
-
-/// Independent streams of one key.
-#[derive(Clone, Copy)]
-enum Stream {
-    Activations = 1,
-    Routes = 2,
-    Masks = 3,
-}
-
-impl RankInput {
-    /// Draws the input of one rank and step, with `max_topk` picks per token.
-    ///
-    /// # Panics
-    /// PANIC: more tokens than `max_tokens`, or a routing that [`Routing::validate`] refuses.
-    #[must_use]
-    pub fn generate(
-        config: &ValidConfig,
-        routing: Routing,
-        key: InputKey,
-        num_tokens: u32,
-    ) -> Self {
-        assert!(
-            num_tokens <= config.max_tokens,
-            "{num_tokens} tokens do not fit"
-        );
-        routing
-            .validate(config)
-            .expect("the caller validated the routing");
-        let num_topk = config.max_topk;
-        let mut input = Self {
-            num_tokens,
-            num_topk,
-            ..Self::default()
-        };
-        input.x = activations(
-            &mut Rng::new(key, Stream::Activations),
-            num_tokens,
-            config.hidden,
-        );
-        let mut rng = Rng::new(key, Stream::Routes);
-        let mut router = Router::new(
-            config.num_experts,
-            num_topk as usize,
-            routing,
-            num_tokens,
-            &mut rng,
-        );
-        for token in 0..num_tokens {
-            router.route(
-                token,
-                &mut rng,
-                &mut input.topk_idx,
-                &mut input.topk_weights,
-            );
-        }
-        let mut masks = Rng::new(key, Stream::Masks);
-        for pick in &mut input.topk_idx {
-            if masks.unit() < MASKED_SHARE {
-                *pick = -1;
-            }
-        }
-        input
-    }
-
-    /// The row of one token.
-    #[must_use]
-    pub fn row(&self, token: u32) -> &[u16] {
-        let hidden = self.x.len() / (self.num_tokens as usize).max(1);
-        &self.x[token as usize * hidden..][..hidden]
-    }
-
-    /// The picks of one token.
-    #[must_use]
-    pub fn picks(&self, token: u32) -> &[i32] {
-        &self.topk_idx[token as usize * self.num_topk as usize..][..self.num_topk as usize]
-    }
-
-    /// The weights of one token.
-    #[must_use]
-    pub fn weights(&self, token: u32) -> &[f32] {
-        &self.topk_weights[token as usize * self.num_topk as usize..][..self.num_topk as usize]
-    }
-}
-
-/// Rows of random values, with edge blocks among them.
-fn activations(rng: &mut Rng, num_tokens: u32, hidden: u32) -> Vec<u16> {
-    let mut x = Vec::with_capacity(num_tokens as usize * hidden as usize);
-    for _ in 0..num_tokens {
-        let mut left = hidden;
-        while left > 0 {
-            let len = left.min(SCALE_BLOCK);
-            left -= len;
-            let start = x.len();
-            plain_block(rng, len, &mut x);
-            if rng.below(EDGE_BLOCK_ONE_IN) == 0 {
-                make_edge_block(rng.below(6), &mut x[start..]);
-            }
-        }
-    }
-    x
-}
-
-/// Appends random values, four from each draw: this is the hot loop of a checked run.
-fn plain_block(rng: &mut Rng, len: u32, x: &mut Vec<u16>) {
-    let end = x.len() + len as usize;
-    while x.len() < end {
-        let draw = rng.next();
-        // CAST: the four 16-bit parts of the draw.
-        let values =
-            [draw, draw >> 16, draw >> 32, draw >> 48].map(|part| plain_value(part as u16));
-        x.extend_from_slice(&values[..values.len().min(end - x.len())]);
-    }
-}
-
-/// A bf16 in (-2, 2) with a random sign and mantissa; small exponents, down to 2^-15, are rarer.
-fn plain_value(draw: u16) -> u16 {
-    let exponent = 127 - ((draw >> 8) & 0xf).min(draw >> 12);
-    (draw & 0x80) << 8 | exponent << 7 | (draw & 0x7f)
-}
-
-/// Turns a block into one of the six that the cast finds hard.
-fn make_edge_block(kind: u64, block: &mut [u16]) {
-    const SIGN: u16 = 0x8000;
-    const MANTISSA: u16 = 0x007f;
-    const INFINITY: u16 = 0x7f80;
-    /// +-448, the numbers around the tie to the next code, and both zeros.
-    const BOUNDARY: [u16; 6] = [0x43e0, 0xc3e0, 0x43e8, 0x43e7, 0x0000, 0x8000];
-    for (i, value) in block.iter_mut().enumerate() {
-        match kind {
-            0 => *value = 0,
-            1 => *value &= SIGN | MANTISSA, // Denormals.
-            2 => *value = BOUNDARY[i % BOUNDARY.len()],
-            3 if i % 17 == 3 => *value |= INFINITY | 1, // NaN of both signs among numbers.
-            4 if i % 19 == 5 => *value = *value & SIGN | INFINITY,
-            5 => *value = *value & !INFINITY | 0x7f00, // The largest finite exponent.
-            _ => {}
-        }
-    }
-}
-
 /// Chooses experts and weights token by token.
-struct Router {
+pub(super) struct Router {
     num_experts: usize,
     num_topk: usize,
     routing: Routing,
@@ -292,7 +119,7 @@ struct Router {
 }
 
 impl Router {
-    fn new(
+    pub(super) fn new(
         num_experts: u32,
         num_topk: usize,
         routing: Routing,
@@ -317,7 +144,13 @@ impl Router {
     }
 
     /// Appends the picks and weights of one token.
-    fn route(&mut self, token: u32, rng: &mut Rng, picks: &mut Vec<i32>, weights: &mut Vec<f32>) {
+    pub(super) fn route(
+        &mut self,
+        token: u32,
+        rng: &mut Rng,
+        picks: &mut Vec<i32>,
+        weights: &mut Vec<f32>,
+    ) {
         match self.routing {
             Routing::KHot if self.hot[token as usize] => self.subset(rng, self.num_topk, picks),
             Routing::Uniform | Routing::KHot => self.subset(rng, self.num_experts, picks),
@@ -420,87 +253,12 @@ fn append_normalised(numbers: Vec<f64>, weights: &mut Vec<f32>) {
     weights.extend(numbers.iter().map(|number| (number / sum) as f32));
 }
 
-/// e^x for |x| <= 8 without the system's libm, whose last bit differs between machines.
-fn exp(x: f64) -> f64 {
-    let small = x / 16.0;
-    let series = (1..16)
-        .rev()
-        .fold(1.0, |tail, n| 1.0 + tail * small / f64::from(n));
-    (0..4).fold(series, |power, _| power * power)
-}
-
-/// xoshiro256++, seeded through splitmix64.
-struct Rng([u64; 4]);
-
-impl Rng {
-    fn new(key: InputKey, stream: Stream) -> Self {
-        let mut state = 0;
-        for part in [
-            key.seed,
-            key.iteration,
-            u64::from(key.rank.0),
-            stream as u64,
-        ] {
-            state = splitmix(state ^ part);
-        }
-        let mut words = [0; 4];
-        for word in &mut words {
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            *word = splitmix(state);
-        }
-        Self(words)
-    }
-
-    fn next(&mut self) -> u64 {
-        let [a, b, c, d] = &mut self.0;
-        let result = a.wrapping_add(*d).rotate_left(23).wrapping_add(*a);
-        let shifted = *b << 17;
-        *c ^= *a;
-        *d ^= *b;
-        *b ^= *c;
-        *a ^= *d;
-        *c ^= shifted;
-        *d = d.rotate_left(45);
-        result
-    }
-
-    /// Uniform in [0, 1), all 53 bits.
-    fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Uniform in 0..n; the bias of 2^-64 x n is below what any run can see.
-    fn below(&mut self, n: u64) -> u64 {
-        // CAST: the high half of the product.
-        ((u128::from(self.next()) * u128::from(n)) >> 64) as u64
-    }
-
-    /// Nearly normal: the sum of twelve uniforms, centred.
-    fn normal(&mut self) -> f64 {
-        (0..12).map(|_| self.unit()).sum::<f64>() - 6.0
-    }
-
-    fn shuffle<T>(&mut self, items: &mut [T]) {
-        for last in (1..items.len()).rev() {
-            // CAST: an index.
-            let other = self.below(last as u64 + 1) as usize;
-            items.swap(last, other);
-        }
-    }
-}
-
-fn splitmix(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::{Config, WireDtype};
-    use crate::reference::numerics::bf16_to_f32;
+    use crate::ids::Rank;
+    use crate::reference::inputs::{InputKey, RankInput};
 
     fn config(num_experts: u32, max_topk: u32) -> ValidConfig {
         let dtype = WireDtype::Bf16;
@@ -519,30 +277,6 @@ mod tests {
             seed: 1,
             iteration,
             rank: Rank(rank),
-        }
-    }
-
-    #[test]
-    fn an_input_is_a_pure_function_of_its_key() {
-        let config = config(64, 8);
-        for &routing in Routing::ALL {
-            let draw = |key| RankInput::generate(&config, routing, key, 16);
-            let same = draw(key(3, 2));
-            assert_eq!(same.topk_idx, draw(key(3, 2)).topk_idx);
-            assert!(same.x == draw(key(3, 2)).x);
-            for other in [
-                key(4, 2),
-                key(3, 1),
-                InputKey {
-                    seed: 2,
-                    ..key(3, 2)
-                },
-            ] {
-                let other = draw(other);
-                assert_ne!(same.topk_idx, other.topk_idx);
-                assert_ne!(same.topk_weights, other.topk_weights);
-                assert!(same.x != other.x);
-            }
         }
     }
 
@@ -567,23 +301,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn one_percent_of_picks_is_masked() {
-        let config = config(256, 8);
-        let masked: usize = (0..40)
-            .map(|i| RankInput::generate(&config, Routing::Uniform, key(i, 0), 128))
-            .map(|input| {
-                input
-                    .topk_idx
-                    .iter()
-                    .filter(|&&expert| expert == -1)
-                    .count()
-            })
-            .sum();
-        let share = masked as f64 / (40.0 * 1024.0);
-        assert!((0.007..0.013).contains(&share), "{share}");
     }
 
     /// Picks per expert over many tokens.
@@ -645,32 +362,5 @@ mod tests {
         let error = Routing::GroupLimited.validate(&config(16, 9)).unwrap_err();
         assert_eq!((error.field, error.value), ("max_topk", 9u32.into()));
         assert_eq!(Routing::Uniform.validate(&config(60, 8)), Ok(()));
-    }
-
-    #[test]
-    fn inputs_hold_every_edge_block() {
-        let config = config(64, 8);
-        let draw = |i| RankInput::generate(&config, Routing::Uniform, key(i, 0), 128);
-        assert_eq!(draw(0).row(5).len(), 512);
-        let x: Vec<u16> = (0..20).flat_map(|i| draw(i).x).collect();
-        let values: Vec<f32> = x.iter().map(|&bits| bf16_to_f32(bits)).collect();
-        let has = |what: fn(f32) -> bool| values.iter().any(|&value| what(value));
-        assert!(has(f32::is_nan) && has(f32::is_infinite) && has(f32::is_subnormal));
-        assert!(has(|v| v == 448.0) && has(|v| v == -448.0) && has(|v| v.is_finite() && v > 1e38));
-        let zeros = |block: &[u16]| block.iter().all(|&bits| bits == 0);
-        assert!(x.chunks(128).any(zeros));
-    }
-
-    #[test]
-    fn no_tokens_is_an_input() {
-        let input = RankInput::generate(&config(64, 8), Routing::Uniform, key(0, 0), 0);
-        assert!(input.x.is_empty() && input.topk_idx.is_empty());
-    }
-
-    #[test]
-    fn exp_is_exact_enough() {
-        for x in [-6.0, -1.0, 0.0, 0.5, 1.0, 6.0] {
-            assert!((exp(x) / f64::exp(x) - 1.0).abs() < 1e-13, "{x}");
-        }
     }
 }
