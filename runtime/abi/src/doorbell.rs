@@ -39,7 +39,7 @@ pub struct DoorbellRecord {
 /// | set_ci      | arm         |
 /// ```
 ///
-/// SPEC: mlx5dv.h `MLX5_CQ_SET_CI`, `MLX5_CQ_ARM_DB`.
+/// SPEC: rdma-core providers/mlx5 `MLX5_CQ_SET_CI`, `MLX5_CQ_ARM_DB`.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
 )]

@@ -1,0 +1,3 @@
+/* What `regenerate.sh` feeds to bindgen. */
+#include <infiniband/verbs.h>
+#include <infiniband/mlx5dv.h>
