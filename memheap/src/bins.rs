@@ -25,21 +25,23 @@ pub(crate) const LEN_MAX: u64 = 1 << 48;
 
 const _: () = assert!(bin_of(LEN_MAX) < NUM_BINS);
 
-const fn row_of(len: u64) -> u32 {
-    (len | (SUBS as u64 - 1)).ilog2() - (SUB_LOG2 - 1)
+/// How far to shift a length so that what is left counts steps of its bin's width.
+const fn shift_of(len: u64) -> u32 {
+    (len | SUBS as u64).ilog2() - SUB_LOG2
 }
 
 /// The bin that a free extent of `len` bytes stands in.
+#[inline]
 pub(crate) const fn bin_of(len: u64) -> usize {
-    let row = row_of(len);
-    // CAST: the masked value is below 32.
-    let sub = (len >> row.saturating_sub(1)) as usize & (SUBS - 1);
-    row as usize * SUBS + sub
+    let shift = shift_of(len);
+    // CAST: the shifted length is below 64, its leading bit at 5 carries into the row.
+    ((shift as usize) << SUB_LOG2) + (len >> shift) as usize
 }
 
 /// The first bin of which every extent has at least `len` bytes; past the last bin where none has.
+#[inline]
 pub(crate) const fn bin_covering(len: u64) -> usize {
-    bin_of(len + ((1 << row_of(len).saturating_sub(1)) - 1))
+    bin_of(len + ((1 << shift_of(len)) - 1))
 }
 
 /// The shortest length that stands in `bin`.
@@ -67,28 +69,30 @@ impl Occupancy {
         }
     }
 
+    #[inline]
     pub(crate) fn set(&mut self, bin: usize) {
         let (row, sub) = (bin / SUBS, bin % SUBS);
         self.subs[row] |= 1 << sub;
         self.rows |= 1 << row;
     }
 
-    pub(crate) fn clear(&mut self, bin: usize) {
+    /// Clears a bin that became empty, without a branch.
+    #[inline]
+    pub(crate) fn clear_if(&mut self, bin: usize, empty: bool) {
         let (row, sub) = (bin / SUBS, bin % SUBS);
-        self.subs[row] &= !(1 << sub);
-        if self.subs[row] == 0 {
-            self.rows &= !(1 << row);
-        }
+        self.subs[row] &= !(u32::from(empty) << sub);
+        self.rows &= !(u64::from(self.subs[row] == 0) << row);
     }
 
     /// The first occupied bin at or after `from`, in two bit scans.
+    #[inline]
     pub(crate) fn first_from(&self, from: usize) -> Option<usize> {
         let (row, sub) = (from / SUBS, from % SUBS);
         let here = self.subs.get(row)? & (u32::MAX << sub);
         if here != 0 {
             return Some(row * SUBS + here.trailing_zeros() as usize);
         }
-        // No overflow: the row before was found in `subs`, so it is below 45.
+        // The shift is in range: a row of `subs` is below 45.
         let later = self.rows & (u64::MAX << (row + 1));
         if later == 0 {
             return None;
@@ -170,7 +174,8 @@ mod tests {
         assert_eq!(map.first_from(33), Some(700));
         assert_eq!(map.first_from(701), Some(NUM_BINS - 1));
         assert_eq!(map.last(), Some(NUM_BINS - 1));
-        map.clear(NUM_BINS - 1);
+        map.clear_if(700, false);
+        map.clear_if(NUM_BINS - 1, true);
         assert_eq!((map.first_from(701), map.last()), (None, Some(700)));
     }
 }

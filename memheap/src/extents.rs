@@ -1,23 +1,24 @@
 //! The books: one record per extent, free or live, in a slab.
 //!
-//! The slab owns all records. They are linked twice by index: by position, in a ring through a sentinel,
-//! and, where free, by size, in one list per bin. Records given back are chained and used again first, so
-//! the slab grows to the most extents ever held and no further.
+//! The slab owns all records. They are linked by position, in a ring through a sentinel; the size lists of
+//! the free ones ([`crate::lists`]) stand beside them. Records given back are chained and used again first,
+//! so the slab grows to the most extents ever held and no further.
 //!
 //! INVARIANT: the sentinel is never free, so joining stops at both ends of the heap without a special case.
 
 use std::ops::{Index, IndexMut};
 
-use crate::bins::{NUM_BINS, Occupancy, bin_of};
+use crate::bins::bin_of;
+use crate::lists::FreeLists;
 
 /// Position of a record in the slab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct ExtentId(u32);
+pub(crate) struct ExtentId(pub(crate) u32);
 
 impl ExtentId {
     /// Stands before the first extent and after the last.
     pub(crate) const SENTINEL: ExtentId = ExtentId(0);
-    /// Ends a size list or the chain of spare records.
+    /// Ends the chain of spare records.
     const NONE: ExtentId = ExtentId(u32::MAX);
 
     fn some(self) -> Option<ExtentId> {
@@ -39,9 +40,10 @@ pub(crate) struct Extent {
     pub(crate) ticket: u64,
     pub(crate) before: ExtentId,
     pub(crate) after: ExtentId,
-    bin_prev: ExtentId,
-    bin_next: ExtentId,
 }
+
+// Half a cache line: a record never straddles two.
+const _: () = assert!(size_of::<Extent>() == 32);
 
 impl Extent {
     pub(crate) fn is_free(&self) -> bool {
@@ -59,8 +61,7 @@ pub(crate) struct Extents {
     records: Vec<Extent>,
     spare: ExtentId,
     in_use: u32,
-    heads: Box<[ExtentId; NUM_BINS]>,
-    occupancy: Occupancy,
+    lists: FreeLists,
 }
 
 impl Extents {
@@ -72,16 +73,14 @@ impl Extents {
             ticket: NEVER,
             before: ExtentId::SENTINEL,
             after: ExtentId::SENTINEL,
-            bin_prev: ExtentId::NONE,
-            bin_next: ExtentId::NONE,
         };
         let mut extents = Extents {
             records: vec![sentinel],
             spare: ExtentId::NONE,
             in_use: 0,
-            heads: Box::new([ExtentId::NONE; NUM_BINS]),
-            occupancy: Occupancy::new(),
+            lists: FreeLists::new(),
         };
+        extents.lists.admit(ExtentId::SENTINEL);
         let all = extents.insert_before(ExtentId::SENTINEL, 0, capacity, FREE);
         extents.link(all);
         extents
@@ -105,15 +104,15 @@ impl Extents {
 
     /// Every free extent of one bin, last freed first.
     pub(crate) fn in_bin(&self, bin: usize) -> impl Iterator<Item = (ExtentId, &Extent)> {
-        let first = self.heads[bin].some();
-        std::iter::successors(first, |&id| self[id].bin_next.some()).map(|id| (id, &self[id]))
+        self.lists.iter(bin).map(|id| (id, &self[id]))
     }
 
-    pub(crate) fn occupancy(&self) -> &Occupancy {
-        &self.occupancy
+    pub(crate) fn lists(&self) -> &FreeLists {
+        &self.lists
     }
 
     /// Adds a record between `next` and what stands before it; a free one is in no size list yet.
+    #[inline]
     pub(crate) fn insert_before(
         &mut self,
         next: ExtentId,
@@ -128,8 +127,6 @@ impl Extents {
             ticket,
             before,
             after: next,
-            bin_prev: ExtentId::NONE,
-            bin_next: ExtentId::NONE,
         };
         let id = self.store(record);
         self[before].after = id;
@@ -140,17 +137,19 @@ impl Extents {
 
     fn store(&mut self, record: Extent) -> ExtentId {
         if let Some(id) = self.spare.some() {
-            self.spare = self[id].bin_next;
+            self.spare = self[id].after;
             self[id] = record;
             return id;
         }
         // CAST: the heap keeps at most EXTENTS_MAX records, far below 2^32.
         let id = ExtentId(self.records.len() as u32);
         self.records.push(record);
+        self.lists.admit(id);
         id
     }
 
     /// Takes a record that is in no size list out of the heap; a neighbour has absorbed its bytes.
+    #[inline]
     pub(crate) fn remove(&mut self, id: ExtentId) {
         let Extent { before, after, .. } = self[id];
         self[before].after = after;
@@ -158,58 +157,35 @@ impl Extents {
         let spare = self.spare;
         let record = &mut self[id];
         record.ticket = FREE;
-        record.bin_next = spare;
+        record.after = spare;
         self.spare = id;
         self.in_use -= 1;
     }
 
-    /// Puts a free extent at the head of its size list.
+    /// Puts a free extent into the size list of its bin.
+    #[inline]
     pub(crate) fn link(&mut self, id: ExtentId) {
-        let bin = bin_of(self[id].len);
-        let head = std::mem::replace(&mut self.heads[bin], id);
-        self[id].bin_prev = ExtentId::NONE;
-        self[id].bin_next = head;
-        match head.some() {
-            Some(head) => self[head].bin_prev = id,
-            None => self.occupancy.set(bin),
-        }
+        self.lists.insert(id, bin_of(self[id].len));
     }
 
     /// Takes a free extent out of its size list.
+    #[inline]
     pub(crate) fn unlink(&mut self, id: ExtentId) {
-        let Extent {
-            len,
-            bin_prev,
-            bin_next,
-            ..
-        } = self[id];
-        if let Some(next) = bin_next.some() {
-            self[next].bin_prev = bin_prev;
-        }
-        match bin_prev.some() {
-            Some(prev) => self[prev].bin_next = bin_next,
-            None => {
-                let bin = bin_of(len);
-                self.heads[bin] = bin_next;
-                if bin_next == ExtentId::NONE {
-                    self.occupancy.clear(bin);
-                }
-            }
-        }
+        self.lists.remove(id, bin_of(self[id].len));
     }
 
     /// Moves the edges of a free extent; it changes lists only where it changes bins.
+    #[inline]
     pub(crate) fn resize(&mut self, id: ExtentId, begin: u64, len: u64) {
-        // A large extent that is nibbled at stays in its bin, which makes this the common case.
-        if bin_of(self[id].len) == bin_of(len) {
-            self[id].begin = begin;
-            self[id].len = len;
-            return;
+        let record = &mut self[id];
+        let (old, new) = (bin_of(record.len), bin_of(len));
+        record.begin = begin;
+        record.len = len;
+        // A large extent that is nibbled at stays in its bin.
+        if old != new {
+            self.lists.remove(id, old);
+            self.lists.insert(id, new);
         }
-        self.unlink(id);
-        self[id].begin = begin;
-        self[id].len = len;
-        self.link(id);
     }
 }
 

@@ -20,12 +20,6 @@ pub const EXTENTS_MAX: u32 = 1 << 24;
 /// Extents a heap may keep unless told otherwise; thousands of queue pairs need a few each.
 pub const EXTENTS_DEFAULT: u32 = 1 << 20;
 
-/// Extents of the nearest bin that are tried before a bin that fits for certain.
-///
-/// A block freed and asked for again is found here though its bin does not promise a fit, which keeps
-/// large extents whole. Chosen; the mixed row of `benches/memheap.rs` changes little between 2 and 8.
-const TRIES: usize = 4;
-
 /// A position in the range a heap manages, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HeapOffset(u64);
@@ -86,6 +80,19 @@ pub struct Heap {
     live_blocks: u64,
     peak_live_bytes: u64,
     high_water: u64,
+}
+
+/// How a block divides the free extent it is cut from.
+struct Cut {
+    front: u64,
+    len: u64,
+    back: u64,
+}
+
+/// Why a block found no place; small, so that the way without errors returns it in registers.
+enum Refusal {
+    NoHole,
+    NoRecords { needed: u32 },
 }
 
 static NEXT_TAG: AtomicU32 = AtomicU32::new(0);
@@ -151,6 +158,7 @@ impl Heap {
     /// [`HeapError::ZeroSize`] and [`HeapError::BadAlign`] for a request no heap can serve;
     /// [`HeapError::Exhausted`] if no free extent holds the block at that alignment, which is certain and
     /// not a guess; [`HeapError::ExtentsExhausted`] if the books are full.
+    #[inline]
     pub fn alloc(&mut self, len: u64, align: u64) -> Result<Allocation, HeapError> {
         if len == 0 {
             return Err(HeapError::ZeroSize);
@@ -158,34 +166,19 @@ impl Heap {
         if !align.is_power_of_two() {
             return Err(HeapError::BadAlign { align });
         }
-        let Some(id) = self.find(len, align) else {
-            return Err(self.exhausted(len, align));
-        };
-        let hole = self.extents[id];
-        let begin = align_up(hole.begin, align);
-        let needed = u32::from(begin != hole.begin) + u32::from(begin + len != hole.end());
-        if needed > self.extents_max - self.extents.in_use() {
-            let (limit, in_use) = (self.extents_max, self.extents.in_use());
-            return Err(HeapError::ExtentsExhausted {
-                limit,
-                in_use,
-                needed,
-            });
+        match self.place(len, align) {
+            Ok(id) => {
+                let Extent { begin, ticket, .. } = self.extents[id];
+                Ok(Allocation {
+                    offset: HeapOffset(begin),
+                    len,
+                    ticket,
+                    id,
+                    heap: self.tag,
+                })
+            }
+            Err(refusal) => Err(self.explain(refusal, len, align)),
         }
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        let id = self.carve(id, begin, len, ticket);
-        self.live_bytes += len;
-        self.live_blocks += 1;
-        self.peak_live_bytes = self.peak_live_bytes.max(self.live_bytes);
-        self.high_water = self.high_water.max(begin + len);
-        Ok(Allocation {
-            offset: HeapOffset(begin),
-            len,
-            ticket,
-            id,
-            heap: self.tag,
-        })
     }
 
     /// Gives a block back; its bytes may be part of the next one.
@@ -193,6 +186,7 @@ impl Heap {
     /// # Errors
     /// [`HeapError::UnknownOffset`] if another heap made the allocation, [`HeapError::DoubleFree`] if it was
     /// freed before, also where its bytes have a new owner since.
+    #[inline]
     pub fn free(&mut self, block: Allocation) -> Result<(), HeapError> {
         if block.heap != self.tag {
             return Err(HeapError::UnknownOffset {
@@ -211,6 +205,7 @@ impl Heap {
     }
 
     /// Whether the block was allocated here and not freed since.
+    #[inline]
     pub fn is_live(&self, block: &Allocation) -> bool {
         let extent = self.extents.get(block.id);
         block.heap == self.tag && extent.is_some_and(|extent| extent.ticket == block.ticket)
@@ -274,9 +269,9 @@ impl Heap {
 
     /// Where the extents of all size lists begin, in order.
     fn listed(&self) -> Vec<u64> {
-        let occupancy = self.extents.occupancy();
+        let lists = self.extents.lists();
         let mut begins = Vec::new();
-        let mut next = occupancy.first_from(0);
+        let mut next = lists.first_from(0);
         while let Some(bin) = next {
             let before = begins.len();
             // A broken list may be a circle: it is cut where it is longer than the books.
@@ -294,10 +289,33 @@ impl Heap {
                 begins.push(extent.begin);
             }
             assert_ne!(begins.len(), before, "bin {bin} is marked but empty");
-            next = occupancy.first_from(bin + 1);
+            next = lists.first_from(bin + 1);
         }
         begins.sort_unstable();
         begins
+    }
+
+    /// Makes a live extent of `len` bytes and counts it.
+    fn place(&mut self, len: u64, align: u64) -> Result<ExtentId, Refusal> {
+        let hole = self.find(len, align).ok_or(Refusal::NoHole)?;
+        let Extent {
+            begin: hole_begin,
+            len: hole_len,
+            ..
+        } = self.extents[hole];
+        let begin = align_up(hole_begin, align);
+        let (front, back) = (begin - hole_begin, hole_begin + hole_len - (begin + len));
+        let needed = u32::from(front > 0) + u32::from(back > 0);
+        if needed > self.extents_max - self.extents.in_use() {
+            return Err(Refusal::NoRecords { needed });
+        }
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.live_bytes += len;
+        self.live_blocks += 1;
+        self.peak_live_bytes = self.peak_live_bytes.max(self.live_bytes);
+        self.high_water = self.high_water.max(begin + len);
+        Ok(self.carve(hole, Cut { front, len, back }, ticket))
     }
 
     /// A free extent that holds the block; `None` is a proof that there is none.
@@ -306,20 +324,18 @@ impl Heap {
             return None;
         }
         let fits = |extent: &Extent| align_up(extent.begin, align) + len <= extent.end();
-        let occupancy = self.extents.occupancy();
-        let nearest = occupancy.first_from(bin_of(len))?;
-        let near = self
-            .extents
-            .in_bin(nearest)
-            .take(TRIES)
-            .find(|(_, extent)| fits(extent));
-        if let Some((id, _)) = near {
-            return Some(id);
+        let lists = self.extents.lists();
+        // The bin of a block freed a moment ago promises no fit, but its first extent often is one; taking
+        // it keeps longer extents whole. One try: a second costs more in branches missed than it saves.
+        let nearest = lists.first_from(bin_of(len))?;
+        let near = lists.first_of(nearest)?;
+        if fits(&self.extents[near]) {
+            return Some(near);
         }
         // Long enough for any place of an aligned start within the extent, so the first one will do.
         let certain = bin_covering(len + (align - 1));
-        if let Some(bin) = occupancy.first_from(certain) {
-            return self.extents.in_bin(bin).next().map(|(id, _)| id);
+        if let Some(bin) = lists.first_from(certain) {
+            return lists.first_of(bin);
         }
         // Everything free is in bins below `certain`; whether one fits depends on where it begins.
         let mut bin = Some(nearest);
@@ -327,28 +343,30 @@ impl Heap {
             if let Some((id, _)) = self.extents.in_bin(this).find(|(_, extent)| fits(extent)) {
                 return Some(id);
             }
-            bin = occupancy.first_from(this + 1);
+            bin = lists.first_from(this + 1);
         }
         None
     }
 
     /// Cuts a live block out of a free extent; what is left on either side stays free.
-    fn carve(&mut self, hole: ExtentId, begin: u64, len: u64, ticket: u64) -> ExtentId {
+    fn carve(&mut self, hole: ExtentId, cut: Cut, ticket: u64) -> ExtentId {
         let extents = &mut self.extents;
-        let old = extents[hole];
-        let (end, front, back) = (begin + len, begin - old.begin, old.end() - (begin + len));
+        let Cut { front, len, back } = cut;
+        let hole_begin = extents[hole].begin;
+        let begin = hole_begin + front;
         if back > 0 {
             // The old record keeps the back, which is the large part of an untouched range.
-            extents.resize(hole, end, back);
+            extents.resize(hole, begin + len, back);
             let block = extents.insert_before(hole, begin, len, ticket);
             if front > 0 {
-                let front = extents.insert_before(block, old.begin, front, FREE);
+                let front = extents.insert_before(block, hole_begin, front, FREE);
                 extents.link(front);
             }
             block
         } else if front > 0 {
-            extents.resize(hole, old.begin, front);
-            extents.insert_before(old.after, begin, len, ticket)
+            let after = extents[hole].after;
+            extents.resize(hole, hole_begin, front);
+            extents.insert_before(after, begin, len, ticket)
         } else {
             extents.unlink(hole);
             extents[hole].ticket = ticket;
@@ -359,41 +377,48 @@ impl Heap {
     /// Frees a live extent and joins it with the free ones on either side.
     fn release(&mut self, id: ExtentId) {
         let extents = &mut self.extents;
-        let freed = extents[id];
-        let (before, after) = (extents[freed.before], extents[freed.after]);
-        match (before.is_free(), after.is_free()) {
-            (false, false) => {
-                extents[id].ticket = FREE;
-                extents.link(id);
+        let (before, after) = (extents[id].before, extents[id].after);
+        let (mut begin, mut len) = (extents[id].begin, extents[id].len);
+        if extents[before].is_free() {
+            begin = extents[before].begin;
+            len += extents[before].len;
+            if extents[after].is_free() {
+                len += extents[after].len;
+                extents.unlink(after);
+                extents.remove(after);
             }
-            (true, false) => {
-                extents.remove(id);
-                extents.resize(freed.before, before.begin, before.len + freed.len);
-            }
-            (false, true) => {
-                extents.remove(id);
-                extents.resize(freed.after, freed.begin, freed.len + after.len);
-            }
-            (true, true) => {
-                extents.remove(id);
-                extents.unlink(freed.before);
-                extents.remove(freed.before);
-                extents.resize(
-                    freed.after,
-                    before.begin,
-                    before.len + freed.len + after.len,
-                );
-            }
+            extents.remove(id);
+            extents.resize(before, begin, len);
+        } else if extents[after].is_free() {
+            len += extents[after].len;
+            extents.remove(id);
+            extents.resize(after, begin, len);
+        } else {
+            extents[id].ticket = FREE;
+            extents.link(id);
         }
     }
 
-    fn exhausted(&self, requested: u64, align: u64) -> HeapError {
-        let largest_free = report::largest_free(&self.extents);
-        HeapError::Exhausted {
-            requested,
-            align,
-            largest_free,
-            live: self.live_bytes,
+    #[cold]
+    fn explain(&self, refusal: Refusal, requested: u64, align: u64) -> HeapError {
+        match refusal {
+            Refusal::NoHole => {
+                let largest_free = report::largest_free(&self.extents);
+                HeapError::Exhausted {
+                    requested,
+                    align,
+                    largest_free,
+                    live: self.live_bytes,
+                }
+            }
+            Refusal::NoRecords { needed } => {
+                let (limit, in_use) = (self.extents_max, self.extents.in_use());
+                HeapError::ExtentsExhausted {
+                    limit,
+                    in_use,
+                    needed,
+                }
+            }
         }
     }
 }

@@ -22,10 +22,10 @@
 //!
 //! # Cost
 //!
-//! Freeing is O(1). Allocating is O(1) as long as the bitmap finds an extent that fits for certain, or one
-//! of the first few of the nearest bin fits. Otherwise the extents that *may* fit are looked at one by one
-//! before [`HeapError::Exhausted`] is returned: a refusal is therefore a fact about the heap, not a guess of
-//! the search. `benches/memheap.rs` has the numbers.
+//! Freeing is O(1). Allocating is O(1) wherever the first extent of the nearest bin fits, or any bin fits for
+//! certain. Otherwise the extents that *may* fit are looked at one by one before [`HeapError::Exhausted`] is
+//! returned: a refusal is a fact about the heap, not a guess of the search. `benches/memheap.rs` has the
+//! numbers.
 //!
 //! # Invariants
 //!
@@ -67,6 +67,7 @@ mod bins;
 mod error;
 mod extents;
 mod heap;
+mod lists;
 mod report;
 mod shared;
 

@@ -56,7 +56,7 @@ pub(crate) fn free_part(extents: &Extents) -> StorageReport {
         largest_free: largest_free(extents),
         ..Default::default()
     };
-    let mut next = extents.occupancy().first_from(0);
+    let mut next = extents.lists().first_from(0);
     while let Some(bin) = next {
         let mut class = BinReport {
             shortest: shortest_in(bin),
@@ -70,14 +70,14 @@ pub(crate) fn free_part(extents: &Extents) -> StorageReport {
         report.free_bytes += class.bytes;
         report.free_extents += class.extents;
         report.bins.push(class);
-        next = extents.occupancy().first_from(bin + 1);
+        next = extents.lists().first_from(bin + 1);
     }
     report
 }
 
 /// Longest free extent: it stands in the last occupied bin.
 pub(crate) fn largest_free(extents: &Extents) -> u64 {
-    let last = extents.occupancy().last();
+    let last = extents.lists().last();
     let lens = last
         .into_iter()
         .flat_map(|bin| extents.in_bin(bin))

@@ -2,6 +2,7 @@
 //!
 //! Checked at every operation: bounds, alignment, overlap, the accounting, and that a refusal is true. An
 //! operation list that fails shrinks to the shortest one that does.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
 use std::collections::BTreeMap;
 
