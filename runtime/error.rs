@@ -7,6 +7,9 @@
 
 use std::fmt;
 
+use ibex_hca::{CommandError, HcaError};
+
+use crate::gpu::GpuError;
 use crate::ids::{Epoch, QpSlot, Rank};
 
 /// Anything that Ibex can refuse or report.
@@ -16,6 +19,12 @@ pub enum Error {
     /// A field of the configuration or of a call was rejected before anything was created or posted.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The HCA refused a command.
+    #[error(transparent)]
+    Command(CommandError),
+    /// The HCA could not do what was asked, for a reason other than a refused command.
+    #[error(transparent)]
+    Hca(HcaError),
     /// A work request completed with an error.
     #[error(transparent)]
     Completion(#[from] CompletionError),
@@ -31,9 +40,28 @@ pub enum Error {
     /// A handle belongs to another epoch or incarnation.
     #[error(transparent)]
     Stale(#[from] Stale),
+    /// The GPU refused or failed a call.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// A call to the operating system failed.
     #[error(transparent)]
     Os(#[from] OsError),
+}
+
+impl From<HcaError> for Error {
+    fn from(error: HcaError) -> Self {
+        match error {
+            HcaError::Command(command) => Self::Command(command),
+            HcaError::Os { call, errno } => Self::Os(OsError { call, errno }),
+            other => Self::Hca(other),
+        }
+    }
+}
+
+impl From<CommandError> for Error {
+    fn from(error: CommandError) -> Self {
+        Self::Command(error)
+    }
 }
 
 /// A field whose value is outside its limit.
@@ -264,6 +292,9 @@ pub enum Resource {
     /// Blocks that the GPU can run at the same time.
     #[error("co-resident blocks")]
     CoresidentBlocks,
+    /// Graph captures: a session runs one at a time.
+    #[error("graph captures")]
+    Captures,
     /// Spare regions for replaced peers.
     #[error("spare regions")]
     SpareRegions,
@@ -377,6 +408,14 @@ mod tests {
             error,
             Error::PeerLost(PeerLost { rank: Rank(3), .. })
         ));
+    }
+
+    #[test]
+    fn a_refused_command_keeps_its_own_variant() {
+        let errno = HcaError::Os { call: "ioctl", errno: 22 };
+        assert!(matches!(Error::from(errno), Error::Os(OsError { call: "ioctl", errno: 22 })));
+        let unreachable = HcaError::Unreachable { reason: "another subnet" };
+        assert!(matches!(Error::from(unreachable), Error::Hca(HcaError::Unreachable { .. })));
     }
 
     #[test]
