@@ -14,6 +14,8 @@ use ibex::gpu::pool::{
     Pool, PoolConfig, PoolError, PoolLaunch, Progress, Progressed, kernel_args_len, kernel_name,
 };
 
+mod rig;
+
 const SELFTEST: u32 = 4;
 const PAIR: u32 = 5;
 const EMPTY: u32 = 6;
@@ -43,7 +45,7 @@ struct PairArgs {
     n16: u32,
     rounds: u32,
     device: u32,
-    reserved: u32,
+    fenced: u32,
 }
 
 /// `SelftestEmptyArgs`.
@@ -291,7 +293,7 @@ impl Pair {
                 n16: self.n16,
                 rounds: self.rounds,
                 device,
-                reserved: 0,
+                fenced: 0,
             };
             let launch = PoolLaunch {
                 kernel: PAIR,
@@ -341,6 +343,65 @@ fn every_collective_gives_what_the_lanes_say() {
         run.launch(&pool, 0, &finished);
         finished.wait_for(1);
         run.check();
+    }
+}
+
+/// Reads what `rig selftest --print` writes: a name and hexadecimal words per line.
+fn parse_selftest(text: &str, run: &mut Selftest) {
+    for line in text.lines() {
+        let mut fields = line.split_whitespace();
+        let name = fields.next().unwrap();
+        let words = fields.map(|w| u64::from_str_radix(w, 16).unwrap());
+        let narrow = |w: u64| u32::try_from(w).unwrap();
+        match name {
+            "results" => run.results = words.map(narrow).collect(),
+            "counters" => run.counters = words.map(narrow).collect(),
+            "wide" => run.wide = words.collect(),
+            "dst" => {
+                let words: Vec<u32> = words.map(narrow).collect();
+                run.dst = words
+                    .chunks_exact(4)
+                    .map(|v| v.try_into().unwrap())
+                    .collect();
+            }
+            other => panic!("unknown line {other}"),
+        }
+    }
+}
+
+#[test]
+fn lane_fibers_give_what_warp_fibers_give() {
+    let rig = match rig::build(rig::Flavor::Plain) {
+        Ok(rig) => rig,
+        Err(why) => {
+            println!("SKIPPED: no C++ compiler at test time: {why}");
+            return;
+        }
+    };
+    for (blocks, warps, n16) in [(1, 1, 0), (2, 5, 33), (3, 16, 448)] {
+        for seed in ["0", "1", "2"] {
+            let (b, w, n) = (blocks.to_string(), warps.to_string(), n16.to_string());
+            let shape = [
+                "--blocks", &b, "--warps", &w, "--n16", &n, "--seed", seed, "--print",
+            ];
+            let output = rig::run_case(&rig, &[&["selftest"][..], &shape[..]].concat());
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            let mut run = Selftest::new(blocks, warps, n16);
+            run.dst.clear();
+            parse_selftest(&String::from_utf8_lossy(&output.stdout), &mut run);
+            run.check();
+        }
+    }
+    for case in ["pair", "fence-pair"] {
+        assert!(
+            rig::run_case(&rig, &[case, "--rounds", "50"])
+                .status
+                .success()
+        );
     }
 }
 
@@ -493,7 +554,7 @@ fn a_dropped_pool_abandons_what_waits_for_ever() {
         n16: 4,
         rounds: 1,
         device: 1,
-        reserved: 0,
+        fenced: 0,
     };
     let launch = PoolLaunch {
         kernel: PAIR,
@@ -578,7 +639,7 @@ fn wait_for_timer(pool: &Pool, timer: &Timer, finished: &Arc<Finished>) -> Box<P
         n16: 1,
         rounds: 1,
         device: 1,
-        reserved: 0,
+        fenced: 0,
     };
     let launch = PoolLaunch {
         kernel: PAIR,

@@ -170,7 +170,6 @@ void* shared_memory(const void* tag, size_t len, size_t align) {
   for (uint32_t i = 0; i < b.num_shared; ++i) {
     if (b.shared[i].tag == tag) return b.arena + b.shared[i].offset;
   }
-  if (b.arena == nullptr) b.arena = tl_worker->take_arena();
   if (b.arena == nullptr) broken("out of memory for a block's shared memory");
   const size_t offset = (b.shared_len + align - 1) / align * align;
   if (b.num_shared == kSharedMax) broken("too many IBEX_SHARED declarations in one kernel");

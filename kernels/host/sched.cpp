@@ -247,6 +247,7 @@ void Worker::build(Grid* grid) {
     Block& block = grid->blocks[b];
     block.grid = grid;
     block.idx = b;
+    block.arena = take_arena();
     if (kFibersPerWarp > 1) block.warps = std::make_unique<Warp[]>(grid->warps_per_block);
     for (uint32_t i = 0; i < fibers_per_block; ++i) {
       Fiber& f = grid->fibers[b * fibers_per_block + i];

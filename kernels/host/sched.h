@@ -69,7 +69,7 @@ struct Block {
   SharedEntry shared[kSharedMax];
   uint32_t num_shared = 0;
   size_t shared_len = 0;
-  char* arena = nullptr;
+  char* arena = nullptr;  ///< IBEX_SHARED_MAX bytes, untouched until the kernel declares shared memory
   std::unique_ptr<Warp[]> warps;
 };
 
@@ -107,7 +107,6 @@ struct Worker {
   void meet(Meeting& meeting, uint32_t need, Fiber* f, FiberState state);
   void step(Fiber* f);
   [[noreturn]] void leave(Fiber* f);
-  char* take_arena();
 
   void dump(const char* why) const;
 
@@ -122,6 +121,7 @@ struct Worker {
  private:
   bool take_inbox();  ///< false: shut down
   void build(Grid* grid);
+  char* take_arena();
   void finish_grids();
   /// Frees it and calls `on_done`.
   void free_grid(Grid* grid, bool finished);

@@ -23,8 +23,11 @@ enum class Plant : uint8_t {
   none,
   drop_release,    ///< a release store or update is performed relaxed
   narrow_scope,    ///< a release at sys scope is performed at gpu scope
-  skip_warp_sync,  ///< warp::sync does not synchronise (address range ignored)
-  hold_back,       ///< 16-byte stores wait until after this fiber's next release: record before WQE, signal before data
+  drop_fence,      ///< fences do nothing (everywhere)
+  narrow_fence,    ///< fences at sys scope are performed at gpu scope (everywhere)
+  skip_warp_sync,  ///< warp::sync does not synchronise (everywhere)
+  hold_back,       ///< 16-byte stores wait until after their warp's next release store: record before WQE,
+                   ///< signal before data
 };
 
 #if defined(IBEX_TSAN)
@@ -42,7 +45,7 @@ void tsan_fence(Scope scope);
 /// Applies the plants to a release at `p`: returns the order to perform and narrows `scope`.
 Order tsan_planted(const void* p, Order order, Scope* scope);
 bool tsan_hold_back(uint4* p, const uint4& v);
-/// The next held-back store of this fiber, which the instrumented caller performs.
+/// The next held-back store of this warp, which the instrumented caller performs.
 bool tsan_next_held(uint4** p, uint4* v);
 
 constexpr bool acquires(Order order) { return order == Order::acquire || order == Order::acq_rel; }

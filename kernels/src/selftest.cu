@@ -134,8 +134,8 @@ IBEX_DEV void body(const SelftestArgs& args, BlockRange blocks) {
 }
 
 /// # Ordering
-/// Payload -> flag: release at sys scope by lane 0, after warp::sync has ordered the other lanes' stores before it.
-/// Flag -> payload: acquire at sys scope by lane 0, then warp::sync before the other lanes read.
+/// Payload -> flag: release (or fence) at sys scope by lane 0, after warp::sync has ordered the other lanes' stores before it.
+/// Flag -> payload: acquire (or fence) at sys scope by lane 0, then warp::sync before the other lanes read.
 IBEX_DEV void pass(const SelftestPairArgs& args, uint32_t round) {
   for (uint32_t i = 0; i < args.n16; i += kWarpSize) {
     EACH_LANE(l) {
@@ -144,12 +144,24 @@ IBEX_DEV void pass(const SelftestPairArgs& args, uint32_t round) {
     }
   }
   warp::sync();
-  ONE_LANE st_release_sys(args.peer_flag, round);
+  ONE_LANE {
+    if (args.fenced != 0) {
+      fence_acq_rel_sys();
+      st_relaxed_sys(args.peer_flag, round);
+    } else {
+      st_release_sys(args.peer_flag, round);
+    }
+  }
 }
 
 IBEX_DEV uint64_t receive(const SelftestPairArgs& args, uint32_t round) {
   ONE_LANE {
-    while (ld_acquire_sys(args.my_flag) != round) backoff();
+    if (args.fenced != 0) {
+      while (ld_relaxed_sys(args.my_flag) != round) backoff();
+      fence_acq_rel_sys();
+    } else {
+      while (ld_acquire_sys(args.my_flag) != round) backoff();
+    }
   }
   warp::sync();
   warp::lanes<uint64_t> sum;

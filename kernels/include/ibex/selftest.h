@@ -33,7 +33,7 @@ struct SelftestPairArgs {
   uint32_t n16;
   uint32_t rounds;
   uint32_t device;
-  uint32_t reserved;
+  uint32_t fenced;     ///< 1: a fence and a relaxed access where otherwise a release and an acquire stand
 };
 static_assert(sizeof(SelftestPairArgs) == 56);
 
