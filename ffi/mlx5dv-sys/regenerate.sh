@@ -12,7 +12,8 @@ cd "$(dirname "$0")"
 
 functions='ibv_(get_device_list|free_device_list|get_device_name|open_device|close_device|query_device'
 functions="$functions|query_port|query_gid|query_pkey|alloc_pd|dealloc_pd|reg_mr"
-functions="$functions|reg_mr_iova2|reg_dmabuf_mr|dereg_mr|create_ah|destroy_ah|get_async_event|ack_async_event|event_type_str)"
+functions="$functions|reg_mr_iova2|reg_dmabuf_mr|dereg_mr|create_ah|destroy_ah"
+functions="$functions|get_async_event|ack_async_event|event_type_str)"
 functions="$functions|_ibv_query_gid_ex|mlx5dv_(is_supported|open_device|query_device|init_obj"
 functions="$functions|devx_general_cmd|devx_query_eqn"
 functions="$functions|devx_obj_create|devx_obj_query|devx_obj_modify|devx_obj_destroy"

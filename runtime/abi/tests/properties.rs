@@ -324,6 +324,9 @@ fn each_malformed_entry_is_refused_with_its_reason() {
     inline[3] = Opcode::RdmaRead.byte();
     inline[32..36].copy_from_slice(InlineHeader::new(12).as_bytes());
     assert_eq!(refused(&inline), WqeError::InlineScatter(Opcode::RdmaRead));
+    let mut atomic = entry(0, Opcode::AtomicCs, 4);
+    atomic[48..52].copy_from_slice(InlineHeader::new(8).as_bytes());
+    assert_eq!(refused(&atomic), WqeError::InlineScatter(Opcode::AtomicCs));
 }
 
 #[test]

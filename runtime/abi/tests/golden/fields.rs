@@ -1,8 +1,9 @@
-//! `prm_fields.txt`: every field constant against tables derived from public headers.
+//! `prm_fields.txt`, `prm_codes.txt`: every field constant, opcode and status against tables derived
+//! from public headers.
 
 use std::collections::BTreeMap;
 
-use ibex_abi::prm::{self, Field, Layout};
+use ibex_abi::prm::{self, Field, Layout, Op, Status};
 
 use super::text::{lines, number};
 
@@ -121,4 +122,51 @@ fn fields_lie_in_their_layout_and_overlap_only_where_sources_disagree() {
             end = bits.end.max(end);
         }
     }
+}
+
+/// The Linux error number with this name.
+fn errno(name: &str) -> i32 {
+    match name {
+        "0" => 0,
+        "EIO" => 5,
+        "EAGAIN" => 11,
+        "ENOMEM" => 12,
+        "EBUSY" => 16,
+        "EINVAL" => 22,
+        other => panic!("no number for {other}"),
+    }
+}
+
+#[test]
+fn every_opcode_and_status_has_the_number_of_public_headers() {
+    let (mut ops, mut statuses) = (Vec::new(), Vec::new());
+    for (at, line) in lines("prm_codes.txt") {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["op", name, code, "C" | "O" | "L"] => {
+                let op = Op::from_code(number(code) as u16).unwrap();
+                assert_eq!(op.name(), name, "line {at}");
+                ops.push(op);
+            }
+            ["status", name, code, error] => {
+                let status = Status::from_code(number(code) as u8).unwrap();
+                assert_eq!(
+                    (status.name(), status.errno()),
+                    (name, errno(error)),
+                    "line {at}"
+                );
+                statuses.push(status.code());
+            }
+            _ => panic!("line {at}: {line:?}"),
+        }
+    }
+    assert_eq!(ops, Op::ALL);
+    statuses.sort_unstable();
+    assert_eq!(
+        statuses,
+        Status::ALL
+            .iter()
+            .map(|status| status.code())
+            .collect::<Vec<_>>()
+    );
 }
