@@ -109,6 +109,7 @@ pub struct Payload<'a> {
 
 impl<'a> Payload<'a> {
     /// Checks that `wqe[start..]` is a list of whole segments.
+    #[inline]
     fn parse(wqe: &'a [u8], start: usize) -> Result<Self, WqeError> {
         let mut at = start;
         while at < wqe.len() {
@@ -137,12 +138,14 @@ impl<'a> Payload<'a> {
     }
 
     /// The segments in order.
+    #[inline]
     #[must_use]
     pub fn segments(&self) -> Segments<'a> {
         Segments { rest: self.bytes }
     }
 
     /// Length of all segments' data in bytes.
+    #[inline]
     #[must_use]
     pub fn byte_len(&self) -> u64 {
         self.segments().map(|segment| segment.byte_len()).sum()
@@ -279,9 +282,6 @@ impl AtomicOp {
             segment: "operand",
         };
         let opmod = ctrl.opmod();
-        if bytes.len() < SEG {
-            return Err(missing);
-        }
         let op = match (opcode, opmod) {
             (Opcode::AtomicFa | Opcode::AtomicCs, _) => {
                 let seg = view::<AtomicSeg>(bytes).ok_or(missing)?;
@@ -343,6 +343,7 @@ impl AtomicOp {
 }
 
 /// The segment at the start of `bytes`, if they are enough.
+#[inline]
 fn view<T>(bytes: &[u8]) -> Option<&T>
 where
     T: FromBytes + zerocopy::KnownLayout + zerocopy::Immutable + zerocopy::Unaligned,
@@ -453,6 +454,7 @@ impl<'a> WqeView<'a> {
 }
 
 /// The remote address segment, second in every RDMA and atomic entry.
+#[inline]
 fn remote<'a>(ctrl: &CtrlSeg, opcode: Opcode, wqe: &'a [u8]) -> Result<&'a RaddrSeg, WqeError> {
     let missing = WqeError::MissingSegment {
         opcode,
