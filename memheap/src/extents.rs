@@ -95,6 +95,13 @@ impl Extents {
         self.records.get(id.0 as usize)
     }
 
+    /// Records that are neither in use nor on the chain of spare ones; anything but 0 is a leak.
+    pub(crate) fn lost(&self) -> usize {
+        let spare = std::iter::successors(self.spare.some(), |&id| self[id].after.some());
+        // The sentinel is a record too.
+        self.records.len() - 1 - self.in_use as usize - spare.take(self.records.len()).count()
+    }
+
     /// Every extent by position.
     pub(crate) fn in_order(&self) -> impl Iterator<Item = (ExtentId, &Extent)> {
         let step = |id: ExtentId| (id != ExtentId::SENTINEL).then_some(id);

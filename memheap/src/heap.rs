@@ -262,6 +262,11 @@ impl Heap {
             u64::from(self.extents.in_use()),
             "extents are miscounted"
         );
+        assert_eq!(
+            self.extents.lost(),
+            0,
+            "records are neither in use nor spare"
+        );
         assert!(self.live_bytes <= self.peak_live_bytes && self.peak_live_bytes <= self.high_water);
         assert!(self.high_water <= self.capacity);
         assert_eq!(self.listed(), free, "size lists and free extents differ");
@@ -320,13 +325,11 @@ impl Heap {
 
     /// A free extent that holds the block; `None` is a proof that there is none.
     fn find(&self, len: u64, align: u64) -> Option<ExtentId> {
-        if len > self.capacity {
-            return None;
-        }
         let fits = |extent: &Extent| align_up(extent.begin, align) + len <= extent.end();
         let lists = self.extents.lists();
         // The bin of a block freed a moment ago promises no fit, but its first extent often is one; taking
         // it keeps longer extents whole. One try: a second costs more in branches missed than it saves.
+        // A length beyond the heap stops here: its bin and all later ones are empty.
         let nearest = lists.first_from(bin_of(len))?;
         let near = lists.first_of(nearest)?;
         if fits(&self.extents[near]) {
