@@ -1,7 +1,7 @@
 //! The clock of the root package: the only file of it that reads one.
 //!
-//! Everything else takes time as an argument, or asks for a [`Stopwatch`] or a [`Deadline`] from here, so that
-//! a simulation can run the rest on virtual time. Nothing here owns memory.
+//! Everything else takes time as an argument, or asks for a [`Stopwatch`] or a [`Deadline`] from
+//! here, so that a simulation can run the rest on virtual time. Nothing here owns memory.
 //!
 //! INVARIANT: all values come from one monotonic clock; none of them ever goes backwards.
 

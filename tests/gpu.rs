@@ -45,7 +45,8 @@ impl Counter {
             blocks,
             warps_per_block,
         };
-        // SAFETY: the bytes are `SelftestEmptyArgs`; the counter outlives the stream's work in every test here.
+        // SAFETY: the bytes are `SelftestEmptyArgs`; the counter outlives the stream's work in
+        // every test here.
         unsafe { gpu.launch(stream, &launch) }
     }
 

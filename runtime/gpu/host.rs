@@ -6,13 +6,14 @@
 //!                  +---------- completion (any thread) <---+
 //! ```
 //!
-//! Who owns what: a [`HostGpu`] and every handle and allocation it made share one [`Device`]. A completion that is
-//! still to come keeps the device alive too, so a kernel never outlives its memory.
+//! Who owns what: a [`HostGpu`] and every handle and allocation it made share one device. A completion
+//! that is still to come keeps the device alive too, so a kernel never outlives its memory.
 //!
 //! Invariants:
 //! - The lock is never held while the executor is called, and never while a handle is dropped.
 //! - A wait blocks on a condition variable, or, in simulation, drives the simulation; it never spins.
-//! - Dropping a GPU forgets what is queued, waits for what runs at most [`DROP_WAIT`], and then lets go of it.
+//! - Dropping a GPU forgets what is queued and waits at most ten seconds for what runs; kernels that go
+//!   on after that keep their memory.
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -37,12 +38,12 @@ mod queue;
 #[cfg(test)]
 mod tests;
 
-/// Warps that are resident at once on one host GPU. Chosen: 16 blocks of 64 warps keep a grid of the size that
-/// kernels use on a real GPU possible, at 64 MiB of fiber stacks.
+/// Warps that are resident at once on one host GPU. Chosen: 32 blocks of the largest size, at 64 MiB of
+/// fiber stacks.
 pub const CORESIDENT_WARPS_MAX: u32 = 1024;
 
-/// Longest wait of a drop for kernels that run; every kernel has a hard cap of its own. Short in unit tests, where a
-/// kernel ends only when the test says so.
+/// Longest wait of a drop for kernels that run; every kernel has a hard cap of its own. Short in
+/// unit tests, where a kernel ends only when the test says so.
 const DROP_WAIT: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 10_000 });
 
 /// Runs kernels on the CPU.
@@ -94,8 +95,8 @@ struct HostBlock {
 impl HostGpu {
     /// A GPU whose kernels run on `pool`, as its device number `device`.
     ///
-    /// GPUs that share a pool share its threads: kernels of all of them are resident together and may wait for
-    /// each other.
+    /// GPUs that share a pool share its threads: kernels of all of them are resident together and
+    /// may wait for each other.
     pub fn new(pool: Arc<Pool>, device: u32) -> Self {
         Self::on(Arc::new(PoolExecutor::new(pool, device)))
     }

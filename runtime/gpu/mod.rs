@@ -1,16 +1,19 @@
 //! The seam to a GPU: memory, streams, events, launches and captured graphs.
 //!
-//! [`Gpu`] is all that the rest of the runtime knows of the machine that runs kernels. [`HostGpu`] runs the same
-//! kernel source on the CPU.
+//! [`Gpu`] is all that the rest of the runtime knows of the machine that runs kernels. [`HostGpu`]
+//! runs the same kernel source on the CPU.
 //!
-//! Who owns what: a [`DeviceMemory`] owns its bytes and gives them back when dropped, but not before every launch
-//! that was queued on its GPU has finished. Kernels, the HCA and other ranks write that memory at any time, so the
-//! host looks at it only through copies ([`Gpu::read`]) and single words ([`Gpu::load_u64`]), never by reference.
+//! Who owns what: a [`DeviceMemory`] owns its bytes and gives them back when dropped, but not
+//! before every launch that was queued on its GPU has finished. Kernels, the HCA and other ranks
+//! write that memory at any time, so the host looks at it only through copies ([`Gpu::read`]) and
+//! single words ([`Gpu::load_u64`]), never by reference.
 //!
 //! Invariants:
 //! - Work of one stream runs in the order in which it was queued; nothing else orders work but events.
-//! - A wait can only name an event that was recorded before, so streams never wait for each other in a circle.
-//! - Arguments are copied when a launch is queued or captured; later changes of the caller's bytes have no effect.
+//! - A wait can only name an event that was recorded before, so streams never wait for each other
+//!   in a circle.
+//! - Arguments are copied when a launch is queued or captured; later changes of the caller's bytes
+//!   have no effect.
 //! - Capture runs nothing, and a replay runs exactly the captured bytes.
 
 use std::any::Any;
@@ -62,8 +65,8 @@ pub struct Launch<'a> {
 
 /// A machine that runs kernels.
 ///
-/// All methods may be called from any thread. Handles are cheap to clone and belong to the GPU that made them;
-/// another one answers [`GpuError::ForeignHandle`].
+/// All methods may be called from any thread. Handles are cheap to clone and belong to the GPU that
+/// made them; another one answers [`GpuError::ForeignHandle`].
 pub trait Gpu: Send + Sync {
     /// Allocates `len` zeroed bytes that kernels and the HCA can reach, aligned to at least `align`.
     ///
@@ -71,7 +74,8 @@ pub trait Gpu: Send + Sync {
     /// `OutOfRange` for an empty or unaddressable length, `BadAlignment`, `Os` when memory is exhausted.
     fn alloc(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError>;
 
-    /// Allocates `len` zeroed bytes of host memory that kernels can reach and the host can read while they run.
+    /// Allocates `len` zeroed bytes of host memory that kernels can reach and the host can read
+    /// while they run.
     ///
     /// # Errors
     /// As [`Gpu::alloc`].
@@ -83,7 +87,8 @@ pub trait Gpu: Send + Sync {
     /// `NotAllocated` unless the whole range lies in one live allocation of this GPU.
     fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError>;
 
-    /// Copies memory at `addr` into `bytes`. Not ordered with streams: synchronize first to see a kernel's result.
+    /// Copies memory at `addr` into `bytes`. Not ordered with streams: synchronize first to see a
+    /// kernel's result.
     ///
     /// # Errors
     /// As [`Gpu::write`].
@@ -142,7 +147,8 @@ pub trait Gpu: Send + Sync {
     /// A stream that waits for an event of a captured stream joins that capture.
     ///
     /// # Errors
-    /// `ForeignHandle`, `QueueFull`, `Capture` when one of the two is captured and the other is not part of it.
+    /// `ForeignHandle`, `QueueFull`, `Capture` when one of the two is captured and the other is not
+    /// part of it.
     fn wait(&self, event: &Event, stream: &Stream) -> Result<(), GpuError>;
 
     /// Whether the work that `event` marks has finished.
@@ -163,10 +169,10 @@ pub trait Gpu: Send + Sync {
     /// `ForeignHandle`, `QueueFull`, `OutOfRange` for the arguments' length, the blocks or the warps.
     ///
     /// # Safety
-    /// `launch.args` must be the argument struct of `launch.kernel`, and every address in it must stay valid for
-    /// what that kernel does with it, until the launch has finished (for a captured launch: until the last replay
-    /// of its graph has). Dropping a [`DeviceMemory`] of the same GPU is safe at any time for launches that were
-    /// queued before.
+    /// `launch.args` must be the argument struct of `launch.kernel`, and every address in it must
+    /// stay valid for what that kernel does with it, until the launch has finished (for a captured
+    /// launch: until the last replay of its graph has). Dropping a [`DeviceMemory`] of the same GPU
+    /// is safe at any time for launches that were queued before.
     #[expect(
         unsafe_code,
         reason = "arguments carry addresses that only the caller can vouch for"
@@ -276,6 +282,12 @@ macro_rules! handle {
             /// For implementers of [`Gpu`]: wraps what `gpu` keeps for this handle.
             pub fn new(gpu: GpuId, inner: Arc<dyn Any + Send + Sync>) -> Self {
                 Self { gpu, inner }
+            }
+
+            /// Whether both handles name the same object.
+            #[must_use]
+            pub fn same_as(&self, other: &Self) -> bool {
+                Arc::ptr_eq(&self.inner, &other.inner)
             }
 
             /// For implementers of [`Gpu`]: what `gpu` keeps for this handle.

@@ -1,8 +1,9 @@
 //! Recording streams into a graph instead of running them.
 //!
-//! A capture owns the launches recorded so far and, for each stream that takes part, its *tips*: the nodes that
-//! the stream's next launch must come after. An event recorded in a captured stream remembers the tips of that
-//! moment; a stream that waits for it takes them on, and joins the capture if it was not part of it.
+//! A capture owns the launches recorded so far and, for each stream that takes part, its *tips*:
+//! the nodes that the stream's next launch must come after. An event recorded in a captured stream
+//! remembers the tips of that moment; a stream that waits for it takes them on, and joins the
+//! capture if it was not part of it.
 //!
 //! ```text
 //!  origin   A ---- record(e) ---- B -------- wait(f) ---- D       nodes A B C D

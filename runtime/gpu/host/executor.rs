@@ -1,7 +1,7 @@
 //! What a host GPU needs of the machine that runs kernels, and the fiber pool as that machine.
 //!
-//! Streams, events and graphs are tested on a scripted executor; the product runs on [`PoolExecutor`]. It owns a
-//! share of the pool and nothing else.
+//! Streams, events and graphs are tested on a scripted executor; the product runs on
+//! [`PoolExecutor`]. It owns a share of the pool and nothing else.
 
 use core::cell::Cell;
 use core::mem::ManuallyDrop;
@@ -78,8 +78,9 @@ impl Executor for PoolExecutor {
             done();
             IN_COMPLETION.set(false);
         });
-        // SAFETY: `Gpu::launch` had the caller vouch for the argument bytes and the addresses in them; memory of
-        // this GPU stays mapped until `done` has been called, and `done` keeps the device that owns it.
+        // SAFETY: `Gpu::launch` had the caller vouch for the argument bytes and the addresses in
+        // them; memory of this GPU stays mapped until `done` has been called, and `done` keeps the
+        // device that owns it.
         Ok(unsafe { self.pool.launch(&self.describe(launch), done) }?)
     }
 
@@ -117,9 +118,11 @@ impl Drop for PoolExecutor {
     }
 }
 
-/// Drops a share of the pool on a thread of its own: the last share joins the workers, and we are one of them.
+/// Drops a share of the pool on a thread of its own: the last share joins the workers, and we are
+/// one of them.
 fn release_elsewhere(pool: Arc<Pool>) {
-    // Without a thread the share is leaked, which a process that cannot spawn threads survives longer than a hang.
+    // Without a thread the share is leaked, which a process that cannot spawn threads survives
+    // longer than a hang.
     let pool = ManuallyDrop::new(pool);
     let release = move || drop(ManuallyDrop::into_inner(pool));
     let _ = std::thread::Builder::new()

@@ -1,11 +1,11 @@
 //! Host memory that plays the part of GPU memory.
 //!
-//! A [`Mapping`] owns its pages. [`Allocations`] knows which ranges are live, so that copies are checked, and keeps
-//! dropped mappings until the GPU has no work outstanding: a kernel that was queued before the drop still finds
-//! its memory.
+//! A [`Mapping`] owns its pages. [`Allocations`] knows which ranges are live, so that copies are
+//! checked, and keeps dropped mappings until the GPU has no work outstanding: a kernel that was
+//! queued before the drop still finds its memory.
 //!
-//! INVARIANT: kernels and devices write this memory while we look at it, so every access here is atomic, word by
-//! word, and no reference to it is ever formed.
+//! INVARIANT: kernels and devices write this memory while we look at it, so every access here is
+//! atomic, word by word, and no reference to it is ever formed.
 #![expect(
     unsafe_code,
     reason = "maps pages and copies through raw addresses; callers see checked ranges only"
@@ -64,7 +64,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `base` and `mapped_len` are what mmap returned, and nobody holds a reference into the pages.
+        // SAFETY: `base` and `mapped_len` are what mmap returned, and nobody holds a reference into
+        // the pages.
         unsafe { libc::munmap(self.base as *mut libc::c_void, self.mapped_len) };
     }
 }
