@@ -12,7 +12,7 @@ use std::ops::AddAssign;
 
 use ibex_abi::device_ctx::{LayoutRange, SourceInfo};
 
-use crate::config::{CombineMode, SCALE_BLOCK, ValidConfig, WireDtype};
+use crate::config::{CombineMode, ValidConfig, WireDtype};
 use crate::ids::{ExpertIdx, LocalExpertIdx, Rank};
 use crate::reference::inputs::RankInput;
 use crate::reference::numerics;
@@ -221,14 +221,16 @@ impl<'a> Step<'a> {
 
     /// Checks everything that a combine left at `rank`, with the stand-in expert in between.
     ///
-    /// A lost pick is taken out of the sum; a pick whose owner is no member must be reported lost.
+    /// `alive` says per rank whether it is a member. A lost pick is taken out of the sum; a pick whose
+    /// owner is no member must be reported lost.
     #[must_use]
     pub fn check_combine(
         &self,
         rank: Rank,
         output: &CombineOutput<'_>,
-        is_member: impl Fn(Rank) -> bool,
+        alive: &[bool],
     ) -> Verdict {
+        let is_member = |rank: Rank| alive[rank.index()];
         let input = &self.inputs[rank.index()];
         let hidden = self.config.hidden as usize;
         let mut verdict = Verdict::default();
@@ -293,18 +295,6 @@ impl<'a> Step<'a> {
             WireDtype::Fp8 => {
                 let (payload, scales) = &self.travelling[source.index()][token as usize];
                 numerics::decode_row(payload, scales, self.config.scales)
-            }
-        }
-    }
-
-    /// Bytes of stored scales per row.
-    #[must_use]
-    pub fn scale_row_len(&self) -> usize {
-        match self.config.dtype {
-            WireDtype::Bf16 => 0,
-            WireDtype::Fp8 => {
-                let blocks = self.config.hidden.div_ceil(SCALE_BLOCK) as usize;
-                blocks * numerics::scale_len(self.config.scales)
             }
         }
     }

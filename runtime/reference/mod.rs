@@ -14,5 +14,5 @@
 pub mod check;
 pub mod inputs;
 pub mod numerics;
-mod rng;
+pub mod rng;
 pub mod routing;
