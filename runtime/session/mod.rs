@@ -1,0 +1,392 @@
+//! One rank's side of a group: memory, queue pairs, members, and the calls that launch dispatch and combine.
+//!
+//! A [`Session`] owns its buffers, its queue pairs and their control memory from construction to drop. Addresses that
+//! kernels see never move, so a graph captured once stays valid while peers are replaced.
+//!
+//! A session is made in two steps, because its peers must exist first: [`Session::new`] allocates everything, then
+//! for each peer [`Session::offer`] creates this side's queue pairs and [`Session::connect`] joins them to the
+//! peer's. [`World`] does that for all ranks of one process.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use ibex_abi::device_ctx::{LaneArgs, LaneState, Limits, MemberTable, UNPLACED};
+use ibex_abi::types::Pd;
+use ibex_hca::Hca;
+use parking_lot::{MappedMutexGuard, Mutex, MutexGuard, RwLock};
+use zerocopy::FromZeros;
+
+use crate::buffer::LaneBuffers;
+use crate::config::ValidConfig;
+use crate::error::{ConfigError, Error, Exhausted, Limit, Resource};
+use crate::gpu::{Gpu, Graph, Stream};
+use crate::ids::{ExpertIdx, Lane, Rank};
+use crate::layout::{Plan, qp_slot};
+use crate::recovery::PeerQueues;
+
+mod calls;
+mod order;
+mod tensors;
+mod world;
+
+pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, TopkDtype};
+pub use tensors::Tensors;
+pub use world::{Replacement, World, WorldOptions};
+
+use calls::IndexPool;
+use order::LaneOrder;
+
+/// Index of the dispatch operation in per-operation arrays.
+pub(crate) const DISPATCH: usize = 0;
+/// Index of the combine operation in per-operation arrays.
+pub(crate) const COMBINE: usize = 1;
+
+/// How many polls of a wait pass between two looks at the peer's completion queues. Chosen; see bench recovery.
+const POLLS_PER_CQ_READ: u32 = 16;
+
+/// One lane: its memory and the order of what is launched on it.
+pub(crate) struct LaneRuntime {
+    pub(crate) buffers: RwLock<LaneBuffers>,
+    order: Mutex<LaneOrder>,
+    handles: Arc<IndexPool>,
+    tickets: Arc<IndexPool>,
+    lane: Lane,
+    qp_slot_base: u32,
+}
+
+impl LaneRuntime {
+    pub(crate) fn lane(&self) -> Lane {
+        self.lane
+    }
+
+    fn args(&self, buffers: &LaneBuffers) -> LaneArgs {
+        buffers.lane_args(self.lane.0, self.qp_slot_base)
+    }
+}
+
+/// The orders of all lanes while one stream is captured: what is captured owes its receives within the capture.
+struct Capture {
+    stream: Stream,
+    lanes: HashMap<u32, LaneOrder>,
+}
+
+/// A captured graph of dispatches and combines.
+pub struct SessionGraph {
+    graph: Graph,
+    session: u64,
+    steps: Vec<[u64; 2]>,
+}
+
+/// One rank's side of a group. See the module documentation.
+pub struct Session {
+    // Drop order: queue pairs before the memory they work on.
+    pub(crate) queues: Mutex<PeerQueues>,
+    pub(crate) lanes: Vec<LaneRuntime>,
+    capture: Mutex<Option<Capture>>,
+    nonce: AtomicU32,
+    beat: AtomicU64,
+    id: u64,
+    pub(crate) plan: Plan,
+    pub(crate) config: ValidConfig,
+    pub(crate) rank: Rank,
+    pub(crate) pd: Pd,
+    pub(crate) hca: Arc<dyn Hca>,
+    pub(crate) gpu: Arc<dyn Gpu>,
+}
+
+impl Session {
+    /// Allocates and registers everything that `rank` needs; no queue pair exists yet.
+    ///
+    /// # Errors
+    /// `Config` for a rank outside the world, `Exhausted` if the grid does not fit the GPU, else what the GPU or the
+    /// HCA refused. Nothing stays behind.
+    pub fn new(
+        config: &ValidConfig,
+        rank: Rank,
+        gpu: Arc<dyn Gpu>,
+        hca: Arc<dyn Hca>,
+    ) -> Result<Self, Error> {
+        if u32::from(rank.0) >= config.num_ranks {
+            return Err(Error::Config(ConfigError {
+                field: "rank",
+                value: u32::from(rank.0).into(),
+                limit: Limit::Range { min: 0, max: u64::from(config.num_ranks) - 1 },
+            }));
+        }
+        check_grid(config, &*gpu)?;
+        let plan = Plan::new(config, rank);
+        let pd = hca.alloc_pd()?;
+        let mut lanes = Vec::new();
+        for lane in 0..config.lanes {
+            let buffers = LaneBuffers::new(&*gpu, &hca, pd, plan)?;
+            lanes.push(LaneRuntime {
+                buffers: RwLock::new(buffers),
+                order: Mutex::new(LaneOrder::new(config.ring)),
+                handles: IndexPool::new(plan.handles),
+                tickets: IndexPool::new(plan.handles),
+                lane: Lane(lane),
+                qp_slot_base: qp_slot(&plan.shape, Lane(lane), Rank(0), 0),
+            });
+        }
+        let queues = PeerQueues::new(config, &plan, &*gpu, Arc::clone(&hca), pd)?;
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let session = Self {
+            queues: Mutex::new(queues),
+            lanes,
+            capture: Mutex::new(None),
+            nonce: AtomicU32::new(1),
+            beat: AtomicU64::new(1),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            plan,
+            config: config.clone(),
+            rank,
+            pd,
+            hca,
+            gpu,
+        };
+        session.write_initial_state()?;
+        Ok(session)
+    }
+
+    fn write_initial_state(&self) -> Result<(), Error> {
+        let state = LaneState { next: [1, 1], ..LaneState::default() };
+        let limits = self.limits();
+        let table = self.first_table();
+        for runtime in &self.lanes {
+            let buffers = runtime.buffers.read();
+            LaneBuffers::write(&*self.gpu, buffers.state_addr(), &state)?;
+            LaneBuffers::write(&*self.gpu, buffers.limits_addr(), &limits)?;
+            let placement: Vec<u8> = self.placement().iter().flat_map(|w| w.to_le_bytes()).collect();
+            for index in 0..2 {
+                self.gpu.write(buffers.owner_of_addr(index), &placement)?;
+                let from_seq = if index == 0 { [0; 2] } else { [u64::MAX; 2] };
+                let table = MemberTable { from_seq, owner_of: buffers.owner_of_addr(index), ..table };
+                LaneBuffers::write(&*self.gpu, buffers.table_addr(index), &table)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        let ms = |ms: u32| u64::from(ms) * 1_000_000;
+        Limits {
+            detect_ns: ms(self.config.detect_ms),
+            stall_ns: ms(self.config.stall_ms()),
+            cap_ns: ms(self.config.stall_ms()) * u64::from(self.config.num_ranks),
+            polls_per_cq_read: POLLS_PER_CQ_READ,
+            reserved: 0,
+        }
+    }
+
+    /// Everybody alive, experts contiguous per rank.
+    fn first_table(&self) -> MemberTable {
+        let mut table = MemberTable::new_zeroed();
+        table.epoch = 1;
+        table.placement_version = 1;
+        table.num_experts = self.config.num_experts;
+        for rank in 0..self.config.num_ranks as usize {
+            table.alive[rank / 64] |= 1 << (rank % 64);
+        }
+        table
+    }
+
+    fn placement(&self) -> Vec<u32> {
+        let entry = |expert: u32| {
+            // CAST: experts number at most 65535 by the limits of Config.
+            self.config.owner_of(ExpertIdx(expert as u16)).map_or(UNPLACED, |(rank, local)| {
+                u32::from(rank.0) << 16 | u32::from(local.0)
+            })
+        };
+        (0..self.config.num_experts).map(entry).collect()
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ValidConfig {
+        &self.config
+    }
+
+    /// The GPU that runs this rank's kernels.
+    pub fn gpu(&self) -> &Arc<dyn Gpu> {
+        &self.gpu
+    }
+
+    /// Makes a stream on this rank's GPU.
+    pub fn stream(&self) -> Stream {
+        self.gpu.stream()
+    }
+
+    /// Allocates a set of caller tensors at full capacity, with the stand-in expert's ids filled in.
+    ///
+    /// # Errors
+    /// What the GPU or the HCA refused.
+    pub fn tensors(&self) -> Result<Tensors, Error> {
+        let t = Tensors::new(&*self.gpu, &self.hca, self.pd, &self.plan)?;
+        let first = self.config.first_expert(self.rank);
+        let ids: Vec<u8> =
+            (0..self.config.max_local_experts()).flat_map(|local| (first + local).to_le_bytes()).collect();
+        self.gpu.write(t.expert_ids.addr(), &ids)?;
+        Ok(t)
+    }
+
+    /// Bytes that this rank allocates and registers, at full ring depth and for the worst routing. Known before
+    /// anything is allocated: see [`buffer_bytes`].
+    pub fn buffer_bytes(&self) -> u64 {
+        let lanes: u64 = self.lanes.iter().map(|l| l.buffers.read().allocated_bytes()).sum();
+        lanes + self.queues.lock().control_bytes()
+    }
+
+    /// Bytes of one full set of caller tensors.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.plan.tensors().total()
+    }
+
+    /// A number that tells this launch from any other that may run at the same time.
+    fn nonce(&self) -> u32 {
+        loop {
+            let nonce = self.nonce.fetch_add(1, Ordering::Relaxed);
+            if nonce != 0 {
+                return nonce;
+            }
+        }
+    }
+
+    /// The order that launches on `stream` follow: the capture's own while it is captured.
+    fn order<'a>(
+        &'a self,
+        runtime: &'a LaneRuntime,
+        stream: &Stream,
+    ) -> Result<MappedMutexGuard<'a, LaneOrder>, Error> {
+        if self.gpu.is_capturing(stream)? {
+            let capture = self.capture.lock();
+            if capture.is_some() {
+                let ring = self.config.ring;
+                return Ok(MutexGuard::map(capture, |c| {
+                    let lanes = &mut c.as_mut().expect("checked above").lanes;
+                    lanes.entry(runtime.lane.0).or_insert_with(|| LaneOrder::new(ring))
+                }));
+            }
+        }
+        Ok(MutexGuard::map(runtime.order.lock(), |order| order))
+    }
+
+    /// Starts capturing `stream`: calls on it are recorded until [`Session::end_capture`].
+    ///
+    /// # Errors
+    /// `Exhausted` while any lane owes a receive half, or a capture is running; `Gpu` if the GPU refuses.
+    pub fn begin_capture(&self, stream: &Stream) -> Result<(), Error> {
+        let mut capture = self.capture.lock();
+        if capture.is_some() {
+            return Err(Error::Exhausted(Exhausted {
+                resource: Resource::Captures,
+                limit: 1,
+                in_use: 1,
+                requested: 1,
+            }));
+        }
+        self.check_nothing_owed()?;
+        self.gpu.begin_capture(stream)?;
+        *capture = Some(Capture { stream: stream.clone(), lanes: HashMap::new() });
+        Ok(())
+    }
+
+    /// Ends the capture and returns a graph that may be replayed any number of times.
+    ///
+    /// # Errors
+    /// `Exhausted` if a captured send half has no captured receive half: replays would run out of ring slots.
+    pub fn end_capture(&self) -> Result<SessionGraph, Error> {
+        let Some(capture) = self.capture.lock().take() else {
+            return Err(Error::Exhausted(Exhausted {
+                resource: Resource::Captures,
+                limit: 1,
+                in_use: 0,
+                requested: 1,
+            }));
+        };
+        let graph = self.gpu.end_capture(&capture.stream)?;
+        let mut steps = vec![[0; 2]; self.lanes.len()];
+        for (lane, order) in &capture.lanes {
+            for op in [DISPATCH, COMBINE] {
+                owed(order, op)?;
+                steps[*lane as usize][op] = order.ring(op).sent();
+            }
+        }
+        Ok(SessionGraph { graph, session: self.id, steps })
+    }
+
+    /// Replays a captured graph on `stream`.
+    ///
+    /// # Errors
+    /// `Stale` for a graph of another session; `Exhausted` while a lane owes a receive half outside the graph.
+    pub fn replay(&self, graph: &SessionGraph, stream: &Stream) -> Result<(), Error> {
+        if graph.session != self.id {
+            return Err(Error::Stale(crate::error::Stale {
+                what: "graph",
+                found: graph.session,
+                current: self.id,
+            }));
+        }
+        self.check_nothing_owed()?;
+        self.gpu.replay(&graph.graph, stream)?;
+        for (runtime, steps) in self.lanes.iter().zip(&graph.steps) {
+            let mut order = runtime.order.lock();
+            for op in [DISPATCH, COMBINE] {
+                order.ring_mut(op).replayed(steps[op]);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_nothing_owed(&self) -> Result<(), Error> {
+        for runtime in &self.lanes {
+            let order = runtime.order.lock();
+            owed(&order, DISPATCH)?;
+            owed(&order, COMBINE)?;
+        }
+        Ok(())
+    }
+
+    /// Tells every peer that this host lives and how far its kernels are. Call every `detect_ms / 4`.
+    ///
+    /// # Errors
+    /// `Gpu` if the progress words cannot be read. A peer whose control queue is full or in error is skipped.
+    pub fn send_sign_of_life(&self) -> Result<(), Error> {
+        let beat = self.beat.fetch_add(1, Ordering::Relaxed);
+        self.write_own_life(beat)
+    }
+}
+
+/// Refuses if an operation of a lane owes receive halves.
+fn owed(order: &LaneOrder, op: usize) -> Result<(), Error> {
+    let in_use = order.ring(op).owed();
+    if in_use == 0 {
+        return Ok(());
+    }
+    Err(Error::Exhausted(Exhausted { resource: Resource::RingSlots, limit: 0, in_use, requested: 0 }))
+}
+
+/// The whole grid must be co-resident: owners wait for casters, receivers for other blocks.
+fn check_grid(config: &ValidConfig, gpu: &dyn Gpu) -> Result<(), Error> {
+    let limit = gpu.max_coresident_blocks(config.warps_per_block);
+    if config.num_sms <= limit {
+        return Ok(());
+    }
+    Err(Error::Exhausted(Exhausted {
+        resource: Resource::CoresidentBlocks,
+        limit: limit.into(),
+        in_use: 0,
+        requested: config.num_sms.into(),
+    }))
+}
+
+/// Bytes that a rank would allocate and register under `config`, before anything is allocated.
+#[must_use]
+pub fn buffer_bytes(config: &ValidConfig, rank: Rank) -> u64 {
+    let plan = Plan::new(config, rank);
+    u64::from(config.lanes) * LaneBuffers::bytes_for(&plan) + PeerQueues::control_bytes_for(&plan)
+}

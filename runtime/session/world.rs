@@ -1,0 +1,273 @@
+//! All ranks of a group in one process, on the embedded emulator: what benches, tests and a first look use.
+//!
+//! A [`World`] owns one fabric, and per rank one emulated device, one GPU made of the CPU, and one session. Nothing
+//! else differs from ranks in processes of their own: they meet only through queue pairs.
+//!
+//! Workers that run kernels also step the devices and send the signs of life whenever their fibers wait, so there is
+//! no thread beside them; a simulation does all of it on the caller's thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use ibex_hca::emulated::{
+    Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, PathState, Placement, PortId,
+};
+use ibex_hca::{Hca, LinkLayer, Nanos};
+use parking_lot::RwLock;
+
+use super::Session;
+use crate::config::{Config, Link, ValidConfig};
+use crate::error::{Error, Violation};
+use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
+use crate::gpu::{Gpu, HostGpu};
+use crate::ids::{Lane, Rank};
+
+/// How a [`World`] runs.
+#[derive(Clone, Debug)]
+pub struct WorldOptions {
+    /// Threads that run kernels and step devices; by default one per core.
+    pub workers: Option<u32>,
+    /// How devices learn of work.
+    pub doorbells: Doorbells,
+    /// Run everything on the caller's thread, in virtual time, under the schedule of this seed.
+    pub simulation: Option<u64>,
+    /// How the fabric places the writes of one queue pair.
+    pub placement: Placement,
+}
+
+impl Default for WorldOptions {
+    fn default() -> Self {
+        Self { workers: None, doorbells: Doorbells::Strict, simulation: None, placement: Placement::InOrder }
+    }
+}
+
+/// What [`World::replace_peer`] changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replacement {
+    /// Depth of the new send queues, log2 of WQEBBs; `None` keeps the configured one.
+    pub sq_depth_log: Option<u8>,
+}
+
+/// Steps devices and sends signs of life for all ranks.
+struct Agents {
+    devices: Vec<Arc<EmulatedHca>>,
+    /// Filled once the sessions exist; weak, because sessions hold the pool that calls this.
+    sessions: RwLock<Vec<std::sync::Weak<Session>>>,
+    silent: Vec<AtomicBool>,
+    beat_every_ns: u64,
+    next_beat_ns: AtomicU64,
+    simulated: bool,
+}
+
+impl Agents {
+    /// Whoever finds the beat due sends it for all.
+    fn beat_if_due(&self, now_ns: u64) -> bool {
+        let due = self.next_beat_ns.load(Ordering::Relaxed);
+        if now_ns < due {
+            return false;
+        }
+        let next = now_ns + self.beat_every_ns;
+        if self.next_beat_ns.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+            return false;
+        }
+        for (session, silent) in self.sessions.read().iter().zip(&self.silent) {
+            if let Some(session) = session.upgrade().filter(|_| !silent.load(Ordering::Relaxed)) {
+                // A host that cannot speak is silent; its peers' clocks say so.
+                let _ = session.send_sign_of_life();
+            }
+        }
+        true
+    }
+}
+
+impl Progress for Agents {
+    fn progress(&self, worker: u32, now_ns: u64, random: u64) -> Progressed {
+        let mut worked = self.beat_if_due(now_ns);
+        let mut next_deadline_ns = Some(self.next_beat_ns.load(Ordering::Relaxed));
+        let count = self.devices.len();
+        for i in 0..count {
+            // Workers start at different devices, so that they do not queue for the same one.
+            let device = &self.devices[(i + worker as usize * count / 2) % count];
+            let step = if self.simulated {
+                let _ = random;
+                device.step(Nanos(now_ns))
+            } else {
+                device.step(Nanos(now_ns))
+            };
+            worked |= step.did_work;
+            next_deadline_ns = match (next_deadline_ns, step.next_deadline) {
+                (Some(a), Some(b)) => Some(a.min(b.0)),
+                (a, b) => a.or(b.map(|n| n.0)),
+            };
+        }
+        if worked { Progressed::Worked } else { Progressed::Idle { next_deadline_ns } }
+    }
+}
+
+/// Choices drawn from one random word: splitmix64.
+struct Choices(u64);
+
+impl Choices {
+    fn below(&mut self, n: u32) -> u32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        // CAST: a remainder below n.
+        ((z ^ (z >> 31)) % u64::from(n.max(1))) as u32
+    }
+}
+
+/// All ranks of a group in one process. See the module documentation.
+pub struct World {
+    // Sessions first: they destroy their queue pairs while devices and pool still run.
+    sessions: Vec<Arc<Session>>,
+    agents: Arc<Agents>,
+    fabric: Arc<Fabric>,
+    pool: Arc<Pool>,
+}
+
+impl World {
+    /// Creates every rank and connects all of them.
+    ///
+    /// # Errors
+    /// `Config` for a field outside its limit, before anything is created; else what a part refused.
+    pub fn new(config: &Config, options: &WorldOptions) -> Result<Self, Error> {
+        let config = config.validate()?;
+        let fabric = Fabric::inproc(FabricConfig {
+            seed: options.simulation.unwrap_or(1),
+            placement: options.placement,
+            ..FabricConfig::default()
+        });
+        let devices = make_devices(&config, options, &fabric)?;
+        let agents = Arc::new(Agents {
+            silent: devices.iter().map(|_| AtomicBool::new(false)).collect(),
+            devices,
+            sessions: RwLock::default(),
+            beat_every_ns: u64::from(config.detect_ms) * 1_000_000 / 4,
+            next_beat_ns: AtomicU64::new(0),
+            simulated: options.simulation.is_some(),
+        });
+        let pool_config = match options.simulation {
+            Some(seed) => PoolConfig::simulation(seed),
+            None => PoolConfig::real_time(options.workers.unwrap_or_else(default_workers)),
+        };
+        let progress: Arc<dyn Progress> = Arc::clone(&agents) as _;
+        let pool = Arc::new(Pool::new(pool_config.with_progress(progress)).map_err(crate::gpu::GpuError::from)?);
+        let mut sessions = Vec::new();
+        for rank in 0..config.num_ranks {
+            let gpu: Arc<dyn Gpu> = Arc::new(HostGpu::new(Arc::clone(&pool), rank));
+            let hca: Arc<dyn Hca> = Arc::clone(&agents.devices[rank as usize]) as _;
+            sessions.push(Arc::new(Session::new(&config, Rank(rank as u16), gpu, hca)?));
+        }
+        *agents.sessions.write() = sessions.iter().map(Arc::downgrade).collect();
+        let world = Self { sessions, agents, fabric, pool };
+        for one in 0..config.num_ranks {
+            for other in one..config.num_ranks {
+                world.join(Rank(one as u16), Rank(other as u16), Replacement::default(), [1; 2])?;
+            }
+        }
+        Ok(world)
+    }
+
+    /// Connects two ranks whose slots for each other are empty.
+    fn join(&self, one: Rank, other: Rank, change: Replacement, base_seq: [u64; 2]) -> Result<(), Error> {
+        let (a, b) = (&self.sessions[one.index()], &self.sessions[other.index()]);
+        if one == other {
+            // A rank reaches itself by a local copy; its slots exist so that every peer is treated alike.
+            return a.connect_self(base_seq);
+        }
+        let from_a = a.offer(other, change.sq_depth_log)?;
+        let from_b = b.offer(one, change.sq_depth_log)?;
+        b.connect(&from_a, base_seq)?;
+        a.connect(&from_b, base_seq)
+    }
+
+    /// The ranks, in order.
+    pub fn sessions(&self) -> &[Arc<Session>] {
+        &self.sessions
+    }
+
+    /// One rank.
+    pub fn session(&self, rank: Rank) -> &Arc<Session> {
+        &self.sessions[rank.index()]
+    }
+
+    /// The emulated devices, by rank.
+    pub fn devices(&self) -> &[Arc<EmulatedHca>] {
+        &self.agents.devices
+    }
+
+    /// The pool that runs all kernels.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Cuts or heals the way from `src` to `dst`.
+    pub fn set_path(&self, src: Rank, dst: Rank, state: PathState) {
+        self.fabric.set_path(PortId(src.0), PortId(dst.0), state);
+    }
+
+    /// Stops or resumes a rank's signs of life, as if its host were stopped.
+    pub fn set_silent(&self, rank: Rank, silent: bool) {
+        self.agents.silent[rank.index()].store(silent, Ordering::Relaxed);
+    }
+
+    /// Recreates the queue pairs between `rank` and every other rank, in place, between two steps.
+    ///
+    /// Captured graphs stay valid: nothing but `rank`'s slots changes, at its peers and at `rank` itself.
+    ///
+    /// # Errors
+    /// `Protocol` if the ranks are not at the same step; what a device refused. A retry goes on where this stopped.
+    pub fn replace_peer(&self, rank: Rank, change: Replacement) -> Result<(), Error> {
+        let base_seq = self.common_next_seq()?;
+        let peers = || (0..self.sessions.len() as u16).map(Rank).filter(|peer| *peer != rank);
+        for peer in peers() {
+            self.sessions[peer.index()].fence(rank)?;
+            self.sessions[rank.index()].fence(peer)?;
+        }
+        for peer in peers() {
+            self.join(rank, peer, change, base_seq)?;
+        }
+        Ok(())
+    }
+
+    /// The next sequence numbers, which are the same on every rank and lane between two steps.
+    fn common_next_seq(&self) -> Result<[u64; 2], Error> {
+        let first = self.sessions[0].next_seq(Lane(0))?;
+        for session in &self.sessions {
+            for lane in 0..session.config().lanes {
+                let next = session.next_seq(Lane(lane))?;
+                for (op, check) in ["next dispatch", "next combine"].into_iter().enumerate() {
+                    if next[op] != first[op] {
+                        return Err(Error::Protocol(Violation {
+                            from: session.rank(),
+                            check,
+                            found: next[op],
+                            expected: first[op],
+                        }));
+                    }
+                }
+            }
+        }
+        Ok(first)
+    }
+}
+
+fn make_devices(
+    config: &ValidConfig,
+    options: &WorldOptions,
+    fabric: &Arc<Fabric>,
+) -> Result<Vec<Arc<EmulatedHca>>, Error> {
+    let link = match config.link {
+        Link::Ib => LinkLayer::Ib,
+        Link::Roce => LinkLayer::Roce,
+    };
+    let device = EmulatedConfig { link, doorbells: options.doorbells, ..EmulatedConfig::default() };
+    (0..config.num_ranks).map(|_| Ok(EmulatedHca::new(Arc::clone(fabric), device)?)).collect()
+}
+
+fn default_workers() -> u32 {
+    // CAST: at most the number of cores, far below 2^32.
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
