@@ -34,6 +34,8 @@ use queue::{FrozenLaunch, Marker, Queues, Ready, StreamIdx, Token};
 mod capture;
 mod executor;
 mod memory;
+#[cfg(test)]
+mod order_tests;
 mod queue;
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,7 @@ use super::*;
 
 /// Keeps launches until the test finishes them; a launch is known by the first byte of its arguments.
 #[derive(Default)]
-struct Script {
+pub(super) struct Script {
     started: Mutex<Vec<(u8, Completion)>>,
     refuse: Mutex<Vec<u8>>,
     now_ns: AtomicU64,
@@ -40,11 +40,11 @@ impl Executor for Script {
 }
 
 impl Script {
-    fn running(&self) -> Vec<u8> {
+    pub(super) fn running(&self) -> Vec<u8> {
         self.started.lock().iter().map(|&(tag, _)| tag).collect()
     }
 
-    fn finish(&self, tag: u8) {
+    pub(super) fn finish(&self, tag: u8) {
         let done = {
             let mut started = self.started.lock();
             let position = started.iter().position(|&(running, _)| running == tag);
@@ -63,7 +63,7 @@ impl Script {
     }
 }
 
-fn gpu() -> (Arc<Script>, HostGpu) {
+pub(super) fn gpu() -> (Arc<Script>, HostGpu) {
     let script = Arc::new(Script::default());
     (Arc::clone(&script), HostGpu::on(script))
 }
@@ -86,7 +86,7 @@ fn try_launch(
     unsafe { gpu.launch(stream, &launch) }
 }
 
-fn launch(gpu: &HostGpu, stream: &Stream, tag: u8) {
+pub(super) fn launch(gpu: &HostGpu, stream: &Stream, tag: u8) {
     try_launch(gpu, stream, &[tag], 1, 1).unwrap();
 }
 
@@ -378,7 +378,7 @@ fn a_full_queue_is_refused() {
 #[test]
 fn handles_of_another_gpu_are_refused() {
     let (_script, gpu) = gpu();
-    let (_other_script, other) = super::tests::gpu();
+    let (_other_script, other) = self::gpu();
     let foreign = |handle| Err(GpuError::ForeignHandle { handle });
     let (stream, event) = (other.stream(), other.event());
     other.begin_capture(&stream).unwrap();
