@@ -1,9 +1,10 @@
-//! Compiles `kernels/`: always for the host, and into one CUDA fat binary where nvcc is found. Decides nothing else.
+//! Compiles `kernels/`: always for the host, and into one CUDA fat binary where nvcc is found. Decides
+//! nothing else.
 //!
-//! The host objects are the SIMT runtime (`kernels/host/*.cpp`) and every kernel (`kernels/src/*.cu`), built with the
-//! C++ compiler that `CXX` names (default: g++ >= 12). The fat binary is `$OUT_DIR/ibex.fatbin`: sm_80, sm_90a and
-//! sm_100a code and PTX for compute_90. Without nvcc it is empty, everything else works, and `IBEX_CUDA_IMAGE` (read by
-//! `runtime/gpu/image.rs`) says why.
+//! The host objects are the SIMT runtime (`kernels/host/*.cpp`) and every kernel (`kernels/src/*.cu`),
+//! built with the C++ compiler that `CXX` names (default: g++ >= 12). The fat binary is
+//! `$OUT_DIR/ibex.fatbin`: sm_80, sm_90a and sm_100a code and PTX for compute_90. Without nvcc it is empty,
+//! everything else works, and `IBEX_CUDA_IMAGE` (read by `runtime/gpu/image.rs`) says why.
 //!
 //! nvcc is looked for in `$CUDA_HOME/bin`, on `PATH`, and in the pip wheels
 //! (`<site-packages>/nvidia/cu13/bin`). `IBEX_NVCC=off` leaves it out, `IBEX_NVCC=<path>` names one.
@@ -55,7 +56,8 @@ fn build_host(kernels: &Path, sources: &[PathBuf]) {
         .debug(false)
         // Kernels are judged by their speed and read by addr2line, whatever the Rust profile is.
         .flags(["-g1", "-march=x86-64-v3", "-fno-strict-aliasing"])
-        // A multiply and an add round separately unless the source says fma: results are compared bit for bit.
+        // A multiply and an add round separately unless the source says fma: results are compared bit for
+        // bit.
         .flag("-ffp-contract=off")
         .include(kernels)
         .include(kernels.join("include"))
@@ -72,23 +74,23 @@ fn build_cuda(
     out_dir: &Path,
     image: &Path,
 ) -> Result<String, String> {
+    let note = format!("built by {}", nvcc.display());
     let unit = out_dir.join("ibex.cu");
-    let root = env::current_dir().map_err(|e| e.to_string())?;
-    let includes = sources
-        .iter()
-        .map(|s| format!("#include \"{}\"\n", root.join(s).display()));
-    fs::write(&unit, includes.collect::<String>())
-        .map_err(|e| format!("{}: {e}", unit.display()))?;
+    let root = env::current_dir().expect("cargo sets a working directory");
+    let line = |path: &PathBuf| format!("#include \"{}\"\n", root.join(path).display());
+    let text = format!(
+        "// {note}\n{}",
+        sources.iter().map(line).collect::<String>()
+    );
+    if fs::read_to_string(&unit).is_ok_and(|old| old == text) && is_fresh(&unit, image) {
+        return Ok(note);
+    }
+    let _ = fs::remove_file(image);
+    fs::write(&unit, text).expect("OUT_DIR is writable");
     let mut command = Command::new(nvcc);
-    command.args([
-        "-std=c++20",
-        "-O3",
-        "-fmad=false",
-        "-lineinfo",
-        "--threads",
-        "2",
-    ]);
-    command.args(["-fatbin", "-I", "kernels/include", "-o"]);
+    // fmad: as -ffp-contract above. threads: one of the targets each.
+    command.args(["-std=c++20", "-O3", "-fmad=false", "-lineinfo"]);
+    command.args(["--threads", "0", "-fatbin", "-I", "kernels/include", "-o"]);
     command.arg(image).arg(&unit);
     for target in TARGETS {
         command.args(["-gencode", target]);
@@ -96,15 +98,28 @@ fn build_cuda(
     let output = command
         .output()
         .map_err(|e| format!("{}: {e}", nvcc.display()))?;
-    if !output.status.success() {
-        // A kernel that nvcc refuses is a bug, not a machine without CUDA.
-        panic!(
-            "nvcc failed:\n{}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
+    let log = String::from_utf8_lossy(&output.stderr);
+    // A kernel that nvcc refuses is a bug, not a machine without CUDA.
+    assert!(output.status.success(), "nvcc failed:\n{log}");
+    for line in log.lines() {
+        println!("cargo:warning={line}");
     }
-    Ok(format!("built by {}", nvcc.display()))
+    Ok(note)
+}
+
+/// Was the image begun (when `unit` was written) after the last change of what goes into it? Edits of the
+/// host runtime alone do not cost an nvcc run.
+fn is_fresh(unit: &Path, image: &Path) -> bool {
+    let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+    let Some(begun) = modified(unit) else {
+        return false;
+    };
+    let dirs =
+        ["src", "include/ibex", "include/ibex/detail"].map(|dir| Path::new("kernels").join(dir));
+    let mut inputs = dirs.iter().flat_map(fs::read_dir).flatten().flatten();
+    fs::metadata(image).is_ok_and(|m| m.len() > 0)
+        && inputs.all(|entry| modified(&entry.path()).is_some_and(|time| time < begun))
+        && modified(Path::new("build.rs")).is_some_and(|time| time < begun)
 }
 
 fn find_nvcc() -> Result<PathBuf, String> {

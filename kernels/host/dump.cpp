@@ -25,6 +25,10 @@ void print_fiber(const Fiber& f) {
   if (kFibersPerWarp > 1) std::fprintf(stderr, " lane %u", f.lane);
   switch (f.state) {
     case FiberState::polling:
+      if (f.last == nullptr) {
+        std::fprintf(stderr, ": backs off (pc +%#" PRIxPTR ")\n", relative_pc(f.pc));
+        return;
+      }
       std::fprintf(stderr, ": polls %p, sees %#" PRIx64 " (pc +%#" PRIxPTR ")\n", f.last, f.last_value,
                    relative_pc(f.pc));
       return;
@@ -45,7 +49,9 @@ void print_fiber(const Fiber& f) {
 
 void Worker::dump(const char* why) const {
   std::fprintf(stderr, "ibex: worker %u: %s\n", index, why);
-  if (sim) std::fprintf(stderr, "ibex: seed %" PRIu64 ", virtual time %" PRIu64 " ns\n", config.seed, sim->now_ns());
+  if (sim) {
+    std::fprintf(stderr, "ibex: seed %" PRIu64 ", virtual time %" PRIu64 " ns\n", config.seed, sim->now_ns());
+  }
   uint32_t lines = 0;
   for (const Grid* g : grids_) {
     std::fprintf(stderr, " kernel %s on device %u: %u of %u fibers\n", g->kernel->name, g->device, g->live,

@@ -1,7 +1,8 @@
-/// The fiber as kernels' inline code sees it: who am I, have I polled here before, may the simulation step in.
+/// The fiber as kernels' inline code sees it: who am I, have I polled here before, may the simulation step
+/// in.
 ///
-/// A fiber is one warp (warp fibers) or one CUDA thread (lane fibers). It never leaves the OS thread of its worker,
-/// so thread-local state may be cached across a switch. Everything else about it lives in sched.h.
+/// A fiber is one warp (warp fibers) or one CUDA thread (lane fibers). It never leaves the OS thread of its
+/// worker, so thread-local state may be cached across a switch. Everything else about it lives in sched.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,11 +35,11 @@ struct Fiber {
   uint64_t stall_event = 0;      ///< simulation: the event count at its last stall
   uint32_t stall_rounds = 0;     ///< simulation: stalls since that event
   uint32_t id = 0;               ///< simulation: index in creation order, stable across runs
-  uint32_t collective = 0;       ///< lane fibers: collectives this lane has entered; parity picks the slot row
+  uint32_t collective = 0;       ///< lane fibers: collectives entered; parity picks the slot row
   char* stack = nullptr;
   void* tsan = nullptr;          ///< ThreadSanitizer's fiber, and the helpers that carry fence clocks
   void* tsan_seen[2] = {};       ///< by scope: clocks of relaxed loads, taken over by the next fence
-  void* tsan_fenced[2] = {};     ///< by scope: this fiber's clock at its last fence, published by relaxed stores
+  void* tsan_fenced[2] = {};     ///< by scope: the clock at its last fence, published by relaxed stores
 };
 
 /// The fiber running on this OS thread; null outside kernels.
@@ -59,8 +60,9 @@ constexpr uint32_t kStraysMax = 32;
 
 /// Called with every value that a polling load returns.
 ///
-/// A loop over one word stalls at once. A loop over several words has an *anchor*: coming back to it unchanged
-/// means that a whole round brought nothing. Either way the fiber gives way once per round, not once per word.
+/// A loop over one word stalls at once. A loop over several words has an *anchor*: coming back to it
+/// unchanged means that a whole round brought nothing. Either way the fiber gives way once per round, not
+/// once per word.
 inline __attribute__((always_inline)) void poll(const void* address, uint64_t value) {
   Fiber* f = tl_fiber;
   if (f == nullptr) return;
@@ -109,8 +111,8 @@ uint32_t num_warps();
 void barrier(uint32_t id, uint32_t num_warps);
 /// The block's storage for one IBEX_SHARED declaration, created (and poisoned) at first use.
 void* shared_memory(const void* tag, size_t len, size_t align);
-/// Lane fibers: every lane of the warp gives `bits`; returns the 32 values once all have arrived. They stay valid
-/// until this lane's next collective.
+/// Lane fibers: every lane of the warp gives `bits`; returns the 32 values once all have arrived. They stay
+/// valid until this lane's next collective.
 const uint64_t* exchange(uint64_t bits);
 
 }  // namespace ibex::host

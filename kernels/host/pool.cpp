@@ -36,7 +36,8 @@ bool with_defaults(ibex_pool_config& c) {
   if (c.mode == IBEX_SIMULATION && c.num_workers != 1) return false;
   if (c.stack_len == 0) c.stack_len = kStackLenDefault;
   if (c.stack_len < kStackLenMin || c.stack_len > kStackLenMax) return false;
-  if (c.stuck_after_ns == 0) c.stuck_after_ns = c.mode == IBEX_REAL_TIME ? kStuckAfterRealNs : kStuckAfterSimNs;
+  const bool real_time = c.mode == IBEX_REAL_TIME;
+  if (c.stuck_after_ns == 0) c.stuck_after_ns = real_time ? kStuckAfterRealNs : kStuckAfterSimNs;
   if (c.steps_max == 0) c.steps_max = kStepsMax;
   return true;
 }
@@ -150,7 +151,8 @@ void barrier(uint32_t id, uint32_t num_warps) {
   Fiber* f = tl_fiber;
   f->wait_id = static_cast<uint16_t>(id);
   if (id >= kBarriers) broken("barrier id above 15");
-  if (num_warps == 0 || num_warps > f->block->grid->warps_per_block) broken("barrier for more warps than the block has");
+  const uint32_t warps_max = f->block->grid->warps_per_block;
+  if (num_warps == 0 || num_warps > warps_max) broken("barrier for more warps than the block has");
   if (f->simulated) sim_step(f);
   tl_worker->meet(f->block->barriers[id], num_warps * kFibersPerWarp, f, FiberState::barrier);
 }

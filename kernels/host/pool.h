@@ -1,13 +1,15 @@
 /// The C surface of the host SIMT runtime: a pool of workers that run kernels as fibers.
 ///
-/// Real time: every worker is an OS thread that the caller brings (`ibex_pool_worker`). Simulation: no threads; one
-/// seeded scheduler runs all fibers and the device's `progress` on the caller's thread (`ibex_pool_simulate`).
+/// Real time: every worker is an OS thread that the caller brings (`ibex_pool_worker`). Simulation: no
+/// threads; one seeded scheduler runs all fibers and the device's `progress` on the caller's thread
+/// (`ibex_pool_simulate`).
 ///
-/// Who owns what: the pool owns fibers, stacks, shared-memory arenas and a copy of each launch's arguments. Memory
-/// that arguments point to is the caller's, and stays valid until the launch's `on_done` has been called or the pool
-/// has been destroyed.
+/// Who owns what: the pool owns fibers, stacks, shared-memory arenas and a copy of each launch's arguments.
+/// Memory that arguments point to is the caller's, and stays valid until the launch's `on_done` has been
+/// called or the pool has been destroyed.
 ///
-/// INVARIANT: all blocks of one device run on one worker, and every block of a launch is resident from the start.
+/// INVARIANT: all blocks of one device run on one worker, and every block of a launch is resident from the
+/// start.
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
@@ -30,10 +32,10 @@ typedef enum ibex_status {
   IBEX_BAD_CONFIG = 1,      ///< a pool config field is out of range
   IBEX_UNKNOWN_KERNEL = 2,  ///< no kernel has this id
   IBEX_BAD_ARGS_LEN = 3,    ///< args_len is not the size of the kernel's arguments
-  IBEX_BAD_GRID = 4,        ///< no blocks, no warps, more warps than the kernel or a block allows, too many fibers
+  IBEX_BAD_GRID = 4,        ///< no blocks or warps, more warps than the kernel allows, too many fibers
   IBEX_SHUT_DOWN = 5,       ///< the pool no longer takes launches
   IBEX_NO_MEMORY = 6,       ///< the operating system refused memory for stacks
-  IBEX_STUCK = 7,           ///< simulation: nothing moved for stuck_after_ns of virtual time, or only barriers wait
+  IBEX_STUCK = 7,           ///< simulation: nothing moved for stuck_after_ns, or every fiber is at a barrier
   IBEX_LIVELOCK = 8,        ///< simulation: steps_max scheduling decisions without time moving
 } ibex_status;
 
@@ -42,8 +44,9 @@ typedef enum ibex_status {
 /// `progress` found nothing to do and waits for no deadline.
 #define IBEX_PROGRESS_IDLE UINT64_MAX
 
-/// Steps whatever the kernels wait for (the emulated device). Returns IBEX_PROGRESS_WORKED, IBEX_PROGRESS_IDLE, or
-/// the time of its next deadline. Runs on the worker's own stack, never on a fiber's; `random` is 0 in real time.
+/// Steps whatever the kernels wait for (the emulated device). Returns IBEX_PROGRESS_WORKED,
+/// IBEX_PROGRESS_IDLE, or the time of its next deadline. Runs on the worker's own stack, never on a
+/// fiber's; `random` is 0 in real time.
 typedef uint64_t (*ibex_progress_fn)(void* ctx, uint32_t worker, uint64_t now_ns, uint64_t random);
 
 typedef enum ibex_mode { IBEX_REAL_TIME = 0, IBEX_SIMULATION = 1 } ibex_mode;
@@ -55,7 +58,7 @@ typedef struct ibex_pool_config {
   ibex_progress_fn progress;  ///< may be null
   void* progress_ctx;
   size_t stack_len;         ///< 0: 64 KiB; a guard page below each is extra
-  uint64_t stuck_after_ns;  ///< 0: 30 s of real time (reported once on stderr), 1000 s of virtual time (IBEX_STUCK)
+  uint64_t stuck_after_ns;  ///< 0: 30 s real (one report on stderr), 1000 s virtual (IBEX_STUCK)
   uint64_t steps_max;       ///< simulation; 0: 50 million decisions without time moving
 } ibex_pool_config;
 
@@ -66,8 +69,8 @@ typedef struct ibex_launch {
   uint32_t warps_per_block;
   const void* args;         ///< copied before the call returns
   size_t args_len;
-  /// Called exactly once: on the worker's thread when the last block has left, or with `finished` false when the
-  /// pool is destroyed before that. May launch; may be null.
+  /// Called exactly once: on the worker's thread when the last block has left, or with `finished` false
+  /// when the pool is destroyed before that. May launch; may be null.
   void (*on_done)(void* ctx, bool finished);
   void* done_ctx;
 } ibex_launch;

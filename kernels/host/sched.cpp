@@ -18,11 +18,14 @@ constinit thread_local Fiber* tl_fiber __attribute__((tls_model("initial-exec"))
 constinit thread_local Worker* tl_worker __attribute__((tls_model("initial-exec"))) = nullptr;
 
 namespace {
-// How an idle worker waits: spin, then offer the core, then sleep. Chosen for latency first; a wait longer than a
-// few milliseconds is a fault being detected, and there the other processes matter more.
+// How an idle worker waits: spin, then offer the core, then sleep. Chosen for latency first; a wait longer
+// than a few milliseconds is a fault being detected, and there the other processes matter more.
 constexpr uint64_t kSpinNs = 20'000;
 constexpr uint64_t kYieldNs = 2'000'000;
 constexpr long kSleepNs = 50'000;
+/// A round in which every fiber only polls takes less than this; a longer one has done work in between.
+constexpr uint64_t kRoundNs = 5'000;
+constexpr uint64_t kRoundPerFiberNs = 500;
 
 void push_back(Waiters& q, Fiber* f) {
   f->next = nullptr;
@@ -330,7 +333,9 @@ void Worker::wait_for_launch() {
 /// All fibers spin and the device has nothing to do: somebody else has to move first.
 void Worker::rest() {
   const uint64_t now = monotonic_ns();
-  if (idle_since_ns_ == 0) idle_since_ns_ = now;
+  // Fibers that work also poll words that do not change (a mask, a deadline); they must not be put to sleep.
+  const bool worked = now - rested_ns_ > kRoundNs + num_ready * kRoundPerFiberNs;
+  if (idle_since_ns_ == 0 || worked) idle_since_ns_ = now;
   const uint64_t quiet = now - idle_since_ns_;
   if (quiet < kSpinNs) {
     __builtin_ia32_pause();
@@ -344,6 +349,7 @@ void Worker::rest() {
     reported_stuck_ = true;
     dump("nothing has moved for a long time; still waiting");
   }
+  rested_ns_ = monotonic_ns();
 }
 
 void Worker::run() {
@@ -411,7 +417,8 @@ ibex_status Worker::simulate(bool (*until)(void*), void* ctx) {
   ibex_status status = IBEX_OK;
   while (status == IBEX_OK) {
     sim->note(kMain);
-    // In this order: what `on_done` and `until` launch is taken in before anybody could think that all is quiet.
+    // In this order: what `on_done` and `until` launch is taken in before anybody could think that all is
+    // quiet.
     finish_grids();
     if (until(ctx)) break;
     if (!take_inbox()) {

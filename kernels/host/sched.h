@@ -1,9 +1,10 @@
 /// Grids, blocks and the worker that runs their fibers.
 ///
-/// A worker owns its grids: it builds their fibers from the inbox, runs them on its one OS thread and frees them when
-/// the last fiber has left. The *main context* is the OS thread's own stack; there, and only there, run `progress`,
-/// `on_done`, allocation and the inbox. Fibers switch to each other directly and come back to the main context when
-/// all of them stall, every `kServiceSwitches` switches, and when a grid is done.
+/// A worker owns its grids: it builds their fibers from the inbox, runs them on its one OS thread and frees
+/// them when the last fiber has left. The *main context* is the OS thread's own stack; there, and only
+/// there, run `progress`, `on_done`, allocation and the inbox. Fibers switch to each other directly and
+/// come back to the main context when all of them stall, every `kServiceSwitches` switches, and when a grid
+/// is done.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -41,8 +42,8 @@ struct Waiters {
   uint32_t num = 0;
 };
 
-/// Fibers that meet. ThreadSanitizer's edges alternate between two keys: who is early for the next meeting must not
-/// be seen by who is late in leaving this one.
+/// Fibers that meet. ThreadSanitizer's edges alternate between two keys: who is early for the next meeting
+/// must not be seen by who is late in leaving this one.
 struct Meeting {
   Waiters waiters;
   uint32_t arrived = 0;
@@ -50,8 +51,8 @@ struct Meeting {
   char keys[2] = {};
 };
 
-/// Lane fibers: where the lanes of one warp meet. Two rows, used alternately: a lane may enter the next collective
-/// while others still read this one, and the next can only complete when all have read.
+/// Lane fibers: where the lanes of one warp meet. Two rows, used alternately: a lane may enter the next
+/// collective while others still read this one, and the next can only complete when all have read.
 struct Warp {
   Meeting meeting;
   uint64_t slots[2][kWarpSize] = {};
@@ -148,6 +149,7 @@ struct Worker {
   Grid* done_ = nullptr;           ///< finished, `on_done` not yet called
   std::vector<char*> arenas_;      ///< free shared-memory arenas
   uint64_t idle_since_ns_ = 0;     ///< 0: not idle
+  uint64_t rested_ns_ = 0;         ///< when `rest` last returned
   bool reported_stuck_ = false;
   uint32_t next_fiber_id_ = 0;
 

@@ -1,13 +1,13 @@
 /// The seeded schedule: who runs next, and how virtual time passes.
 ///
-/// Every decision comes from one generator, so a seed replays exactly; a hash over the decisions proves it. The
-/// schedule has *phases*: for a while switches are frequent or rare, the device is eager or starved, one rank is
-/// slow. Uniform choices would almost never let one agent run far ahead of another.
+/// Every decision comes from one generator, so a seed replays exactly; a hash over the decisions proves it.
+/// The schedule has *phases*: for a while switches are frequent or rare, the device is eager or starved,
+/// one rank is slow. Uniform choices would almost never let one agent run far ahead of another.
 ///
-/// Virtual time moves only when nothing else can: every fiber has come round twice without news since the last
-/// event, and `progress` has nothing to do. Then it goes on by quanta that grow while the silence lasts, or to the
-/// deadline that `progress` reported. An event is a named access that changed memory, a fiber that left or was
-/// released, a launch, or progress that worked.
+/// Virtual time moves only when nothing else can: every fiber has come round twice without news since the
+/// last event, and `progress` has nothing to do. Then it goes on by quanta that grow while the silence
+/// lasts, or to the deadline that `progress` reported. An event is a named access that changed memory, a
+/// fiber that left or was released, a launch, or progress that worked.
 #pragma once
 #include <cstdint>
 #include <vector>

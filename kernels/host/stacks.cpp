@@ -9,7 +9,8 @@ namespace ibex::host {
 namespace {
 constexpr size_t kPage = 4096;
 constexpr size_t kStacksPerSlab = 32;
-/// Stagger of stack tops: distinct cache lines, well within one page. Chosen; see tests/simt.rs launch figures.
+/// Stagger of stack tops: distinct cache lines, well within one page. Chosen; see tests/simt.rs launch
+/// figures.
 constexpr size_t kColours = 16;
 constexpr size_t kColourStep = 192;
 

@@ -20,8 +20,8 @@ class Stacks {
   /// Lowest address of a free stack. The caller has mapped as many as it takes.
   char* take();
   void give(char* stack) { free_.push_back(stack); }
-  /// One past the highest usable address; stacks start at staggered offsets so that hot frames of different fibers
-  /// do not share cache sets.
+  /// One past the highest usable address; stacks start at staggered offsets so that hot frames of different
+  /// fibers do not share cache sets.
   char* top(char* stack) const;
   size_t num_mapped() const { return num_mapped_; }
 

@@ -22,7 +22,8 @@ constexpr uint32_t kSysDomain = 0;
 
 char* key_space() {
   static char* const space = [] {
-    void* mem = mmap(nullptr, kDomains << kDomainLog2, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* mem = mmap(nullptr, kDomains << kDomainLog2, PROT_NONE, kFlags, -1, 0);
     if (mem == MAP_FAILED) {
       std::perror("tsan keys");
       std::abort();
@@ -72,8 +73,8 @@ struct Held {
   uint4* p;
   uint4 v;
 };
-/// Fibers stay on their thread, so what their warp held back does as well. Neither a container nor malloc: the
-/// sanitizer intercepts those and would see one fiber free what another wrote.
+/// Fibers stay on their thread, so what their warp held back does as well. Neither a container nor malloc:
+/// the sanitizer intercepts those and would see one fiber free what another wrote.
 constexpr size_t kHeldMax = 4096;
 thread_local Held tl_held[kHeldMax];
 thread_local size_t tl_num_held = 0;
@@ -104,8 +105,8 @@ void tsan_release(const void* p, Scope scope) {
   if (device_domain(&device)) __tsan_release(key(p, device));
 }
 
-// `tsan_seen[gpu]` gathers device-domain clocks, `tsan_seen[sys]` system-domain clocks; `tsan_fenced` likewise holds
-// what a fence of at least that scope has covered.
+// `tsan_seen[gpu]` gathers device-domain clocks, `tsan_seen[sys]` system-domain clocks; `tsan_fenced`
+// likewise holds what a fence of at least that scope has covered.
 
 void tsan_relaxed_load(const void* p, Scope scope) {
   Fiber* f = tl_fiber;

@@ -1,9 +1,10 @@
 /// ThreadSanitizer's view of the named accesses; empty inline functions in every other build.
 ///
-/// C++ atomics know no scope, so the edges are drawn by hand: one happens-before key per (address, domain), where
-/// the domain is `sys` or one device. A release at `gpu` scope publishes in its device's domain only, a release at
-/// `sys` scope in both; an acquire at `gpu` scope looks in its device's domain, one at `sys` in both. Fences carry
-/// clocks through helper fibers: a relaxed store after a fence publishes exactly what the fence covered.
+/// C++ atomics know no scope, so the edges are drawn by hand: one happens-before key per (address, domain),
+/// where the domain is `sys` or one device. A release at `gpu` scope publishes in its device's domain only,
+/// a release at `sys` scope in both; an acquire at `gpu` scope looks in its device's domain, one at `sys`
+/// in both. Fences carry clocks through helper fibers: a relaxed store after a fence publishes exactly what
+/// the fence covered.
 ///
 /// A *plant* weakens accesses to one address range, so that a test can see the harness find the bug.
 #pragma once

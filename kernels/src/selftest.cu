@@ -58,7 +58,9 @@ IBEX_DEV void collectives(uint32_t* out, uint32_t seed) {
   }
   const bool any_none = warp::any(none), any_third = warp::any(third);
   const bool all_every = warp::all(every), all_third = warp::all(third);
-  ONE_LANE out[14] = uint32_t{any_none} | uint32_t{any_third} << 1 | uint32_t{all_every} << 2 | uint32_t{all_third} << 3;
+  const uint32_t any = uint32_t{any_none} | uint32_t{any_third} << 1;
+  const uint32_t all = uint32_t{all_every} | uint32_t{all_third} << 1;
+  ONE_LANE out[14] = any | all << 2;
 }
 
 /// Words 16..19: shared memory across a block barrier and a barrier of warp pairs.
@@ -134,8 +136,9 @@ IBEX_DEV void body(const SelftestArgs& args, BlockRange blocks) {
 }
 
 /// # Ordering
-/// Payload -> flag: release (or fence) at sys scope by lane 0, after warp::sync has ordered the other lanes' stores before it.
-/// Flag -> payload: acquire (or fence) at sys scope by lane 0, then warp::sync before the other lanes read.
+/// Payload -> flag: release (or fence) at sys scope by lane 0, after warp::sync has ordered the other
+/// lanes' stores before it. Flag -> payload: acquire (or fence) at sys scope by lane 0, then warp::sync
+/// before the other lanes read.
 IBEX_DEV void pass(const SelftestPairArgs& args, uint32_t round) {
   for (uint32_t i = 0; i < args.n16; i += kWarpSize) {
     EACH_LANE(l) {
@@ -192,8 +195,23 @@ IBEX_DEV void empty_body(const SelftestEmptyArgs& args, BlockRange) {
   ONE_LANE add_relaxed_gpu(args.counter, 1u);
 }
 
+IBEX_DEV void hazard_body(const SelftestHazardArgs& args, BlockRange) {
+  if (args.hazard == kHazardBarrier && warp::id() != 0) warp::sync_block();
+  if (args.hazard == kHazardLivelock) {
+    ONE_LANE {
+      while (add_relaxed_gpu(args.counter, 1u) != 0xffffffffu) backoff();
+    }
+  }
+  if (args.hazard == kHazardLostUpdate) {
+    for (uint32_t i = 0; i < args.rounds; ++i) {
+      ONE_LANE st_relaxed_gpu(args.counter, ld_relaxed_gpu(args.counter) + 1);
+    }
+  }
+}
+
 }  // namespace ibex::selftest
 
 IBEX_KERNEL(selftest, ibex::SelftestArgs, ibex::selftest::body, 1024)
 IBEX_KERNEL(selftest_pair, ibex::SelftestPairArgs, ibex::selftest::pair_body, 1024)
 IBEX_KERNEL(selftest_empty, ibex::SelftestEmptyArgs, ibex::selftest::empty_body, 1024)
+IBEX_KERNEL(selftest_hazard, ibex::SelftestHazardArgs, ibex::selftest::hazard_body, 1024)

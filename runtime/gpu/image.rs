@@ -1,7 +1,7 @@
 //! The CUDA image that `build.rs` made of `kernels/`, embedded in the library.
 //!
-//! Owns static bytes. Invariant: empty exactly when the build had no nvcc; [`note`] says which one built it, or why
-//! there is none.
+//! Owns static bytes. Invariant: empty exactly when the build had no nvcc; [`note`] says which one built
+//! it, or why there is none.
 
 /// `cuModuleLoadData` reads structures from the image in place.
 #[repr(C, align(64))]

@@ -1,11 +1,14 @@
-//! The host SIMT runtime of `kernels/host`, as a Rust value: kernels run as fibers on a few threads, or all on one.
+//! The host SIMT runtime of `kernels/host`, as a Rust value: kernels run as fibers on a few threads, or all
+//! on one.
 //!
-//! Who owns what: a [`Pool`] owns its worker threads, fibers and stacks, and a copy of each launch's arguments. The
-//! memory that arguments point to is the caller's and must outlive the launch; that is why [`Pool::launch`] is unsafe.
+//! Who owns what: a [`Pool`] owns its worker threads, fibers and stacks, and a copy of each launch's
+//! arguments. The memory that arguments point to is the caller's and must outlive the launch; that is why
+//! [`Pool::launch`] is unsafe.
 //!
 //! Invariants:
 //! - All blocks of one device run on one worker, and all blocks of a launch are resident from its start.
-//! - Every accepted launch's `done` is called once, or dropped uncalled when the pool goes before the kernel ends.
+//! - Every accepted launch's `done` is called once, or dropped uncalled when the pool goes before the
+//!   kernel ends.
 //! - [`Progress`] and `done` run on a worker's own stack, never on a fiber's.
 #![expect(
     unsafe_code,
@@ -45,8 +48,8 @@ pub enum Progressed {
 
 /// What kernels wait for and their own worker can step: the emulated device.
 pub trait Progress: Send + Sync {
-    /// Does some work. Called by all workers, concurrently, whenever the fibers of one have nothing else to do, and
-    /// at least every few hundred fiber switches.
+    /// Does some work. Called by all workers, concurrently, whenever the fibers of one have nothing else to
+    /// do, and at least every few hundred fiber switches.
     ///
     /// `random` is the simulation's source of choices, and 0 in real time.
     fn progress(&self, worker: u32, now_ns: u64, random: u64) -> Progressed;
@@ -74,8 +77,8 @@ pub struct PoolConfig {
     pub mode: PoolMode,
     /// What workers step when fibers wait.
     pub progress: Option<Arc<dyn Progress>>,
-    /// How long nothing may move: real time, a report on stderr; simulation, [`PoolError::Stuck`] after as much
-    /// virtual time. `None`: 30 s, or 1000 s of virtual time.
+    /// How long nothing may move: real time, a report on stderr; simulation, [`PoolError::Stuck`] after as
+    /// much virtual time. `None`: 30 s, or 1000 s of virtual time.
     pub stuck_after: Option<Duration>,
     /// Simulation: most scheduling decisions without time moving. `None`: 50 million.
     pub steps_max: Option<u64>,
@@ -222,8 +225,8 @@ type Done = Box<dyn FnOnce() + Send>;
 
 /// Runs kernels as fibers.
 ///
-/// Dropping it stops the workers and joins their threads; kernels that have not finished are abandoned where they
-/// stand and never touch memory again.
+/// Dropping it stops the workers and joins their threads; kernels that have not finished are abandoned
+/// where they stand and never touch memory again.
 pub struct Pool {
     raw: RawPool,
     threads: Vec<JoinHandle<()>>,
@@ -237,8 +240,8 @@ pub struct Pool {
 #[derive(Clone, Copy)]
 struct RawPool(*mut ffi::Pool);
 
-// SAFETY: the C side locks its inboxes; the calls that need one thread at a time are guarded here (`simulating`, one
-// thread per worker).
+// SAFETY: the C side locks its inboxes; the calls that need one thread at a time are guarded here
+// (`simulating`, one thread per worker).
 unsafe impl Send for RawPool {}
 // SAFETY: as above.
 unsafe impl Sync for RawPool {}
@@ -294,12 +297,13 @@ impl Pool {
     /// `done` may launch. It may not drop the last reference to this pool.
     ///
     /// # Errors
-    /// `UnknownKernel`, `ArgsLen`, `OutOfRange`, `TooManyFibers`, `NoMemory`: nothing was queued, `done` is dropped.
+    /// `UnknownKernel`, `ArgsLen`, `OutOfRange`, `TooManyFibers`, `NoMemory`: nothing was queued, `done` is
+    /// dropped.
     ///
     /// # Safety
-    /// `args` are the bytes of the argument struct that the kernel expects, and all memory that it reaches through
-    /// them is valid, and shared with it in the way its documentation says, until `done` has been called or the pool
-    /// has been dropped.
+    /// `args` are the bytes of the argument struct that the kernel expects, and all memory that it reaches
+    /// through them is valid, and shared with it in the way its documentation says, until `done` has been
+    /// called or the pool has been dropped.
     pub unsafe fn launch(&self, launch: &PoolLaunch<'_>, done: Done) -> Result<(), PoolError> {
         check_launch(launch)?;
         let context = Box::into_raw(Box::new(done));
@@ -329,8 +333,8 @@ impl Pool {
         })
     }
 
-    /// Simulation: runs kernels and device on this thread until `until` holds. It is asked between steps and may
-    /// launch.
+    /// Simulation: runs kernels and device on this thread until `until` holds. It is asked between steps
+    /// and may launch.
     ///
     /// # Errors
     /// `Stuck` and `Livelock` when it can never hold, `NotSimulation`, `AlreadyRunning`.

@@ -1,4 +1,5 @@
-//! Builds the C++ rig of `kernels/host/tsan`: the same kernels on lane fibers, plain or under ThreadSanitizer.
+//! Builds the C++ rig of `kernels/host/tsan`: the same kernels on lane fibers, plain or under
+//! ThreadSanitizer.
 //!
 //! A build lands in cargo's temporary directory and is kept while it is newer than every file in `kernels/`.
 
@@ -84,7 +85,7 @@ fn compiler(flavor: Flavor, sanitized: bool) -> Command {
     };
     command.args(COMMON);
     match flavor {
-        Flavor::Plain => command.arg("-O2"),
+        Flavor::Plain => command.arg("-O1"),
         Flavor::ThreadSanitizer => command.args(["-O1", "-DIBEX_TSAN"]),
     };
     if sanitized && matches!(flavor, Flavor::ThreadSanitizer) {

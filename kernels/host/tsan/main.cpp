@@ -10,6 +10,8 @@
 namespace {
 
 using ibex::host::Plant;
+using ibex::rig::kCases;
+using ibex::rig::NamedCase;
 using ibex::rig::Options;
 
 struct PlantName {
@@ -58,11 +60,12 @@ bool parse_option(const char* name, const char* value, Options* o) {
 }
 
 int usage() {
-  std::fprintf(stderr, "usage: rig CASE [--blocks N] [--warps N] [--n16 N] [--rounds N] [--workers N] [--seed N]\n"
-                       "                [--plant KIND] [--print]\nplants:");
+  std::fprintf(stderr,
+               "usage: rig CASE [--blocks N] [--warps N] [--n16 N] [--rounds N] [--workers N]\n"
+               "                [--seed N] [--plant KIND] [--print]\nplants:");
   for (const PlantName& p : kPlants) std::fprintf(stderr, " %s", p.name);
   std::fprintf(stderr, "\ncases:");
-  for (const ibex::rig::NamedCase* c = ibex::rig::kCases; c->name != nullptr; ++c) std::fprintf(stderr, " %s", c->name);
+  for (const NamedCase* c = kCases; c->name != nullptr; ++c) std::fprintf(stderr, " %s", c->name);
   std::fprintf(stderr, "\n");
   return 2;
 }
@@ -80,7 +83,7 @@ int main(int argc, char** argv) {
     if (i + 1 == argc || !parse_option(argv[i], argv[i + 1], &options)) return usage();
     ++i;
   }
-  for (const ibex::rig::NamedCase* c = ibex::rig::kCases; c->name != nullptr; ++c) {
+  for (const NamedCase* c = kCases; c->name != nullptr; ++c) {
     if (std::strcmp(c->name, argv[1]) == 0) return c->run(options);
   }
   return usage();

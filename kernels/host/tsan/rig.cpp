@@ -32,7 +32,8 @@ void plant(const Options& options, const void* begin, size_t len) {
 #endif
 }
 
-Rig::Rig(const Options& options, ibex_progress_fn progress, void* progress_ctx) : simulation_(options.seed != 0) {
+Rig::Rig(const Options& options, ibex_progress_fn progress, void* progress_ctx)
+    : simulation_(options.seed != 0) {
   ibex_pool_config config{};
   config.num_workers = simulation_ ? 1 : options.workers;
   config.mode = simulation_ ? IBEX_SIMULATION : IBEX_REAL_TIME;
@@ -54,8 +55,8 @@ Rig::~Rig() {
   ibex_pool_destroy(pool_);
 }
 
-void Rig::launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps, const void* args,
-                       size_t len) {
+void Rig::launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps,
+                       const void* args, size_t len) {
   ibex_launch launch{};
   launch.kernel_id = kernel_id(kernel);
   launch.device = device;

@@ -1,7 +1,8 @@
 /// A C++ process that runs kernels on lane fibers: launches for several devices, and cases by name.
 ///
-/// ThreadSanitizer cannot follow Rust and C++ at once, so the races of the shipped kernels are judged here, without
-/// Rust. The same process built by g++ without the sanitizer is the lane-fiber twin of the default build.
+/// ThreadSanitizer cannot follow Rust and C++ at once, so the races of the shipped kernels are judged here,
+/// without Rust. The same process built by g++ without the sanitizer is the lane-fiber twin of the default
+/// build.
 ///
 /// To add a case: a function `int(const Options&)` in a file of its own, and a line in cases.cpp.
 #pragma once
@@ -47,7 +48,8 @@ class Rig {
   void wait();
 
  private:
-  void launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps, const void* args, size_t len);
+  void launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps,
+                    const void* args, size_t len);
   static void on_done(void* self, bool finished);
   bool all_done();
 

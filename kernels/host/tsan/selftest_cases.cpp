@@ -1,6 +1,8 @@
 /// The self-test kernels on lane fibers.
 ///
-/// `selftest --print` writes every result word to stdout; tests/simt.rs holds them against its own arithmetic.
+/// `selftest --print` writes every result word to stdout; tests/simt.rs holds them against its own
+/// arithmetic.
+#include <cinttypes>
 #include <cstdio>
 #include <vector>
 
@@ -20,7 +22,7 @@ uint32_t scramble(uint32_t x) { return (x * 2654435761u) ^ (x >> 7); }
 template <class T>
 void print(const char* name, const T* words, size_t num) {
   std::printf("%s", name);
-  for (size_t i = 0; i < num; ++i) std::printf(" %llx", static_cast<unsigned long long>(words[i]));
+  for (size_t i = 0; i < num; ++i) std::printf(" %" PRIx64, uint64_t{words[i]});
   std::printf("\n");
 }
 
@@ -55,8 +57,8 @@ int run_devices(const Options& options, uint32_t fenced) {
     for (uint64_t i = 0; i < options.n16; ++i) expected += 4 * (round * 1000 + i) + 6;
   }
   if (options.plant == host::Plant::none && (sums[0] != expected || sums[1] != expected)) {
-    std::fprintf(stderr, "pair: sums %llu and %llu, expected %llu\n", static_cast<unsigned long long>(sums[0]),
-                 static_cast<unsigned long long>(sums[1]), static_cast<unsigned long long>(expected));
+    std::fprintf(stderr, "pair: sums %" PRIu64 " and %" PRIu64 ", expected %" PRIu64 "\n", sums[0], sums[1],
+                 expected);
     return 1;
   }
   return 0;
@@ -74,8 +76,9 @@ int run_selftest(const Options& options) {
   plant(options, counters.data(), counters.size() * sizeof(uint32_t));
   {
     Rig rig(options);
-    rig.launch("selftest", 0, options.blocks, options.warps,
-               SelftestArgs{results.data(), counters.data(), wide.data(), src.data(), dst.data(), options.n16, 0});
+    const SelftestArgs args{results.data(), counters.data(), wide.data(), src.data(),
+                            dst.data(),     options.n16,     0};
+    rig.launch("selftest", 0, options.blocks, options.warps, args);
     rig.wait();
   }
   if (!options.print) return 0;

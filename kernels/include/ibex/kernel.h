@@ -1,19 +1,22 @@
-/// A kernel is a body `void body(const Args&, BlockRange)` and one line that makes it launchable on both machines.
+/// A kernel is a body `void body(const Args&, BlockRange)` and one line that makes it launchable on both
+/// machines.
 ///
 ///   template <class Dtype> void dispatch_body(const LaneArgs& args, BlockRange blocks);
 ///   IBEX_KERNEL(dispatch_bf16, LaneArgs, dispatch_body<Bf16>, 1024)
 ///
-/// CUDA: a `__global__` function `ibex_dispatch_bf16` whose arguments are a grid constant. Host: an `ibex_kernel`
-/// record of the same name, collected in the table of host/registry.cpp under the id that kernel_list.h gives it.
+/// CUDA: a `__global__` function `ibex_dispatch_bf16` whose arguments are a grid constant. Host: an
+/// `ibex_kernel` record of the same name, collected in the table of host/registry.cpp under the id that
+/// kernel_list.h gives it.
 #pragma once
 #include "ibex/defs.h"
 #include "ibex/warp.h"
 
 #if defined(IBEX_CUDA)
 
-#define IBEX_KERNEL(name, Args, body, threads_max)                                                        \
-  extern "C" __global__ void __launch_bounds__(threads_max, 1) ibex_##name(const __grid_constant__ Args args) { \
-    body(args, ::ibex::BlockRange{::ibex::warp::block_id(), ::ibex::warp::num_blocks()});                 \
+#define IBEX_KERNEL(name, Args, body, threads_max)                                        \
+  extern "C" __global__ void __launch_bounds__(threads_max, 1)                            \
+      ibex_##name(const __grid_constant__ Args args) {                                    \
+    body(args, ::ibex::BlockRange{::ibex::warp::block_id(), ::ibex::warp::num_blocks()}); \
   }
 
 #else

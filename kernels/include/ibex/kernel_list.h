@@ -10,4 +10,5 @@
   X(expert, 3)              \
   X(selftest, 4)            \
   X(selftest_pair, 5)       \
-  X(selftest_empty, 6)
+  X(selftest_empty, 6)      \
+  X(selftest_hazard, 7)

@@ -1,5 +1,5 @@
-/// Arguments of the self-test kernels: every collective, barrier, atomic and copy of the SIMT layer, with results that
-/// a test computes for itself.
+/// Arguments of the self-test kernels: every collective, barrier, atomic and copy of the SIMT layer, with
+/// results that a test computes for itself.
 ///
 /// The Rust twins stand in tests/simt.rs, the C++ user in host/tsan/.
 #pragma once
@@ -39,6 +39,19 @@ static_assert(sizeof(SelftestPairArgs) == 56);
 
 struct SelftestEmptyArgs {
   uint32_t* counter;   ///< every warp adds 1
+};
+
+/// What must go wrong, so that a test can see it reported.
+enum SelftestHazard : uint32_t {
+  kHazardBarrier = 0,     ///< warp 0 leaves, the others wait for it at a barrier: deadlock
+  kHazardLivelock = 1,    ///< memory changes for ever, and no time passes
+  kHazardLostUpdate = 2,  ///< every warp adds `rounds` by a load and a store instead of one update
+};
+
+struct SelftestHazardArgs {
+  uint32_t* counter;
+  uint32_t hazard;
+  uint32_t rounds;
 };
 
 }  // namespace ibex

@@ -79,8 +79,8 @@ IBEX_DEV void st_relaxed_mmio_sys(uint64_t* p, uint64_t v) {
 }
 
 IBEX_DEV void st_wqe(uint4* p, uint4 v) {
-  asm volatile("st.relaxed.sys.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
+  asm volatile("st.relaxed.sys.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 
@@ -94,8 +94,8 @@ IBEX_DEV uint4 ld_stream16(const uint4* p) {
 }
 
 IBEX_DEV void st_stream16(uint4* p, uint4 v) {
-  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
                : "memory");
 }
 

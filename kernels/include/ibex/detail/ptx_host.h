@@ -1,7 +1,7 @@
 /// ptx.h on the host: the atomic of the same order; a yield point; under ThreadSanitizer a scoped edge.
 ///
-/// Scopes collapse on x86, so only ThreadSanitizer (host/tsan.h) can see `gpu` where `sys` is needed. There the
-/// atomics themselves are relaxed and the edge is one happens-before key per (address, scope).
+/// Scopes collapse on x86, so only ThreadSanitizer (host/tsan.h) can see `gpu` where `sys` is needed. There
+/// the atomics themselves are relaxed and the edge is one happens-before key per (address, scope).
 #pragma once
 #include "ibex/defs.h"
 #include "host/fiber.h"
@@ -82,26 +82,30 @@ IBEX_DEV T compare_and_swap(T* p, T expected, T wanted) {
 
 }  // namespace detail
 
-#define IBEX_HOST_LD(order, scope, type) \
-  IBEX_DEV type ld_##order##_##scope(const type* p) { return detail::load<host::Order::order, host::Scope::scope>(p); }
+#define IBEX_HOST_LD(order, scope, type)                                \
+  IBEX_DEV type ld_##order##_##scope(const type* p) {                   \
+    return detail::load<host::Order::order, host::Scope::scope>(p);     \
+  }
 
-#define IBEX_HOST_ST(order, scope, type)                      \
-  IBEX_DEV void st_##order##_##scope(type* p, type v) {       \
+#define IBEX_HOST_ST(order, scope, type)                         \
+  IBEX_DEV void st_##order##_##scope(type* p, type v) {          \
     detail::store<host::Order::order, host::Scope::scope>(p, v); \
   }
+
+#define IBEX_HOST_UPDATE(order, scope) detail::update<host::Order::order, host::Scope::scope>
 
 #define IBEX_HOST_RMW(order, scope, type)                                                               \
   IBEX_DEV type add_##order##_##scope(type* p, type v) {                                                \
     return detail::add<host::Order::order, host::Scope::scope>(p, v);                                   \
   }                                                                                                     \
   IBEX_DEV type exch_##order##_##scope(type* p, type v) {                                               \
-    return detail::update<host::Order::order, host::Scope::scope>(p, [&](type) { return v; });          \
+    return IBEX_HOST_UPDATE(order, scope)(p, [&](type) { return v; });                                  \
   }                                                                                                     \
   IBEX_DEV type or_##order##_##scope(type* p, type v) {                                                 \
-    return detail::update<host::Order::order, host::Scope::scope>(p, [&](type old) { return old | v; }); \
+    return IBEX_HOST_UPDATE(order, scope)(p, [&](type old) { return old | v; });                        \
   }                                                                                                     \
   IBEX_DEV type max_##order##_##scope(type* p, type v) {                                                \
-    return detail::update<host::Order::order, host::Scope::scope>(p, [&](type old) { return max_of(old, v); }); \
+    return IBEX_HOST_UPDATE(order, scope)(p, [&](type old) { return max_of(old, v); });                 \
   }
 
 #define IBEX_HOST_CAS(order, scope, type)                                                    \
@@ -129,6 +133,7 @@ IBEX_HOST_TYPE(sys, uint64_t)
 #undef IBEX_HOST_TYPE
 #undef IBEX_HOST_CAS
 #undef IBEX_HOST_RMW
+#undef IBEX_HOST_UPDATE
 #undef IBEX_HOST_ST
 #undef IBEX_HOST_LD
 

@@ -1,4 +1,5 @@
-/// warp.h where a warp is one fiber: a lane region is a loop that the compiler vectorises, a collective is a function.
+/// warp.h where a warp is one fiber: a lane region is a loop that the compiler vectorises, a collective is
+/// a function.
 #pragma once
 #include <cstring>
 

@@ -116,8 +116,12 @@ IBEX_DEV uint32_t reduce_or(const lanes<uint32_t>& x) { return __reduce_or_sync(
 IBEX_DEV uint32_t reduce_add(const lanes<uint32_t>& x) {
   return detail::butterfly<32>(x.v, [](uint32_t a, uint32_t b) { return a + b; });
 }
-IBEX_DEV uint32_t reduce_max(const lanes<uint32_t>& x) { return detail::butterfly<32>(x.v, max_of<uint32_t>); }
-IBEX_DEV uint32_t reduce_min(const lanes<uint32_t>& x) { return detail::butterfly<32>(x.v, min_of<uint32_t>); }
+IBEX_DEV uint32_t reduce_max(const lanes<uint32_t>& x) {
+  return detail::butterfly<32>(x.v, max_of<uint32_t>);
+}
+IBEX_DEV uint32_t reduce_min(const lanes<uint32_t>& x) {
+  return detail::butterfly<32>(x.v, min_of<uint32_t>);
+}
 IBEX_DEV uint32_t reduce_or(const lanes<uint32_t>& x) {
   return detail::butterfly<32>(x.v, [](uint32_t a, uint32_t b) { return a | b; });
 }
