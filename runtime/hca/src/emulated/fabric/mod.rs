@@ -1,0 +1,255 @@
+//! What lies between the ports of emulated devices.
+//!
+//! A requester hands each request message, piece by piece, to a [`Wire`]; a responder executes what
+//! arrives and answers with a [`Reply`]. A wire is all that a fabric is to the two state machines:
+//! [`inproc`] calls the responder at once, a fabric between processes would queue the request and
+//! return [`Carried::Underway`]. The requester copes with an answer that comes at once, later or never.
+//!
+//! *Who owns what.* The [`Fabric`] knows ports by weak reference: a device that is dropped is a port
+//! that stopped answering. Payload is read from the requester's memory at the instant of delivery.
+
+pub(super) mod inproc;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use ibex_abi::types::{Gid, Lid, Mac, PathMtu};
+use parking_lot::RwLock;
+
+use super::EmulatedHca;
+use super::message::{Payload, Piece, Reply, Request};
+use crate::{LinkLayer, PathAddress, PortInfo};
+
+/// Most ports on one fabric.
+pub const PORTS_MAX: usize = 1024;
+
+/// A port of a [`Fabric`], numbered in the order of attachment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortId(pub u16);
+
+/// How messages of one queue pair may be placed in the responder's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Placement {
+    /// A message is placed only after those before it.
+    #[default]
+    InOrder,
+    /// RDMA WRITEs are placed in any order among themselves, as with adaptive routing; atomics, sends,
+    /// reads and completions keep the order. Matters to [`EmulatedHca::step_seeded`] only.
+    WritesAnyOrder,
+}
+
+/// State of one direction between two ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PathState {
+    /// Packets arrive.
+    Up,
+    /// Packets vanish.
+    Cut,
+}
+
+/// What a fabric is made with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FabricConfig {
+    /// Mixed into what the fabric chooses: addresses of ports.
+    pub seed: u64,
+    /// Placement rule.
+    pub placement: Placement,
+    /// Largest MTU of every port.
+    pub mtu: PathMtu,
+}
+
+impl Default for FabricConfig {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            placement: Placement::InOrder,
+            mtu: PathMtu::B4096,
+        }
+    }
+}
+
+/// What became of a piece of a request.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Carried {
+    /// The responder answered.
+    Replied(Reply),
+    /// The piece arrived and more of the message is expected; or the answer will come later.
+    Underway,
+    /// Nothing came back; the requester's timer decides.
+    Lost,
+}
+
+/// The way of one queue pair's requests to its responder.
+pub(super) trait Wire {
+    /// Carries one piece of a request; `payload` is the whole message's payload.
+    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Carried;
+}
+
+/// One port, as the fabric knows it.
+#[derive(Debug)]
+pub(super) struct Port {
+    device: Weak<EmulatedHca>,
+    info: PortInfo,
+    dead: AtomicBool,
+    /// `cut[dst]`: packets from this port to `dst` vanish.
+    cut: RwLock<Vec<PortId>>,
+    any_cut: AtomicBool,
+}
+
+/// A set of ports and the paths between them.
+#[derive(Debug)]
+pub struct Fabric {
+    config: FabricConfig,
+    ports: RwLock<Vec<Arc<Port>>>,
+}
+
+impl Fabric {
+    /// A fabric within this process: requests execute by direct calls between devices.
+    #[must_use]
+    pub fn inproc(config: FabricConfig) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            ports: RwLock::default(),
+        })
+    }
+
+    /// What the fabric was made with.
+    #[must_use]
+    pub const fn config(&self) -> &FabricConfig {
+        &self.config
+    }
+
+    /// Sets one direction between two ports, at once: a message in flight does not arrive.
+    ///
+    /// Unknown ports are ignored.
+    pub fn set_path(&self, src: PortId, dst: PortId, state: PathState) {
+        let Some(port) = self.port(src) else { return };
+        let mut cut = port.cut.write();
+        cut.retain(|other| *other != dst);
+        if state == PathState::Cut {
+            cut.push(dst);
+        }
+        port.any_cut.store(!cut.is_empty(), Ordering::Release);
+    }
+
+    /// Sets both directions between two ports.
+    pub fn set_pair(&self, one: PortId, other: PortId, state: PathState) {
+        self.set_path(one, other, state);
+        self.set_path(other, one, state);
+    }
+
+    /// Takes a port off the fabric for good, as if its process had died.
+    pub fn kill(&self, port: PortId) {
+        if let Some(port) = self.port(port) {
+            port.dead.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether packets from `src` reach `dst` now.
+    #[must_use]
+    pub fn passes(&self, src: PortId, dst: PortId) -> bool {
+        let (Some(from), Some(to)) = (self.port(src), self.port(dst)) else {
+            return false;
+        };
+        from.passes(&to, dst)
+    }
+
+    fn port(&self, id: PortId) -> Option<Arc<Port>> {
+        self.ports.read().get(usize::from(id.0)).cloned()
+    }
+
+    /// Adds a port; `None` if the fabric is full.
+    pub(super) fn attach(
+        &self,
+        device: &Weak<EmulatedHca>,
+        make: impl FnOnce(PortId) -> PortInfo,
+    ) -> Option<(PortId, Arc<Port>)> {
+        let mut ports = self.ports.write();
+        if ports.len() == PORTS_MAX {
+            return None;
+        }
+        // CAST: below PORTS_MAX.
+        let id = PortId(ports.len() as u16);
+        let info = make(id);
+        let port = Arc::new(Port {
+            device: device.clone(),
+            info,
+            dead: AtomicBool::new(false),
+            cut: RwLock::default(),
+            any_cut: AtomicBool::new(false),
+        });
+        ports.push(Arc::clone(&port));
+        Some((id, port))
+    }
+
+    /// The device that an address vector leads to.
+    pub(super) fn locate(&self, to: &PathAddress) -> Option<Arc<EmulatedHca>> {
+        let ports = self.ports.read();
+        ports
+            .iter()
+            .find(|port| port.answers_to(to))?
+            .device
+            .upgrade()
+    }
+
+    /// The addresses of the `id`-th port.
+    pub(super) fn addresses(&self, id: PortId, link: LinkLayer) -> (Lid, Gid, Mac) {
+        let [hi, lo] = id.0.to_be_bytes();
+        let [.., s] = self.config.seed.to_be_bytes();
+        match link {
+            LinkLayer::Ib => {
+                let mut gid = [0; 16];
+                (gid[0], gid[1], gid[13], gid[14], gid[15]) = (0xfe, 0x80, s, hi, lo);
+                (Lid(id.0 + 1), Gid(gid), Mac::default())
+            }
+            LinkLayer::Roce => {
+                // An IPv4-mapped GID in 10/8, and a locally administered MAC.
+                let host = (id.0 + 1).to_be_bytes();
+                let mut gid = [0; 16];
+                (gid[10], gid[11]) = (0xff, 0xff);
+                (gid[12], gid[13], gid[14], gid[15]) = (10, s, host[0], host[1]);
+                (Lid(0), Gid(gid), Mac([2, 0x1b, 0xe8, s, hi, lo]))
+            }
+        }
+    }
+}
+
+impl Port {
+    pub(super) const fn info(&self) -> &PortInfo {
+        &self.info
+    }
+
+    pub(super) fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    fn answers_to(&self, to: &PathAddress) -> bool {
+        match (to, self.info.link) {
+            (PathAddress::Ib { rlid }, LinkLayer::Ib) => *rlid == self.info.lid,
+            (PathAddress::Roce { rgid, rmac, .. }, LinkLayer::Roce) => {
+                *rgid == self.info.gid && *rmac == self.info.mac
+            }
+            _ => false,
+        }
+    }
+
+    fn passes(&self, to: &Self, dst: PortId) -> bool {
+        let dead = self.dead.load(Ordering::Acquire) || to.dead.load(Ordering::Acquire);
+        !dead && !(self.any_cut.load(Ordering::Acquire) && self.cut.read().contains(&dst))
+    }
+}
+
+impl Port {
+    /// A port on no fabric, for a device that could not be attached.
+    pub(super) fn detached(info: PortInfo) -> (PortId, Arc<Self>) {
+        let (dead, any_cut) = (AtomicBool::new(true), AtomicBool::new(false));
+        let port = Self {
+            device: Weak::new(),
+            info,
+            dead,
+            cut: RwLock::default(),
+            any_cut,
+        };
+        (PortId(u16::MAX), Arc::new(port))
+    }
+}
