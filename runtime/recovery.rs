@@ -30,7 +30,7 @@ use ibex_hca::{Access, DoorbellPage, Hca, MemoryKind, MemoryRegion, PortInfo};
 use zerocopy::FromBytes;
 
 use crate::buffer::{LaneBuffers, bytes};
-use crate::config::{RoutePolicy, ValidConfig};
+use crate::config::{RcTimers, RoutePolicy, ValidConfig};
 use crate::error::{Error, Violation};
 use crate::gpu::{DeviceMemory, Gpu};
 use crate::ids::{Lane, Rank};
@@ -38,13 +38,15 @@ use crate::layout::{LINE, PAGE, Plan, qp_slot};
 use crate::session::Session;
 use crate::time::{Deadline, sleep};
 
+mod control;
+
+use control::{CONTROL_SQ_LOG, ControlQueue};
+
 /// Bytes of a WQE basic block.
 const WQEBB: u64 = 64;
 /// Control memory is sized for every slot at this many times its depth, so that a deeper queue can be carved while
 /// the old ones of other slots live.
 const CONTROL_HEADROOM: u64 = 3;
-/// Log2 of the WQEBBs of a control queue pair: room for a few signs of life per lane.
-const CONTROL_SQ_LOG: u8 = 7;
 /// Timer code of a receiver-not-ready answer; nothing of ours can be not ready.
 const MIN_RNR_NAK: u8 = 12;
 /// How often a grace period looks again.
@@ -91,13 +93,6 @@ pub struct Offer {
     pub control: QueueOffer,
 }
 
-/// Who posts to a queue pair, and so where its rings must lie.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Driver {
-    Kernel,
-    Host,
-}
-
 /// A live queue pair and its blocks. Blocks are freed when this is dropped, which happens only in RST or before any
 /// QP exists.
 struct Queue {
@@ -121,7 +116,7 @@ struct Slot {
 /// All queue pairs of one session.
 pub(crate) struct PeerQueues {
     slots: Vec<Slot>,
-    control_slots: Vec<Slot>,
+    controls: Vec<ControlQueue>,
     hca: Arc<dyn Hca>,
     pd: Pd,
     eqn: Eqn,
@@ -176,10 +171,10 @@ impl PeerQueues {
         };
         let num_slots = u64::from(plan.lanes) * plan.num_qps();
         let slots = (0..num_slots).map(|_| slot()).collect::<Result<Vec<_>, _>>()?;
-        let control_slots = (0..plan.shape.num_ranks).map(|_| slot()).collect::<Result<Vec<_>, _>>()?;
+        let controls = (0..plan.shape.num_ranks).map(|_| ControlQueue::Empty).collect();
         Ok(Self {
             slots,
-            control_slots,
+            controls,
             eqn: hca.eqn(0)?,
             pd,
             plan: *plan,
@@ -204,34 +199,19 @@ impl PeerQueues {
     fn create(
         &mut self,
         gpu: &dyn Gpu,
-        driver: Driver,
         doorbell: DoorbellPage,
         sq_log: u8,
         user_index: u32,
     ) -> Result<Queue, Error> {
-        let region = match driver {
-            Driver::Kernel => &self.region,
-            Driver::Host => &self.host_region,
-        };
+        let region = &self.region;
         let cq_log = self.hca.caps().log_min_cq_sz;
         let ring = region.carve_ring(WQEBB << sq_log)?;
         let cqe = region.carve(64 << cq_log, LINE)?;
         // One line: the QP's record, and 8 bytes for the CQ's, which nobody uses with overrun ignored.
         let record = region.carve_record()?;
-        match driver {
-            Driver::Kernel => {
-                gpu.fill(cqe.addr(), 0xff, bytes(cqe.len()))?;
-                gpu.fill(record.addr(), 0, bytes(record.len()))?;
-                gpu.fill(ring.addr(), 0, bytes(ring.len()))?;
-            }
-            Driver::Host => {
-                for (piece, byte) in [(&cqe, 0xff), (&record, 0), (&ring, 0)] {
-                    if let Some(view) = piece.view() {
-                        view.fill(byte);
-                    }
-                }
-            }
-        }
+        gpu.fill(cqe.addr(), 0xff, bytes(cqe.len()))?;
+        gpu.fill(record.addr(), 0, bytes(record.len()))?;
+        gpu.fill(ring.addr(), 0, bytes(ring.len()))?;
         let record_place = record.place();
         let cqn = objects::create_cq(
             &*self.hca,
@@ -298,7 +278,7 @@ impl PeerQueues {
     }
 
     /// Brings one queue pair to RTS.
-    fn connect_queue(&self, queue: &Queue, offer: &QueueOffer, port: &PortInfo, timers: (u8, u8)) -> Result<(), Error> {
+    fn connect_queue(&self, queue: &Queue, offer: &QueueOffer, port: &PortInfo, timers: RcTimers) -> Result<(), Error> {
         let path = self.hca.resolve(&port.address())?;
         let mtu = self.hca.port().mtu.min(port.mtu);
         let depth = self.hca.caps().log_max_rd_atomic.min(4);
@@ -319,8 +299,8 @@ impl PeerQueues {
             &RtsSpec {
                 qpn: queue.qpn,
                 sq_psn: queue.psn,
-                ack_timeout: timers.0,
-                retry_count: timers.1,
+                ack_timeout: timers.ack_timeout,
+                retry_count: timers.retry_count,
                 rnr_retry: 7,
                 log_sra_max: depth,
             },
@@ -347,10 +327,9 @@ impl PeerQueues {
         })
     }
 
-    /// Numbers of the queue pairs to `peer`, control last; for traces and fault injection.
-    pub(crate) fn qpns_of(&self, peer: Rank) -> Vec<QpNum> {
-        let data = self.slots_of(peer).into_iter().map(|i| &self.slots[i]);
-        data.chain([&self.control_slots[peer.index()]]).filter_map(|s| Some(s.queue.as_ref()?.qpn)).collect()
+    /// Numbers of the queue pairs that kernels drive to `peer`; for traces and fault injection.
+    fn qpns_of(&self, peer: Rank) -> Vec<QpNum> {
+        self.slots_of(peer).into_iter().filter_map(|i| Some(self.slots[i].queue.as_ref()?.qpn)).collect()
     }
 
     /// Live bytes and high-water mark of control memory.
@@ -362,11 +341,10 @@ impl PeerQueues {
 impl Drop for PeerQueues {
     /// Best effort and bounded: never waits for a peer.
     fn drop(&mut self) {
-        for list in [core::mem::take(&mut self.slots), core::mem::take(&mut self.control_slots)] {
-            for mut slot in list {
-                let _ = self.destroy(&mut slot.queue);
-                let _ = self.hca.free_doorbell(slot.doorbell);
-            }
+        self.controls.clear();
+        for mut slot in core::mem::take(&mut self.slots) {
+            let _ = self.destroy(&mut slot.queue);
+            let _ = self.hca.free_doorbell(slot.doorbell);
         }
     }
 }
@@ -395,18 +373,17 @@ impl Session {
         let mut queues = self.queues.lock();
         let sq_log = sq_depth_log.unwrap_or(queues.sq_log);
         let mut made: Vec<(usize, Queue)> = Vec::new();
-        let result = self.create_queues(&mut queues, peer, sq_log, &mut made);
-        if let Err(error) = result {
-            for (_, queue) in made {
-                let _ = queues.destroy(&mut Some(queue));
+        let control = match self.create_queues(&mut queues, peer, sq_log, &mut made) {
+            Ok(control) => control,
+            Err(error) => {
+                for (_, queue) in made {
+                    let _ = queues.destroy(&mut Some(queue));
+                }
+                return Err(error);
             }
-            return Err(error);
-        }
-        let control = made.pop().map(|(_, q)| q).expect("create_queues makes the control queue last");
-        let control_offer = QueueOffer { qpn: control.qpn, psn: control.psn };
-        let slot = &mut queues.control_slots[peer.index()];
-        slot.queue = Some(control);
-        slot.incarnation += 1;
+        };
+        let control_offer = control.offer().ok_or(not_offered(peer))?;
+        queues.controls[peer.index()] = control;
         let mut offers = made.iter().map(|(_, q)| QueueOffer { qpn: q.qpn, psn: q.psn }).collect::<Vec<_>>();
         for (index, queue) in made {
             queues.slots[index].queue = Some(queue);
@@ -434,17 +411,15 @@ impl Session {
         peer: Rank,
         sq_log: u8,
         made: &mut Vec<(usize, Queue)>,
-    ) -> Result<(), Error> {
+    ) -> Result<ControlQueue, Error> {
         for index in queues.slots_of(peer) {
             let doorbell = queues.slots[index].doorbell;
             // CAST: slots number at most lanes x ranks x channels = 8 * 512 * 16.
-            let queue = queues.create(&*self.gpu, Driver::Kernel, doorbell, sq_log, index as u32)?;
+            let queue = queues.create(&*self.gpu, doorbell, sq_log, index as u32)?;
             made.push((index, queue));
         }
-        let doorbell = queues.control_slots[peer.index()].doorbell;
-        let queue = queues.create(&*self.gpu, Driver::Host, doorbell, CONTROL_SQ_LOG, 0xff_0000 | u32::from(peer.0))?;
-        made.push((usize::MAX, queue));
-        Ok(())
+        let psn = queues.next_psn();
+        Ok(ControlQueue::offered(&queues.host_region, queues.pd, peer, psn)?)
     }
 
     fn lane_offer(&self, buffers: &LaneBuffers, peer: Rank, queues: Vec<QueueOffer>) -> Result<LaneOffer, Error> {
@@ -473,9 +448,8 @@ impl Session {
     pub fn connect(&self, offer: &Offer, base_seq: [u64; 2]) -> Result<(), Error> {
         self.check_offer(offer)?;
         let peer = offer.from;
-        let queues = self.queues.lock();
+        let mut queues = self.queues.lock();
         let timers = self.config.rc_timers();
-        let timers = (timers.ack_timeout, timers.retry_count);
         for (runtime, lane) in self.lanes.iter().zip(&offer.lanes) {
             for (channel, remote) in (0..).zip(&lane.queues) {
                 let index = qp_slot(&self.plan.shape, runtime.lane(), peer, channel) as usize;
@@ -483,8 +457,7 @@ impl Session {
                 queues.connect_queue(queue, remote, &offer.port, timers)?;
             }
         }
-        let control = queues.control_slots[peer.index()].queue.as_ref().ok_or(not_offered(peer))?;
-        queues.connect_queue(control, &offer.control, &offer.port, timers)?;
+        queues.controls[peer.index()].connect(offer, self.plan.layout.life_off, timers)?;
         for (runtime, lane) in self.lanes.iter().zip(&offer.lanes) {
             let buffers = runtime.buffers.read();
             self.write_peer_ctx(&buffers, peer, offer.process, lane, base_seq)?;
@@ -577,10 +550,7 @@ impl Session {
             queues.slots[index].queue = queue;
             result?;
         }
-        let mut control = queues.control_slots[peer.index()].queue.take();
-        let result = queues.destroy(&mut control);
-        queues.control_slots[peer.index()].queue = control;
-        result?;
+        queues.controls[peer.index()] = ControlQueue::Empty;
         drop(queues);
         for runtime in &self.lanes {
             // The dead incarnation's keys go with its queue pairs; nobody else's are touched.
@@ -590,15 +560,31 @@ impl Session {
         Ok(())
     }
 
-    /// Writes this host's sign of life and progress into every peer's copy of our region, and into our own.
-    pub(crate) fn write_own_life(&self, beat: u64) -> Result<(), Error> {
+    /// Posts this host's sign of life and progress to every connected peer. It stands in its own region too, because
+    /// kernels look at every source alike.
+    pub(crate) fn post_life(&self, beat: u64) -> Result<(), Error> {
+        let mut lanes = Vec::with_capacity(self.lanes.len());
         for runtime in &self.lanes {
             let buffers = runtime.buffers.read();
             let life = self.life_words(&buffers, beat)?;
             let addr = buffers.region_addr(self.rank) + self.plan.layout.life_off;
             LaneBuffers::write(&*self.gpu, addr, &life)?;
+            lanes.push(life);
+        }
+        for control in &mut self.queues.lock().controls {
+            control.send_life(&lanes);
         }
         Ok(())
+    }
+
+    /// Numbers of the queue pairs that kernels drive to `peer`.
+    pub fn queue_pairs(&self, peer: Rank) -> Vec<QpNum> {
+        self.queues.lock().qpns_of(peer)
+    }
+
+    /// What control memory holds: live bytes, high-water mark, free extents.
+    pub fn control_report(&self) -> ibex_memheap::StorageReport {
+        self.queues.lock().control_report()
     }
 
     /// What this host publishes about one lane.

@@ -357,7 +357,7 @@ impl Session {
     /// `Gpu` if the progress words cannot be read. A peer whose control queue is full or in error is skipped.
     pub fn send_sign_of_life(&self) -> Result<(), Error> {
         let beat = self.beat.fetch_add(1, Ordering::Relaxed);
-        self.write_own_life(beat)
+        self.post_life(beat)
     }
 }
 
