@@ -33,6 +33,7 @@ const TOP_LEVEL: &[&str] = &[
     ".config",
     ".gitattributes",
     ".gitignore",
+    ".rustfmt.toml",
     "Cargo.lock",
     "Cargo.toml",
     "LICENSE-APACHE",

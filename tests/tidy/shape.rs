@@ -16,9 +16,9 @@ const SAFETY_LINES: usize = 6;
 /// Machine-written files, and bytes that others produced: their shape is not ours.
 const GENERATED: &[&str] = &["ffi/mlx5dv-sys/src/bindings.rs", "tests/golden"];
 /// Endings that say when something was written instead of what it is.
-const STALE_ENDINGS: &[&str] = &["_v2", "_v3", "_new", "_old", "_tmp", "_copy", "_final"];
+const STALE_ENDINGS: &[&str] = &["_v2", "_v3", "_new", "_old", "_tmp", "_final"];
 /// Names that end like that for a reason.
-const NAMES_WITH_REASON: &[&str] = &["is_new", "zero_copy"];
+const NAMES_WITH_REASON: &[&str] = &["is_new"];
 /// Where the numbered edges are described.
 const ORDERING: &str = "kernels/ORDERING.md";
 

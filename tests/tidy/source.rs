@@ -253,11 +253,11 @@ pub(crate) fn line_at(text: &str, offset: usize) -> usize {
         .count()
 }
 
-/// Marks lines of `#[cfg(test)]` items, and all lines of files that hold only tests.
+/// Marks lines of `#[cfg(test)]` items, and all lines of files that hold only tests, benches or examples.
 fn test_lines(path: &Path, language: Language, code: &str) -> Vec<bool> {
     let num_lines = code.lines().count();
     let is_test = |part: &str| {
-        matches!(part, "tests" | "benches" | "tests.rs") || part.ends_with("_tests.rs")
+        matches!(part, "tests" | "benches" | "examples" | "tests.rs") || part.ends_with("_tests.rs")
     };
     if path.iter().filter_map(|part| part.to_str()).any(is_test) {
         return vec![true; num_lines];

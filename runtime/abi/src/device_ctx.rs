@@ -167,7 +167,8 @@ device_struct! {
 device_struct! {
     /// Byte plan of one source's region at a receiver, of a message, and of the combine slab. All multiples of 16.
     ///
-    ///   region  | messages: ring x num_channels x channel_tokens x message_stride | counts: ring x max_local_experts x u32
+    ///   region  | messages: ring x num_channels x channel_tokens x message_stride
+    ///           | counts: ring x max_local_experts x u32
     ///           | signals: op x ring x num_channels x u64 | consumed: op x ring x u64 | life: 8 x u64 |
     ///   message | MessageHeader 16 | max_topk x Pick 16 | payload | scales |
     #[repr(C)]
