@@ -3,6 +3,8 @@
 //! A [`Rig`] owns the world, one set of tensors and one stream per rank. It copies inputs in and outputs out between
 //! steps, never while kernels run.
 
+pub mod post;
+
 use std::sync::Arc;
 
 use ibex_abi::device_ctx::{LayoutRange, SourceInfo};
@@ -252,6 +254,26 @@ impl RigRank {
             self.read_vec::<u16>(&self.tensors.out, tokens * hidden)?,
             self.read_vec::<u32>(&self.tensors.lost_topk, tokens)?,
         ))
+    }
+
+    /// Loss bits of the last combine, one word per token.
+    ///
+    /// # Errors
+    /// `Gpu` if a copy fails.
+    pub fn lost_topk(&self, num_tokens: u32) -> Result<Vec<u32>, Error> {
+        self.read_vec::<u32>(&self.tensors.lost_topk, num_tokens as usize)
+    }
+
+    /// Overwrites the outputs that a check reads in full, so that an earlier step's cannot pass for this one's.
+    ///
+    /// # Errors
+    /// `Gpu` if a copy fails.
+    pub fn wipe_outputs(&self) -> Result<(), Error> {
+        let t = &self.tensors;
+        for memory in [&t.out, &t.lost_topk, &t.expert_counts, &t.layout_ranges, &t.source_ok] {
+            self.gpu().fill(memory.addr(), 0xa5, memory.len())?;
+        }
+        Ok(())
     }
 
     /// Checks what the combine left here; `alive` says whose losses are expected.

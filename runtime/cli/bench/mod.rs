@@ -1,0 +1,31 @@
+//! The benchmarks: `ep` (dispatch and combine, end to end) and `post` (work requests alone).
+//!
+//! Owns the samples of a run and its reports. Every number of a report comes from one run: what is
+//! compared was measured in the same process, between the same steps.
+
+use clap::Subcommand;
+
+use super::{CliError, Outcome};
+
+mod commit;
+mod ep;
+mod floor;
+mod post;
+pub(super) mod stats;
+
+/// The benchmarks.
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Dispatch and combine, end to end.
+    Ep(ep::Args),
+    /// Work requests posted by the post kernel, against memcpy.
+    Post(post::Args),
+}
+
+/// Runs a benchmark.
+pub(super) fn run(command: &Command) -> Result<Outcome, CliError> {
+    match command {
+        Command::Ep(args) => ep::run(args),
+        Command::Post(args) => post::run(args),
+    }
+}

@@ -1,0 +1,78 @@
+//! `ibex info`: what this build and this machine offer, and what a configuration costs in memory.
+//!
+//! Owns nothing; reads the machine once.
+
+use std::num::NonZeroUsize;
+use std::thread;
+
+use ibex::gpu::image;
+use ibex::ids::Rank;
+use ibex::layout::Plan;
+use ibex::session::buffer_bytes;
+
+use super::flags::Shared;
+use super::table;
+use super::{CliError, Outcome};
+
+/// Flags of `info`: the shape whose memory is reported.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    shared: Shared,
+}
+
+/// Prints the report; nothing is allocated.
+pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
+    let config = args.shared.config()?;
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    println!("ibex {}", env!("CARGO_PKG_VERSION"));
+    println!("providers   emulated (mlx5: not built yet)");
+    println!("gpus        host on {cores} cores (cuda: not built yet)");
+    println!("fabrics     inproc, sim (shm, udp: not built yet)");
+    println!("cuda image  {}", image::note());
+    let ranks = (0..config.num_ranks).map(|rank| {
+        // CAST: at most 512 ranks.
+        Rank(rank as u16)
+    });
+    let buffers = ranks
+        .clone()
+        .map(|rank| buffer_bytes(&config, rank))
+        .max()
+        .unwrap_or(0);
+    let tensors = ranks
+        .map(|rank| Plan::new(&config, rank).tensors().total())
+        .max()
+        .unwrap_or(0);
+    println!();
+    println!(
+        "shape       {} ranks x {} tokens x hidden {}, top-{} of {} experts, {}, combine {}",
+        config.num_ranks,
+        config.max_tokens,
+        config.hidden,
+        config.max_topk,
+        config.num_experts,
+        config.dtype,
+        config.combine
+    );
+    println!(
+        "queues      {} lanes x {} peers x {} channels, {} owner warps of {}",
+        config.lanes,
+        config.num_ranks,
+        config.num_channels(),
+        config.num_owner_warps(),
+        config.num_warps()
+    );
+    println!(
+        "timers      detect {} ms, stall {} ms, transport retries end after {} ms",
+        config.detect_ms,
+        config.stall_ms(),
+        config.rc_timers().total_ns() / 1_000_000
+    );
+    println!(
+        "buffers     {} per rank, ring {}",
+        table::bytes(buffers),
+        config.ring
+    );
+    println!("tensors     {} per rank", table::bytes(tensors));
+    Ok(Outcome::Good)
+}
