@@ -43,6 +43,9 @@ pub enum Error {
     /// The GPU refused or failed a call.
     #[error(transparent)]
     Gpu(#[from] GpuError),
+    /// Control memory refused a block.
+    #[error(transparent)]
+    Control(#[from] ibex_hca::control_region::ControlError),
     /// A call to the operating system failed.
     #[error(transparent)]
     Os(#[from] OsError),
