@@ -45,6 +45,9 @@ struct Fiber {
 /// The fiber running on this OS thread; null outside kernels.
 extern constinit thread_local Fiber* tl_fiber __attribute__((tls_model("initial-exec")));
 
+/// Counts what fibers of this thread changed or saw change: a worker whose count stands still is idle.
+extern constinit thread_local uint64_t tl_moves __attribute__((tls_model("initial-exec")));
+
 /// Hands the worker over because `fiber` found nothing new at `address`.
 void stalled(Fiber* fiber, const void* address, uint64_t value);
 /// Tells the worker that `fiber` saw a change, so the others may be about to move as well.
@@ -66,11 +69,13 @@ constexpr uint32_t kStraysMax = 32;
 inline __attribute__((always_inline)) void poll(const void* address, uint64_t value) {
   Fiber* f = tl_fiber;
   if (f == nullptr) return;
-  if (address == f->last && value == f->last_value) {
+  if (address == f->last) {
     f->anchor = address;
     f->anchor_value = value;
     f->strays = 0;
-    return stalled(f, address, value);
+    if (value == f->last_value) return stalled(f, address, value);
+    f->last_value = value;
+    return moved(f);
   }
   f->last = address;
   f->last_value = value;
@@ -93,8 +98,14 @@ inline __attribute__((always_inline)) void step_point() {
   if (f != nullptr && f->simulated) sim_step(f);
 }
 
+inline __attribute__((always_inline)) void step_before_write() {
+  ++tl_moves;
+  step_point();
+}
+
 template <class T>
 inline __attribute__((always_inline)) void step_before_store(const T* p, T value) {
+  ++tl_moves;
   Fiber* f = tl_fiber;
   if (f == nullptr || !f->simulated) return;
   sim_step(f);
@@ -112,7 +123,8 @@ void barrier(uint32_t id, uint32_t num_warps);
 /// The block's storage for one IBEX_SHARED declaration, created (and poisoned) at first use.
 void* shared_memory(const void* tag, size_t len, size_t align);
 /// Lane fibers: every lane of the warp gives `bits`; returns the 32 values once all have arrived. They stay
-/// valid until this lane's next collective.
-const uint64_t* exchange(uint64_t bits);
+/// valid until this lane's next collective. As on CUDA only warp::sync orders memory, a shuffle or ballot does not:
+/// ThreadSanitizer sees an edge if `orders_memory`.
+const uint64_t* exchange(uint64_t bits, bool orders_memory);
 
 }  // namespace ibex::host

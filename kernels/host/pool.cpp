@@ -123,7 +123,10 @@ void stalled(Fiber* f, const void* address, uint64_t value) {
   tl_worker->stall(f, address, value);
 }
 
-void moved(Fiber*) { tl_worker->idle_stalls = 0; }
+void moved(Fiber*) {
+  ++tl_moves;
+  tl_worker->idle_stalls = 0;
+}
 void sim_step(Fiber* f) { tl_worker->step(f); }
 void sim_event(Fiber*) { tl_worker->sim->event(); }
 
@@ -154,15 +157,15 @@ void barrier(uint32_t id, uint32_t num_warps) {
   const uint32_t warps_max = f->block->grid->warps_per_block;
   if (num_warps == 0 || num_warps > warps_max) broken("barrier for more warps than the block has");
   if (f->simulated) sim_step(f);
-  tl_worker->meet(f->block->barriers[id], num_warps * kFibersPerWarp, f, FiberState::barrier);
+  tl_worker->meet(f->block->barriers[id], num_warps * kFibersPerWarp, f, FiberState::barrier, true);
 }
 
-const uint64_t* exchange(uint64_t bits) {
+const uint64_t* exchange(uint64_t bits, bool orders_memory) {
   Fiber* f = tl_fiber;
   Warp& warp = f->block->warps[f->warp];
   uint64_t* row = warp.slots[f->collective++ & 1];
   row[f->lane] = bits;
-  tl_worker->meet(warp.meeting, kWarpSize, f, FiberState::collective);
+  tl_worker->meet(warp.meeting, kWarpSize, f, FiberState::collective, orders_memory);
   return row;
 }
 

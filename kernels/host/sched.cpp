@@ -15,6 +15,7 @@
 namespace ibex::host {
 
 constinit thread_local Fiber* tl_fiber __attribute__((tls_model("initial-exec"))) = nullptr;
+constinit thread_local uint64_t tl_moves __attribute__((tls_model("initial-exec"))) = 0;
 constinit thread_local Worker* tl_worker __attribute__((tls_model("initial-exec"))) = nullptr;
 
 namespace {
@@ -147,9 +148,9 @@ void Worker::stall(Fiber* f, const void* address, uint64_t value) {
   give_way(f);
 }
 
-void Worker::meet(Meeting& meeting, uint32_t need, Fiber* f, FiberState state) {
+void Worker::meet(Meeting& meeting, uint32_t need, Fiber* f, FiberState state, bool orders_memory) {
   char* key = &meeting.keys[meeting.phase & 1];
-  tsan_edge_release(key);
+  if (orders_memory) tsan_edge_release(key);
   if (++meeting.arrived == need) {
     meeting.arrived = 0;
     ++meeting.phase;
@@ -159,7 +160,7 @@ void Worker::meet(Meeting& meeting, uint32_t need, Fiber* f, FiberState state) {
     f->state = state;
     give_way(f);
   }
-  tsan_edge_acquire(key);
+  if (orders_memory) tsan_edge_acquire(key);
 }
 
 void Worker::step(Fiber* f) {
@@ -334,7 +335,8 @@ void Worker::wait_for_launch() {
 void Worker::rest() {
   const uint64_t now = monotonic_ns();
   // Fibers that work also poll words that do not change (a mask, a deadline); they must not be put to sleep.
-  const bool worked = now - rested_ns_ > kRoundNs + num_ready * kRoundPerFiberNs;
+  const bool worked = moves_ != tl_moves || now - rested_ns_ > kRoundNs + num_ready * kRoundPerFiberNs;
+  moves_ = tl_moves;
   if (idle_since_ns_ == 0 || worked) idle_since_ns_ = now;
   const uint64_t quiet = now - idle_since_ns_;
   if (quiet < kSpinNs) {

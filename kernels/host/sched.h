@@ -105,7 +105,7 @@ struct Worker {
   // A fiber's context (see fiber.h).
   void stall(Fiber* f, const void* address, uint64_t value);
   /// Returns once `need` fibers have met here.
-  void meet(Meeting& meeting, uint32_t need, Fiber* f, FiberState state);
+  void meet(Meeting& meeting, uint32_t need, Fiber* f, FiberState state, bool orders_memory);
   void step(Fiber* f);
   [[noreturn]] void leave(Fiber* f);
 
@@ -150,6 +150,7 @@ struct Worker {
   std::vector<char*> arenas_;      ///< free shared-memory arenas
   uint64_t idle_since_ns_ = 0;     ///< 0: not idle
   uint64_t rested_ns_ = 0;         ///< when `rest` last returned
+  uint64_t moves_ = 0;             ///< `tl_moves` at the last rest
   bool reported_stuck_ = false;
   uint32_t next_fiber_id_ = 0;
 

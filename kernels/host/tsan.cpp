@@ -8,6 +8,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 #include "host/sched.h"
 #include "host/tsan_sched.h"
@@ -60,6 +61,7 @@ struct Planted {
   Plant plant = Plant::none;
   const char* begin = nullptr;
   const char* end = nullptr;
+  const char* function = "";
 
   bool hits(Plant what, const void* p) const {
     return plant == what && p >= begin && p < end;
@@ -80,11 +82,14 @@ thread_local Held tl_held[kHeldMax];
 thread_local size_t tl_num_held = 0;
 }  // namespace
 
-void tsan_plant(Plant plant, const void* begin, const void* end) {
-  g_planted = {plant, static_cast<const char*>(begin), static_cast<const char*>(end)};
+void tsan_plant(Plant plant, const void* begin, const void* end, const char* function) {
+  g_planted = {plant, static_cast<const char*>(begin), static_cast<const char*>(end), function};
 }
 
-bool tsan_skips_warp_sync() { return g_planted.plant == Plant::skip_warp_sync; }
+bool tsan_skips_warp_sync(const char* function) {
+  if (g_planted.plant != Plant::skip_warp_sync) return false;
+  return g_planted.function[0] == '\0' || std::strcmp(g_planted.function, function) == 0;
+}
 
 Order tsan_planted(const void* p, Order order, Scope* scope) {
   if (!releases(order)) return order;

@@ -26,7 +26,7 @@ enum class Plant : uint8_t {
   narrow_scope,    ///< a release at sys scope is performed at gpu scope
   drop_fence,      ///< fences do nothing (everywhere)
   narrow_fence,    ///< fences at sys scope are performed at gpu scope (everywhere)
-  skip_warp_sync,  ///< warp::sync does not synchronise (everywhere)
+  skip_warp_sync,  ///< warp::sync does not synchronise (in one function, or everywhere)
   hold_back,       ///< 16-byte stores wait until after their warp's next release store: record before WQE,
                    ///< signal before data
 };
@@ -35,8 +35,9 @@ enum class Plant : uint8_t {
 
 constexpr bool kTsan = true;
 
-void tsan_plant(Plant plant, const void* begin, const void* end);
-bool tsan_skips_warp_sync();
+/// `function` is where warps do not synchronise; empty: everywhere.
+void tsan_plant(Plant plant, const void* begin, const void* end, const char* function);
+bool tsan_skips_warp_sync(const char* function);
 
 void tsan_acquire(const void* p, Scope scope);
 void tsan_release(const void* p, Scope scope);
@@ -105,7 +106,7 @@ IBEX_DEV void tsan_before_rmw(const void*) {}
 template <Order kOrder, Scope kScope>
 IBEX_DEV void tsan_after_rmw(const void*) {}
 IBEX_DEV bool tsan_hold_back(uint4*, const uint4&) { return false; }
-IBEX_DEV bool tsan_skips_warp_sync() { return false; }
+IBEX_DEV bool tsan_skips_warp_sync(const char*) { return false; }
 
 template <Scope kScope>
 IBEX_DEV void fence(bool seq_cst) {
@@ -117,6 +118,7 @@ IBEX_DEV void fence(bool seq_cst) {
 
 /// Simulation: an atomic update that changed memory is an event like a store.
 IBEX_DEV void note_update(bool changed) {
+  if (changed) ++tl_moves;
   Fiber* f = tl_fiber;
   if (changed && f != nullptr && f->simulated) sim_event(f);
 }

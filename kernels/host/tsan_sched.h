@@ -18,6 +18,7 @@ inline void* tsan_create_fiber() { return __tsan_create_fiber(0); }
 inline void tsan_switch(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
 inline void tsan_edge_release(void* key) { __tsan_release(key); }
 inline void tsan_edge_acquire(void* key) { __tsan_acquire(key); }
+inline void tsan_free_fiber(void* fiber) { __tsan_destroy_fiber(fiber); }
 /// Frees the fiber and its fence helpers. The fiber is not the current one.
 void tsan_destroy_fiber(Fiber* f);
 #else
@@ -26,6 +27,7 @@ inline void* tsan_create_fiber() { return nullptr; }
 inline void tsan_switch(void*) {}
 inline void tsan_edge_release(void*) {}
 inline void tsan_edge_acquire(void*) {}
+inline void tsan_free_fiber(void*) {}
 inline void tsan_destroy_fiber(Fiber*) {}
 #endif
 

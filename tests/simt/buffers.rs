@@ -324,7 +324,7 @@ impl Pair {
 /// A device that sets a flag at a virtual time, and records when it was asked.
 pub(crate) struct Timer {
     pub(crate) flag: AtomicU32,
-    pub(crate) at_ns: u64,
+    pub(crate) at_ns: AtomicU64,
     pub(crate) fired_at_ns: AtomicU64,
 }
 
@@ -335,9 +335,10 @@ impl Progress for Timer {
                 next_deadline_ns: None,
             };
         }
-        if now_ns < self.at_ns {
+        let at_ns = self.at_ns.load(Ordering::Relaxed);
+        if now_ns < at_ns {
             return Progressed::Idle {
-                next_deadline_ns: Some(self.at_ns),
+                next_deadline_ns: Some(at_ns),
             };
         }
         self.fired_at_ns.store(now_ns, Ordering::Relaxed);

@@ -42,7 +42,7 @@ fn virtual_time_stands_still_while_anything_moves() {
 fn virtual_time_reaches_a_device_deadline_exactly() {
     let timer = Arc::new(Timer {
         flag: 0.into(),
-        at_ns: 123_456_789,
+        at_ns: 123_456_789.into(),
         fired_at_ns: 0.into(),
     });
     let pool = Pool::new(PoolConfig::simulation(7).with_progress(timer.clone())).unwrap();
@@ -58,7 +58,7 @@ fn a_simulation_that_cannot_end_says_so() {
     let finished = Arc::new(Finished::default());
     let timer = Timer {
         flag: 0.into(),
-        at_ns: 0,
+        at_ns: 0.into(),
         fired_at_ns: 0.into(),
     };
     let _pair = wait_for_timer(&pool, &timer, &finished);

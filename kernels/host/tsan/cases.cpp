@@ -6,11 +6,21 @@ namespace ibex::rig {
 int run_selftest(const Options& options);
 int run_pair(const Options& options);
 int run_fence_pair(const Options& options);
+int run_ep_ibgda(const Options& options);
+int run_ep_mapped(const Options& options);
+int run_ep_staged(const Options& options);
+int run_ep_reduced(const Options& options);
+int run_ep_split(const Options& options);
 
 const NamedCase kCases[] = {
     {"selftest", run_selftest},
     {"pair", run_pair},
     {"fence-pair", run_fence_pair},
+    {"ep-ibgda", run_ep_ibgda},
+    {"ep-mapped", run_ep_mapped},
+    {"ep-staged", run_ep_staged},
+    {"ep-reduced", run_ep_reduced},
+    {"ep-split", run_ep_split},
     {nullptr, nullptr},
 };
 

@@ -1,4 +1,5 @@
-/// rig CASE [--blocks N] [--warps N] [--n16 N] [--rounds N] [--workers N] [--seed N] [--plant KIND] [--print]
+/// rig CASE [--blocks N] [--warps N] [--n16 N] [--rounds N] [--workers N] [--seed N]
+///     [--plant KIND [--at PLACE]] [--file PATH] [--print]
 ///
 /// Exit status: 0 good, 1 the case's own check failed, 2 usage, 66 ThreadSanitizer found a race.
 #include <cstdio>
@@ -39,6 +40,14 @@ bool parse_plant(const char* text, Plant* plant) {
 
 bool parse_option(const char* name, const char* value, Options* o) {
   if (std::strcmp(name, "--plant") == 0) return parse_plant(value, &o->plant);
+  if (std::strcmp(name, "--at") == 0) {
+    o->at = value;
+    return true;
+  }
+  if (std::strcmp(name, "--file") == 0) {
+    o->file = value;
+    return true;
+  }
   char* end;
   const unsigned long long number = std::strtoull(value, &end, 10);
   if (end == value || *end != '\0') return false;
@@ -62,7 +71,7 @@ bool parse_option(const char* name, const char* value, Options* o) {
 int usage() {
   std::fprintf(stderr,
                "usage: rig CASE [--blocks N] [--warps N] [--n16 N] [--rounds N] [--workers N]\n"
-               "                [--seed N] [--plant KIND] [--print]\nplants:");
+               "                [--seed N] [--plant KIND [--at PLACE]] [--file PATH] [--print]\nplants:");
   for (const PlantName& p : kPlants) std::fprintf(stderr, " %s", p.name);
   std::fprintf(stderr, "\ncases:");
   for (const NamedCase* c = kCases; c->name != nullptr; ++c) std::fprintf(stderr, " %s", c->name);

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 namespace ibex::rig {
 
@@ -24,7 +25,7 @@ uint32_t kernel_id(const char* name) {
 
 void plant(const Options& options, const void* begin, size_t len) {
 #if defined(IBEX_TSAN)
-  host::tsan_plant(options.plant, begin, static_cast<const char*>(begin) + len);
+  host::tsan_plant(options.plant, begin, static_cast<const char*>(begin) + len, options.at);
 #else
   if (options.plant != host::Plant::none) fail("plants need the sanitizer build", "IBEX_TSAN");
   (void)begin;
@@ -50,13 +51,24 @@ Rig::Rig(const Options& options, ibex_progress_fn progress, void* progress_ctx)
 }
 
 Rig::~Rig() {
-  ibex_pool_shutdown(pool_);
-  for (std::thread& thread : threads_) thread.join();
+  stop();
   ibex_pool_destroy(pool_);
 }
 
+void Rig::stop() {
+  ibex_pool_shutdown(pool_);
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+struct Rig::Outstanding {
+  Rig* rig;
+  Completed completed;
+  void* ctx;
+};
+
 void Rig::launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps,
-                       const void* args, size_t len) {
+                       const void* args, size_t len, Completed completed, void* ctx) {
   ibex_launch launch{};
   launch.kernel_id = kernel_id(kernel);
   launch.device = device;
@@ -65,7 +77,7 @@ void Rig::launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uin
   launch.args = args;
   launch.args_len = len;
   launch.on_done = on_done;
-  launch.done_ctx = this;
+  launch.done_ctx = new Outstanding{this, completed, ctx};
   {
     std::lock_guard lock(mutex_);
     ++outstanding_;
@@ -73,9 +85,12 @@ void Rig::launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uin
   if (ibex_pool_launch(pool_, &launch) != IBEX_OK) fail("launch refused", kernel);
 }
 
-void Rig::on_done(void* self, bool finished) {
-  Rig* rig = static_cast<Rig*>(self);
+void Rig::on_done(void* outstanding, bool finished) {
+  const std::unique_ptr<Outstanding> done(static_cast<Outstanding*>(outstanding));
   if (!finished) return;
+  Rig* rig = done->rig;
+  // What this starts is counted before it is counted as done itself.
+  if (done->completed != nullptr) done->completed(done->ctx);
   std::lock_guard lock(rig->mutex_);
   --rig->outstanding_;
   rig->changed_.notify_all();

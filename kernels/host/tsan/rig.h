@@ -25,6 +25,8 @@ struct Options {
   uint32_t workers = 2;
   uint64_t seed = 0;  ///< 0: real time on `workers` threads; otherwise one simulated schedule
   host::Plant plant = host::Plant::none;
+  const char* at = "";    ///< where the plant aims: a function for skip-warp-sync, else a name of the case's
+  const char* file = "";  ///< what the case reads
   bool print = false;
 };
 
@@ -39,18 +41,25 @@ class Rig {
   Rig(const Rig&) = delete;
   Rig& operator=(const Rig&) = delete;
 
+  /// Called on the worker's thread when a launch has finished; may launch.
+  using Completed = void (*)(void* ctx);
+
   /// Exits the process with a message if the pool refuses: a case that cannot run has not passed.
   template <class Args>
-  void launch(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps, const Args& args) {
-    launch_bytes(kernel, device, blocks, warps, &args, sizeof(Args));
+  void launch(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps, const Args& args,
+              Completed completed = nullptr, void* ctx = nullptr) {
+    launch_bytes(kernel, device, blocks, warps, &args, sizeof(Args), completed, ctx);
   }
   /// Returns when every launch has finished; exits the process if a simulation gets stuck.
   void wait();
+  /// Ends the workers. After it nothing that this process reads is written by anybody.
+  void stop();
 
  private:
+  struct Outstanding;
   void launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uint32_t warps,
-                    const void* args, size_t len);
-  static void on_done(void* self, bool finished);
+                    const void* args, size_t len, Completed completed, void* ctx);
+  static void on_done(void* outstanding, bool finished);
   bool all_done();
 
   ibex_pool* pool_;

@@ -145,7 +145,7 @@ IBEX_DEV void fence_seq_cst_sys() { host::fence<host::Scope::sys>(true); }
 IBEX_DEV void st_relaxed_mmio_sys(uint64_t* p, uint64_t v) { st_relaxed_sys(p, v); }
 
 IBEX_DEV void st_wqe(uint4* p, uint4 v) {
-  host::step_point();
+  host::step_before_write();
   if (host::tsan_hold_back(p, v)) return;
   *p = v;
 }
@@ -156,7 +156,7 @@ IBEX_DEV uint4 ld_stream16(const uint4* p) {
 }
 
 IBEX_DEV void st_stream16(uint4* p, uint4 v) {
-  host::step_point();
+  host::step_before_write();
   if (host::tsan_hold_back(p, v)) return;
   *p = v;
 }

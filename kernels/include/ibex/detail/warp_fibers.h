@@ -106,16 +106,17 @@ IBEX_DEV void copy16(uint4* dst, const uint4* src, uint32_t n16) {
   if (host::tl_fiber != nullptr && host::tl_fiber->simulated) {
     constexpr uint32_t kPiece = kWarpSize * kUnroll;
     for (uint32_t i = 0; i < n16; i += kPiece) {
-      host::step_point();
+      host::step_before_write();
       std::memcpy(dst + i, src + i, size_t{min_of(kPiece, n16 - i)} * 16);
     }
     return;
   }
+  host::step_before_write();
   std::memcpy(dst, src, size_t{n16} * 16);
 }
 
 IBEX_DEV void fill16(uint4* dst, uint4 v, uint32_t n16) {
-  host::step_point();
+  host::step_before_write();
   for (uint32_t i = 0; i < n16; ++i) dst[i] = v;
 }
 

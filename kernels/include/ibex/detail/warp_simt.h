@@ -37,8 +37,9 @@ IBEX_DEV uint32_t id() { return host::tl_fiber->warp; }
 IBEX_DEV uint32_t count() { return host::num_warps(); }
 IBEX_DEV uint32_t block_id() { return host::block_id(); }
 IBEX_DEV uint32_t num_blocks() { return host::num_blocks(); }
-IBEX_DEV void sync() {
-  if (!host::tsan_skips_warp_sync()) host::exchange(0);
+/// `function` is the caller's name, for bugs planted by name (host/tsan.h).
+IBEX_DEV void sync(const char* function = __builtin_FUNCTION()) {
+  if (!host::tsan_skips_warp_sync(function)) host::exchange(0, true);
 }
 IBEX_DEV void sync_block() { host::barrier(0, host::num_warps()); }
 IBEX_DEV void sync_warps(uint32_t barrier_id, uint32_t num_warps) { host::barrier(barrier_id, num_warps); }
@@ -62,7 +63,7 @@ IBEX_DEV T shfl(T v, uint32_t src) {
 #else
   uint64_t bits = 0;
   __builtin_memcpy(&bits, &v, sizeof(T));
-  bits = host::exchange(bits)[src % kWarpSize];
+  bits = host::exchange(bits, false)[src % kWarpSize];
   __builtin_memcpy(&v, &bits, sizeof(T));
   return v;
 #endif
@@ -82,7 +83,7 @@ IBEX_DEV uint32_t ballot(const lanes<bool>& x) {
 #if defined(IBEX_CUDA)
   return __ballot_sync(kFullMask, x.v);
 #else
-  const uint64_t* all = host::exchange(x.v);
+  const uint64_t* all = host::exchange(x.v, false);
   uint32_t mask = 0;
   for (uint32_t l = 0; l < kWarpSize; ++l) mask |= static_cast<uint32_t>(all[l]) << l;
   return mask;

@@ -1,0 +1,68 @@
+/// Dispatch, expert and combine between the ranks of this process, on every route and in every mode.
+#include <cstdio>
+
+#include "host/tsan/program.h"
+#include "host/tsan/world.h"
+
+namespace ibex::rig {
+
+int run_ep(const Options& options, const EpConfig& config);
+
+/// Runs all ranks through the configuration's steps and checks what came out.
+int run_ep(const Options& options, const EpConfig& config) {
+  World world(config, options);
+  world.plant();
+  Rig rig(options, World::progress, &world);
+  std::vector<std::unique_ptr<Program>> programs;
+  for (uint32_t r = 0; r < config.num_ranks; ++r) {
+    programs.push_back(std::make_unique<Program>(world, rig, options, r, 0, config.num_steps));
+  }
+  for (auto& program : programs) program->start();
+  rig.wait();
+  uint32_t num_wrong = 0;
+  for (auto& program : programs) num_wrong += program->num_wrong();
+  rig.stop();
+  const bool clean = world.queues_are_clean();
+  return num_wrong == 0 && clean ? 0 : 1;
+}
+
+int run_ep_ibgda(const Options& options) {
+  EpConfig c{"ep-ibgda"};
+  return run_ep(options, c);
+}
+
+int run_ep_mapped(const Options& options) {
+  EpConfig c{"ep-mapped"};
+  c.routes = Routes::mapped;
+  c.wire_dtype = kWireBf16;
+  return run_ep(options, c);
+}
+
+int run_ep_staged(const Options& options) {
+  EpConfig c{"ep-staged"};
+  c.zero_copy = false;
+  c.staging_rows = 2;
+  c.scale_kind = kScaleUe8m0;
+  c.signal_mode = kSignalFetchAdd;
+  c.sq_wqebbs = 16;
+  return run_ep(options, c);
+}
+
+int run_ep_reduced(const Options& options) {
+  EpConfig c{"ep-reduced"};
+  c.num_ranks = 3;
+  c.routes = Routes::mixed;
+  c.combine_mode = kReduced;
+  c.wire_dtype = kWireBf16;
+  c.num_steps = 4;
+  return run_ep(options, c);
+}
+
+int run_ep_split(const Options& options) {
+  EpConfig c{"ep-split"};
+  c.split = true;
+  c.num_steps = 6;
+  return run_ep(options, c);
+}
+
+}  // namespace ibex::rig
