@@ -98,14 +98,21 @@ inline __attribute__((always_inline)) void step_point() {
   if (f != nullptr && f->simulated) sim_step(f);
 }
 
-inline __attribute__((always_inline)) void step_before_write() {
+/// Not under ThreadSanitizer, which would see the fibers of one thread race for its counter.
+inline __attribute__((always_inline)) void count_move() {
+#if !defined(IBEX_TSAN)
   ++tl_moves;
+#endif
+}
+
+inline __attribute__((always_inline)) void step_before_write() {
+  count_move();
   step_point();
 }
 
 template <class T>
 inline __attribute__((always_inline)) void step_before_store(const T* p, T value) {
-  ++tl_moves;
+  count_move();
   Fiber* f = tl_fiber;
   if (f == nullptr || !f->simulated) return;
   sim_step(f);

@@ -118,7 +118,7 @@ IBEX_DEV void fence(bool seq_cst) {
 
 /// Simulation: an atomic update that changed memory is an event like a store.
 IBEX_DEV void note_update(bool changed) {
-  if (changed) ++tl_moves;
+  if (changed) count_move();
   Fiber* f = tl_fiber;
   if (changed && f != nullptr && f->simulated) sim_event(f);
 }
