@@ -101,7 +101,8 @@ IBEX_DEV void suspect_holders(const LaneArgs& a, const HalfContext& h, uint64_t 
 /// a CQE covers every WQE that names it; a consumer's credit is not enough. Leader only.
 IBEX_DEV uint32_t take_staging_slot(const LaneArgs& a, HandleCtx& ctx) {
   const uint32_t num_slots = 2 * a.shape.ring;
-  const uint32_t start = static_cast<uint32_t>(a.state->staging_seq % num_slots);
+  // One lane reads: the others could see what it advances below.
+  const uint32_t start = warp::one_lane([&] { return static_cast<uint32_t>(a.state->staging_seq % num_slots); });
   WaitClock clock;
   start_clock(clock, clock_ns());
   for (;;) {
