@@ -2,7 +2,6 @@
 
 #include <cstring>
 
-#include "host/tsan_sched.h"
 #include "ibex/ptx.h"
 #include "ibex/qp.h"
 #include "ibex/wqe.h"
@@ -14,6 +13,8 @@ namespace {
 constexpr uint32_t kOpNop = 0x00;
 constexpr uint32_t kSegment = 16;
 constexpr uint32_t kSegmentsMax = kWqeBytesMax / kSegment;
+/// {send opcode, QPN} of a completion.
+constexpr uint32_t kCqeOpcodeOff = 0x38;
 constexpr uint32_t kInline = 0x80000000u;
 constexpr uint8_t kCompletionAlways = 0x08;
 
@@ -105,20 +106,17 @@ Queue::Queue(const QueueConfig& config, uint64_t seed)
       completed_(config.first_idx),
       producer_(config.first_idx),
       random_(seed),
-      fiber_(host::tsan_create_fiber()) {}
+      agent_(host::tsan_create_agent([](void* queue) { return static_cast<Queue*>(queue)->advance(); }, this)) {}
 
-Queue::~Queue() { host::tsan_free_fiber(fiber_); }
-
-bool Queue::step() {
-  if (frozen_.load(std::memory_order_relaxed)) return false;
-  void* me = host::tsan_this_fiber();
-  host::tsan_switch(fiber_);
-  const bool worked = advance();
-  host::tsan_switch(me);
-  return worked;
+Queue::~Queue() {
+  host::tsan_join_agent(agent_);
+  host::tsan_destroy_agent(agent_);
 }
 
+bool Queue::step() { return !frozen_.load(std::memory_order_relaxed) && host::tsan_step_agent(agent_); }
+
 Violations Queue::violations() const {
+  host::tsan_join_agent(agent_);
   uint32_t unrung = record_behind_.load(std::memory_order_relaxed);
   const uint64_t doorbell = ld_acquire_sys(config_.doorbell);
   const uint32_t record = bswap32(ld_acquire_sys(config_.record));
@@ -158,32 +156,27 @@ bool Queue::notice() {
   return true;
 }
 
-/// Copies the WQE at `idx` out of the ring; segments may wrap at its end.
-void Queue::read(uint32_t idx, uint8_t (&bytes)[kWqeBytesMax]) const {
+/// Takes the WQE at `idx` out of the ring; its segments may wrap at the end.
+bool Queue::read_wqe(uint32_t idx) {
   const uint32_t ring = config_.num_wqebbs * kWqebbBytes;
-  const auto copy = [&](uint32_t from, uint32_t to) {
-    for (uint32_t at = from; at < to; at += kSegment) {
-      std::memcpy(bytes + at, config_.sq + (idx * kWqebbBytes + at) % ring, kSegment);
-    }
-  };
-  copy(0, kSegment);
-  const uint32_t len = (bytes[7] & 0x3fu) * kSegment;
-  copy(kSegment, len < kWqeBytesMax ? len : kWqeBytesMax);
+  uint32_t len = kSegment;
+  for (uint32_t at = 0; at < len; at += kSegment) {
+    std::memcpy(bytes_ + at, config_.sq + (idx * kWqebbBytes + at) % ring, kSegment);
+    if (at == 0) len = min_of((bytes_[7] & 0x3fu) * kSegment, kWqeBytesMax);
+  }
+  return parse_wqe(bytes_, &wqe_);
 }
 
 bool Queue::execute() {
-  uint8_t bytes[kWqeBytesMax];
-  read(next_, bytes);
-  ParsedWqe wqe;
-  const bool parsed = parse_wqe(bytes, &wqe);
+  const bool parsed = read_wqe(next_);
   Syndrome s = Syndrome::flushed;
   if (!failed_) {
-    const bool valid = parsed && wqe.qpn == config_.qpn && wqe.idx == static_cast<uint16_t>(next_);
-    s = valid ? place(wqe) : Syndrome::qp_operation;
+    const bool valid = parsed && wqe_.qpn == config_.qpn && wqe_.idx == static_cast<uint16_t>(next_);
+    s = valid ? place() : Syndrome::qp_operation;
   }
   const uint32_t idx = next_;
   // A WQE whose size cannot be trusted takes everything that was posted with it.
-  next_ = parsed ? next_ + wqe.num_wqebbs : producer_;
+  next_ = parsed ? next_ + wqe_.num_wqebbs : producer_;
   executed_.fetch_add(1, std::memory_order_relaxed);
   if (s == Syndrome::none) return true;
   if (!failed_) bad_wqes_.fetch_add(1, std::memory_order_relaxed);
@@ -197,7 +190,8 @@ bool Queue::execute() {
 ///
 /// # Ordering
 /// ORDER(5): data placed -> an aligned word placed later by the same queue. The word is one release store.
-Syndrome Queue::place(const ParsedWqe& wqe) {
+Syndrome Queue::place() {
+  const ParsedWqe& wqe = wqe_;
   if (wqe.opcode == kOpNop) return Syndrome::none;
   const uint8_t* from = wqe.inline_data;
   if (from == nullptr && wqe.bytes != 0) from = config_.local->find(wqe.lkey, wqe.local_va, wqe.bytes);
@@ -206,10 +200,10 @@ Syndrome Queue::place(const ParsedWqe& wqe) {
   if (to == nullptr) return Syndrome::remote_access;
   if (wqe.opcode == kOpAtomicFetchAdd) {
     const uint64_t old = add_release_sys(reinterpret_cast<uint64_t*>(to), wqe.add);
-    std::memcpy(const_cast<uint8_t*>(from), &old, sizeof(old));
+    __builtin_memcpy(const_cast<uint8_t*>(from), &old, sizeof(old));
   } else if (wqe.inline_data != nullptr && wqe.bytes == 8 && wqe.remote_va % 8 == 0) {
     uint64_t word;
-    std::memcpy(&word, from, sizeof(word));
+    __builtin_memcpy(&word, from, sizeof(word));
     st_release_sys(reinterpret_cast<uint64_t*>(to), word);
   } else {
     std::memcpy(to, from, wqe.bytes);
@@ -225,23 +219,21 @@ bool Queue::complete() {
     write_cqe(static_cast<uint16_t>(next_ - 1), Syndrome::flushed);
     return true;
   }
-  uint8_t bytes[kWqeBytesMax];
-  ParsedWqe wqe;
   uint32_t idx = completed_;
   do {
     if (idx == next_) return false;
-    read(idx, bytes);
-    parse_wqe(bytes, &wqe);
-    read_again(wqe);
-    idx += wqe.num_wqebbs;
-  } while (!wqe.signaled);
+    read_wqe(idx);
+    read_rows_again();
+    idx += wqe_.num_wqebbs;
+  } while (!wqe_.signaled);
   completed_ = idx;
-  write_cqe(wqe.idx, Syndrome::none);
+  write_cqe(wqe_.idx, Syndrome::none);
   return true;
 }
 
 /// A retransmission, as far as local memory can tell.
-void Queue::read_again(const ParsedWqe& wqe) {
+void Queue::read_rows_again() {
+  const ParsedWqe& wqe = wqe_;
   if (wqe.opcode != kOpRdmaWrite || wqe.inline_data != nullptr || wqe.bytes > scratch_.size()) return;
   const uint8_t* from = config_.local->find(wqe.lkey, wqe.local_va, wqe.bytes);
   if (from != nullptr) std::memcpy(scratch_.data(), from, wqe.bytes);
@@ -252,10 +244,12 @@ void Queue::read_again(const ParsedWqe& wqe) {
 void Queue::write_cqe(uint16_t wqe_counter, Syndrome syndrome) {
   uint32_t* words = reinterpret_cast<uint32_t*>(config_.cqe);
   const bool error = syndrome != Syndrome::none;
-  uint32_t body[15] = {};
-  if (error) body[kCqeSyndromeOff / 4] = uint32_t{vendor_of(syndrome)} << 8 | static_cast<uint32_t>(syndrome);
-  body[14] = kOpRdmaWrite << 24 | config_.qpn;
-  for (uint32_t i = 0; i < 15; ++i) st_relaxed_sys(words + i, bswap32(body[i]));
+  for (uint32_t i = 0; i < kCqeCompletionOff / 4; ++i) {
+    uint32_t word = 0;
+    if (error && i == kCqeSyndromeOff / 4) word = uint32_t{vendor_of(syndrome)} << 8 | static_cast<uint32_t>(syndrome);
+    if (i == kCqeOpcodeOff / 4) word = kOpRdmaWrite << 24 | config_.qpn;
+    st_relaxed_sys(words + i, bswap32(word));
+  }
   const uint32_t op_own = error ? kCqeOpcodeRequesterError << 4 : 0;
   st_release_sys(words + kCqeCompletionOff / 4, bswap32(uint32_t{wqe_counter} << 16 | op_own));
 }

@@ -4,7 +4,7 @@
 /// RDMA WRITE, inline WRITE, FETCH_ADD and NOP between queues of one process, one collapsed CQ per queue, error
 /// and flush completions. It knows only memory: rings, doorbell records, doorbells, and what WQEs name.
 ///
-/// Every queue is an agent of its own for ThreadSanitizer, because hardware orders nothing between two queues
+/// Every queue is an agent of its own, because hardware orders nothing between two queues
 /// but what a doorbell, a signal word or a completion orders. Its edges are those of the hardware and no more:
 ///
 ///   ORDER(2) ORDER(3)  doorbell record or doorbell -> WQEs and rows       acquire, sys
@@ -20,6 +20,8 @@
 #include <atomic>
 #include <cstdint>
 #include <vector>
+
+#include "host/tsan_agent.h"
 
 namespace ibex::rig {
 
@@ -110,24 +112,27 @@ class Queue {
  private:
   bool advance();
   bool notice();
-  void read(uint32_t idx, uint8_t (&bytes)[kWqeBytesMax]) const;
+  bool read_wqe(uint32_t idx);
   bool execute();
-  Syndrome place(const ParsedWqe& wqe);
+  Syndrome place();
   bool complete();
-  void read_again(const ParsedWqe& wqe);
+  void read_rows_again();
   void write_cqe(uint16_t wqe_counter, Syndrome syndrome);
   uint64_t random();
 
   const QueueConfig config_;
-  // Touched on the queue's own ThreadSanitizer fiber only.
+  // Touched by the queue's agent only.
   uint32_t next_, completed_, producer_;
   bool rung_ = false, failed_ = false;
   uint64_t random_;
+  uint8_t bytes_[kWqeBytesMax];
+  ParsedWqe wqe_;
   std::array<uint8_t, 64 << 10> scratch_;
-  void* fiber_;
   std::atomic<bool> failing_{false}, frozen_{false};
   std::atomic<uint32_t> bad_wqes_{0}, record_behind_{0};
   std::atomic<uint64_t> executed_{0};
+  /// Created last: all of the above happens before its first step.
+  host::Agent* agent_;
 };
 
 }  // namespace ibex::rig
