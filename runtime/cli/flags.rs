@@ -196,6 +196,15 @@ pub(super) struct Shared {
     /// Steps in flight.
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub(super) ring: u32,
+    /// Blocks of one launch: streaming multiprocessors that a GPU gives to communication.
+    #[arg(long, value_name = "N")]
+    pub(super) sms: Option<u32>,
+    /// Warps of one block.
+    #[arg(long, value_name = "N")]
+    pub(super) warps: Option<u32>,
+    /// Warps that post, out of all warps of a launch.
+    #[arg(long, value_name = "N")]
+    pub(super) owners: Option<u32>,
     /// Lanes; steps go round them.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(super) lanes: u32,
@@ -248,6 +257,9 @@ impl Shared {
             combine: self.combine,
             ring: self.ring,
             lanes: self.lanes,
+            num_sms: self.sms.unwrap_or(Config::default().num_sms),
+            warps_per_block: self.warps.unwrap_or(Config::default().warps_per_block),
+            num_owner_warps: self.owners,
             channels: self.channels,
             signal: self.signal,
             route: self.route,

@@ -48,7 +48,7 @@ impl Mapping {
         let base = map_pages(mapped_len)?;
         let addr = base.next_multiple_of(align);
         if len >= HUGE_PAGE {
-            advise_huge(addr, len.next_multiple_of(PAGE));
+            back_with_huge_pages(addr, len.next_multiple_of(PAGE));
         }
         Ok(Self {
             base,
@@ -94,10 +94,14 @@ fn map_pages(len: usize) -> Result<usize, GpuError> {
     Ok(base as usize)
 }
 
-/// Asks for huge pages; a kernel that has none answers with an error, and small pages serve as well.
-fn advise_huge(addr: usize, len: usize) {
-    // SAFETY: the range lies inside a mapping that we just made; the advice changes no contents.
-    unsafe { libc::madvise(addr as *mut libc::c_void, len, libc::MADV_HUGEPAGE) };
+/// Asks for huge pages, and for all of them now: GPU memory is backed when it is allocated, and a kernel that stops
+/// for a page fault is timed wrong. A system that can do neither answers with an error; small pages that come on
+/// first use serve as well.
+fn back_with_huge_pages(addr: usize, len: usize) {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
+        // SAFETY: the range lies inside a mapping that we just made; neither advice changes contents.
+        unsafe { libc::madvise(addr as *mut libc::c_void, len, advice) };
+    }
 }
 
 /// Live ranges of one GPU, and mappings that wait for it to become idle.
