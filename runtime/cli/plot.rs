@@ -18,15 +18,15 @@ pub(super) struct Series<'a> {
 const WIDTH: f64 = 760.0;
 const LEFT: f64 = 56.0;
 const RIGHT: f64 = 24.0;
-const TOP: f64 = 64.0;
+const TOP: f64 = 80.0;
 const PANEL: f64 = 150.0;
 const GAP: f64 = 46.0;
 const BOTTOM: f64 = 52.0;
 const NUM_BINS: usize = 40;
 const COLOURS: [&str; 2] = ["#2f6fab", "#c8643c"];
 
-/// Draws the series below each other, with a title and a caption.
-pub(super) fn histogram(title: &str, caption: &str, series: &[Series<'_>]) -> String {
+/// Draws the series below each other, with a title and two lines of caption.
+pub(super) fn histogram(title: &str, caption: [&str; 2], series: &[Series<'_>]) -> String {
     let axis = Axis::over(series.iter().flat_map(|one| one.samples_us).copied());
     let height = TOP + series.len() as f64 * (PANEL + GAP) - GAP + BOTTOM;
     let mut svg = format!(
@@ -36,9 +36,11 @@ pub(super) fn histogram(title: &str, caption: &str, series: &[Series<'_>]) -> St
          <title>{title}</title>\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
          <text x=\"{LEFT}\" y=\"26\" font-size=\"16\" font-weight=\"600\" fill=\"#1b1f24\">{title}</text>\n\
-         <text x=\"{LEFT}\" y=\"45\" font-size=\"11.5\" fill=\"#57606a\">{caption}</text>\n",
+         <text x=\"{LEFT}\" y=\"45\" font-size=\"11.5\" fill=\"#57606a\">{above}</text>\n\
+         <text x=\"{LEFT}\" y=\"60\" font-size=\"11.5\" fill=\"#57606a\">{below}</text>\n",
         title = escape(title),
-        caption = escape(caption),
+        above = escape(caption[0]),
+        below = escape(caption[1]),
     );
     for (index, one) in series.iter().enumerate() {
         let top = TOP + index as f64 * (PANEL + GAP);
@@ -50,7 +52,8 @@ pub(super) fn histogram(title: &str, caption: &str, series: &[Series<'_>]) -> St
         &mut svg,
         format_args!(
             "<text x=\"{middle}\" y=\"{label_y}\" font-size=\"11.5\" text-anchor=\"middle\" \
-             fill=\"#57606a\">microseconds, slowest rank of each step</text>"
+             fill=\"#57606a\">{}, slowest rank of each step</text>",
+            axis.unit.name
         ),
     );
     svg.push_str("</svg>\n");
@@ -119,7 +122,7 @@ fn summary(svg: &mut String, series: &Series<'_>, axis: &Axis, top: f64, base: f
         };
         let x = axis.x(value);
         // Writing to a String cannot fail.
-        let _ = write!(text, " · {name} {value:.0} us");
+        let _ = write!(text, " · {name} {}", axis.unit.of(value));
         line(
             svg,
             format_args!(
@@ -144,11 +147,40 @@ fn line(svg: &mut String, text: std::fmt::Arguments<'_>) {
     let _ = writeln!(svg, "{text}");
 }
 
-/// The shared horizontal axis: a range of round numbers.
+/// What numbers on the figure are counted in.
+struct Unit {
+    name: &'static str,
+    short: &'static str,
+    us: f64,
+    digits: usize,
+}
+
+const MICROSECONDS: Unit = Unit {
+    name: "microseconds",
+    short: "us",
+    us: 1.0,
+    digits: 0,
+};
+const MILLISECONDS: Unit = Unit {
+    name: "milliseconds",
+    short: "ms",
+    us: 1e3,
+    digits: 2,
+};
+
+impl Unit {
+    fn of(&self, us: f64) -> String {
+        let (value, digits) = (us / self.us, self.digits);
+        format!("{value:.digits$} {}", self.short)
+    }
+}
+
+/// The shared horizontal axis: a range of round numbers, in microseconds.
 struct Axis {
     min: f64,
     max: f64,
     step: f64,
+    unit: Unit,
 }
 
 impl Axis {
@@ -165,7 +197,17 @@ impl Axis {
         let step = round_step((high - low).max(high * 0.02).max(1e-3) / 6.0);
         let min = (low / step).floor() * step;
         let max = ((high / step).ceil() * step).max(min + step);
-        Self { min, max, step }
+        let unit = if max >= 10_000.0 {
+            MILLISECONDS
+        } else {
+            MICROSECONDS
+        };
+        Self {
+            min,
+            max,
+            step,
+            unit,
+        }
     }
 
     fn x(&self, value: f64) -> f64 {
@@ -224,7 +266,7 @@ mod tests {
             name: "dispatch",
             samples_us: samples,
         }];
-        histogram("a < b", "caption", &series)
+        histogram("a < b", ["one", "two"], &series)
     }
 
     #[test]
@@ -246,6 +288,16 @@ mod tests {
             let svg = draw(samples);
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{samples:?}");
         }
+    }
+
+    #[test]
+    fn long_times_are_shown_in_milliseconds() {
+        let svg = draw(&[12_340.0, 15_000.0, 11_000.0]);
+        assert!(
+            svg.contains("milliseconds") && svg.contains("p50 12.34 ms"),
+            "{svg}"
+        );
+        assert!(draw(&[900.0]).contains("p50 900 us"));
     }
 
     #[test]

@@ -369,9 +369,10 @@ impl PostRig {
         &self.case
     }
 
-    /// WQEs that a record covered and no doorbell did.
+    /// WQEs that a record covered and no doorbell did; nobody posts between two rounds.
     #[must_use]
     pub fn unrung_wqes(&self) -> u64 {
+        self.near.check_unrung();
         self.near.counters().unrung_wqes
     }
 

@@ -224,12 +224,7 @@ impl<'a> Step<'a> {
     /// `alive` says per rank whether it is a member. A lost pick is taken out of the sum; a pick whose
     /// owner is no member must be reported lost.
     #[must_use]
-    pub fn check_combine(
-        &self,
-        rank: Rank,
-        output: &CombineOutput<'_>,
-        alive: &[bool],
-    ) -> Verdict {
+    pub fn check_combine(&self, rank: Rank, output: &CombineOutput<'_>, alive: &[bool]) -> Verdict {
         let is_member = |rank: Rank| alive[rank.index()];
         let input = &self.inputs[rank.index()];
         let hidden = self.config.hidden as usize;

@@ -402,7 +402,11 @@ fn a_combine_is_judged_given_its_losses() {
             out,
             lost_topk: lost,
         };
-        step.check_combine(Rank(0), &output, &[0, 1, 2].map(|rank| Some(Rank(rank)) != dead))
+        step.check_combine(
+            Rank(0),
+            &output,
+            &[0, 1, 2].map(|rank| Some(Rank(rank)) != dead),
+        )
     };
     let out = combined(&step, &lost);
     let verdict = check(&out, &lost, None);

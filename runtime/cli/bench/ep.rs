@@ -7,6 +7,7 @@
 //! INVARIANT: with `--check` every step is verified on every rank, warm-up included, and what an earlier
 //! step left in the small outputs is wiped before.
 
+use core::time::Duration;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::thread;
@@ -22,6 +23,7 @@ use ibex::reference::inputs::{InputKey, RankInput};
 use ibex::session::{
     CombineSource, DispatchCall, DispatchHandle, Halves, SessionGraph, TopkDtype, WorldOptions,
 };
+use ibex::time::sleep;
 use ibex_hca::emulated::Doorbells;
 use serde::Serialize;
 
@@ -34,6 +36,8 @@ use crate::cli::progress::Progress;
 use crate::cli::table::{self, Table};
 use crate::cli::{CliError, Outcome, claim_output, write_output};
 
+/// Far longer than a host needs to post one sign of life.
+const QUIET: Duration = Duration::from_millis(5);
 /// Bytes of a packed row's source info, which is an output like the row itself.
 const SOURCE_INFO_LEN: usize = 16;
 
@@ -106,6 +110,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     claim_output(args.plot.as_deref())?;
     let bench = Bench::new(&args.shared, config)?;
     let samples = bench.run()?;
+    bench.end();
     let report = bench.report(&samples)?;
     print(&report, &samples);
     if let Some(path) = &args.json {
@@ -371,18 +376,37 @@ impl<'a> Bench<'a> {
         Ok(lost)
     }
 
+    /// Lets devices look for WQEs that no doorbell covers, once nobody posts any more.
+    fn end(&self) {
+        let world = self.rig.world();
+        for rank in self.rig.ranks() {
+            world.set_silent(rank.rank(), true);
+        }
+        // A sign of life that was being sent when its rank fell silent is out by then.
+        sleep(QUIET);
+        for device in world.devices() {
+            device.check_unrung();
+        }
+    }
+
     fn report(&self, samples: &Samples) -> Result<Report, Error> {
         let sessions = self.rig.world().sessions();
         let mut bytes = RouteBytes::default();
         let (mut wqes, mut doorbells, mut cqes) = (0, 0, 0);
+        for session in sessions {
+            let telemetry = session.telemetry()?;
+            bytes.local += telemetry.total(|peer| peer.bytes_local);
+            bytes.peer += telemetry.total(|peer| peer.bytes_mapped);
+            bytes.rdma += telemetry.total(|peer| peer.bytes_rdma);
+        }
+        // What devices saw, signs of life included: a witness apart from the kernels that posted.
         let mut unrung_wqes = 0;
         for device in self.rig.world().devices() {
-            let total = device.counters();
-            bytes.rdma += total.bytes_written;
-            wqes += total.wqes;
-            doorbells += total.doorbells;
-            cqes += total.cqes;
-            unrung_wqes += total.unrung_wqes;
+            let seen = device.counters();
+            wqes += seen.wqes;
+            doorbells += seen.doorbells;
+            cqes += seen.cqes;
+            unrung_wqes += seen.unrung_wqes;
         }
         let floor = Pair {
             dispatch: median(&samples.dispatch_floor_us),
@@ -584,18 +608,24 @@ fn print(report: &Report, samples: &Samples) {
 
 fn draw(flags: &Shared, samples: &Samples) -> String {
     let title = format!("Dispatch and combine, EP{}", flags.ranks);
-    let caption = format!(
-        "{} tokens per rank, hidden {}, top-{} of {} experts, {}, combine {}, {} routing, route {}, {} gpu, {} fabric",
+    let shape = format!(
+        "{} tokens per rank, hidden {}, top-{} of {} experts, {} dispatch, {} combine, {} routing",
         flags.tokens,
         flags.hidden,
         flags.topk,
         flags.experts,
         flags.dtype,
         flags.combine,
-        flags.routing,
-        flags.route,
+        flags.routing
+    );
+    let machine = format!(
+        "{} hca, {} gpu, {} fabric, route {}, signal {}, link {}",
+        flags.machine.provider_name(),
         flags.machine.gpu_name(),
         flags.machine.fabric_name(),
+        flags.route,
+        flags.signal,
+        flags.machine.link
     );
     let series = [
         Series {
@@ -607,7 +637,7 @@ fn draw(flags: &Shared, samples: &Samples) -> String {
             samples_us: &samples.combine_us,
         },
     ];
-    plot::histogram(&title, &caption, &series)
+    plot::histogram(&title, [&shape, &machine], &series)
 }
 
 #[cfg(test)]

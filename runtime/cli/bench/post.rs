@@ -36,14 +36,19 @@ pub(in crate::cli) struct Args {
     #[command(flatten)]
     machine: Machine,
     /// Rounds that are measured, per row.
-    #[arg(long, default_value_t = 20, value_name = "N", value_parser = RangedU64ValueParser::<u32>::new().range(1..=100_000))]
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = rounds(1))]
     iters: u32,
     /// Rounds before them, per row.
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = RangedU64ValueParser::<u32>::new().range(0..=100_000))]
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = rounds(0))]
     warmup: u32,
     /// Write the report as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+/// A number of rounds, at least `min`.
+fn rounds(min: u64) -> RangedU64ValueParser<u32> {
+    RangedU64ValueParser::new().range(min..=100_000)
 }
 
 /// The machine-readable report; keys are part of the interface.
