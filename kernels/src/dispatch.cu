@@ -193,7 +193,7 @@ IBEX_DEV Placement place(const MemberTable& table, int32_t e) {
   if (e < 0) return Placement{kNoOwner, 0};
   if (static_cast<uint32_t>(e) >= table.num_experts) return Placement{kLostOwner, 0};
   const uint32_t where = reinterpret_cast<const uint32_t*>(table.owner_of)[e];
-  if (where == kUnplaced || !is_alive(table, where >> 16)) return Placement{kLostOwner, 0};
+  if (where == kUnplaced || !is_member(table, where >> 16)) return Placement{kLostOwner, 0};
   return Placement{static_cast<uint16_t>(where >> 16), static_cast<uint16_t>(where & 0xffffu)};
 }
 
