@@ -67,7 +67,8 @@ IBEX_DEV uint32_t reserved_wqebbs(const Shape& s) { return kNumOps * s.ring + 3;
 IBEX_DEV uint32_t data_space(SendJob& j, uint32_t wanted) {
   const uint32_t reserve = reserved_wqebbs(j.a.shape);
   if (has_space(j.qp, reserve + wanted)) return wanted;
-  const uint32_t space = known_space(j.qp);
+  // One lane reads: the others could see what it takes in at its next look at the CQ, and disagree.
+  const uint32_t space = warp::one_lane([&] { return known_space(j.qp); });
   return space > reserve ? space - reserve : 0;
 }
 
@@ -259,7 +260,7 @@ IBEX_DEV void say_lost(SendJob& j, Rows& rows) {
   }
   if (!j.rdma()) {
     store_word_mapped(j, signal_offset(j.a, j.h.op, j.h.slot, j.channel), word);
-  } else if (j.qp.syndrome == 0 && has_space(j.qp, 1)) {
+  } else if (warp::one_lane([&] { return j.qp.syndrome == 0; }) && has_space(j.qp, 1)) {
     Batch b = begin_batch(j.qp);
     const Ctrl last = put_signal(j, b, word);
     ring_doorbell(b, last);
