@@ -11,6 +11,7 @@ int run_ep_mapped(const Options& options);
 int run_ep_staged(const Options& options);
 int run_ep_reduced(const Options& options);
 int run_ep_split(const Options& options);
+int run_ep_split_mapped(const Options& options);
 
 const NamedCase kCases[] = {
     {"selftest", run_selftest},
@@ -21,6 +22,7 @@ const NamedCase kCases[] = {
     {"ep-staged", run_ep_staged},
     {"ep-reduced", run_ep_reduced},
     {"ep-split", run_ep_split},
+    {"ep-split-mapped", run_ep_split_mapped},
     {nullptr, nullptr},
 };
 

@@ -15,6 +15,8 @@ constexpr uint32_t kSegment = 16;
 constexpr uint32_t kSegmentsMax = kWqeBytesMax / kSegment;
 /// {send opcode, QPN} of a completion.
 constexpr uint32_t kCqeOpcodeOff = 0x38;
+/// Steps for which a queue may leave completions out.
+constexpr uint32_t kHeldSteps = 200;
 constexpr uint32_t kInline = 0x80000000u;
 constexpr uint8_t kCompletionAlways = 0x08;
 
@@ -219,6 +221,11 @@ bool Queue::complete() {
     write_cqe(static_cast<uint16_t>(next_ - 1), Syndrome::flushed);
     return true;
   }
+  // Now and then completions stay away for a while, and queues fill up.
+  if (held_ > 0) {
+    --held_;
+    return false;
+  }
   uint32_t idx = completed_;
   do {
     if (idx == next_) return false;
@@ -228,6 +235,7 @@ bool Queue::complete() {
   } while (!wqe_.signaled);
   completed_ = idx;
   write_cqe(wqe_.idx, Syndrome::none);
+  if (random() % 4 == 0) held_ = static_cast<uint32_t>(random() % kHeldSteps);
   return true;
 }
 

@@ -123,6 +123,7 @@ class Queue {
   const QueueConfig config_;
   // Touched by the queue's agent only.
   uint32_t next_, completed_, producer_;
+  uint32_t held_ = 0;
   bool rung_ = false, failed_ = false;
   uint64_t random_;
   uint8_t bytes_[kWqeBytesMax];

@@ -38,29 +38,45 @@ int run_ep_mapped(const Options& options) {
   return run_ep(options, c);
 }
 
+/// A queue smaller than a step, and rows through a ring of two: owners wait for completions in the middle of a step.
 int run_ep_staged(const Options& options) {
   EpConfig c{"ep-staged"};
+  c.num_channels = 1;
+  c.max_tokens = 20;
+  c.sq_wqebbs = 16;
   c.zero_copy = false;
   c.staging_rows = 2;
   c.scale_kind = kScaleUe8m0;
   c.signal_mode = kSignalFetchAdd;
-  c.sq_wqebbs = 16;
+  c.num_steps = 4;
   return run_ep(options, c);
 }
 
+/// Three ranks, each of which reaches one peer by RDMA and one by stores.
 int run_ep_reduced(const Options& options) {
   EpConfig c{"ep-reduced"};
   c.num_ranks = 3;
   c.routes = Routes::mixed;
   c.combine_mode = kReduced;
-  c.wire_dtype = kWireBf16;
+  c.scale_kind = kScalePow2;
+  c.num_owner_warps = 1;
   c.num_steps = 4;
   return run_ep(options, c);
 }
 
+/// Halves apart, so that steps overlap, credits are waited for, and two halves of a rank run at a time.
 int run_ep_split(const Options& options) {
   EpConfig c{"ep-split"};
   c.split = true;
+  c.num_steps = 6;
+  return run_ep(options, c);
+}
+
+int run_ep_split_mapped(const Options& options) {
+  EpConfig c{"ep-split-mapped"};
+  c.split = true;
+  c.routes = Routes::mapped;
+  c.wire_dtype = kWireBf16;
   c.num_steps = 6;
   return run_ep(options, c);
 }
