@@ -6,7 +6,7 @@ use ibex_abi::types::{Gid, Lid, Mac, QpState, QpTransition};
 use super::{End, PATIENCE_NS, Rig, SIGNALED, World, connected, inline, write};
 use crate::host_qp::{ConnectSpec, HostQp, HostQpSpec, Reset};
 use crate::objects::{self, CqSpec, InitSpec, Place, QpSpec, RtrSpec, RtsSpec};
-use crate::{Access, CommandError, Hca, HcaError, LinkLayer, PortAddress};
+use crate::{Access, CommandError, HcaError, LinkLayer, PortAddress};
 
 fn status(error: HcaError) -> Status {
     match error {

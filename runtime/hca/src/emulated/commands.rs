@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use ibex_abi::prm::{self, Field, Op, Status};
-use ibex_abi::types::{Eqn, MkeyIndex, QpNum, QpState, UarIdx};
+use ibex_abi::types::{MkeyIndex, QpNum, QpState, UarIdx};
 
 use super::EmulatedHca;
 use super::cq::Cq;
@@ -332,8 +332,4 @@ pub(crate) fn answer(output: &mut [u8], status: Status, syndrome: u32) {
 
 fn uar_idx(number: u32) -> UarIdx {
     UarIdx::new(number & 0xff_ffff)
-}
-
-fn eqn(number: u32) -> Eqn {
-    Eqn::new(number & 0xff)
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use ibex_abi::cqe::{COMPLETION_WORD_OFFSET, CQE, Cqe64, ErrorCqe, OpOwn, owner_bit};
-use ibex_abi::types::{CqNum, Eqn};
+use ibex_abi::types::CqNum;
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
@@ -28,7 +28,6 @@ pub(super) struct CqLayout {
     pub(super) stride: u64,
     pub(super) collapsed: bool,
     pub(super) overrun_ignore: bool,
-    pub(super) eqn: Eqn,
 }
 
 /// The queue overran, now or earlier.
@@ -83,10 +82,6 @@ impl Cq {
             holds,
             users: AtomicU32::new(0),
         })
-    }
-
-    pub(super) const fn eqn(&self) -> Eqn {
-        self.layout.eqn
     }
 
     /// Writes the next entry; the owner bit is filled in here.

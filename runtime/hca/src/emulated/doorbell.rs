@@ -42,6 +42,13 @@ impl Uar {
         self.page.span().addr() + REGISTERS[0]
     }
 
+    /// Whether a register changed since the last poll.
+    pub(super) fn has_news(&self) -> bool {
+        let page = self.page.span();
+        let mut pairs = REGISTERS.into_iter().zip(&self.seen);
+        pairs.any(|(at, seen)| page.load64(at, Ordering::Acquire) != seen.load(Ordering::Relaxed))
+    }
+
     /// Calls `ring` for each register that changed since the last poll.
     pub(super) fn poll(&self, mut ring: impl FnMut(Doorbell)) {
         for (offset, seen) in REGISTERS.into_iter().zip(&self.seen) {

@@ -26,6 +26,13 @@ pub(super) struct Request {
     pub(super) resent: bool,
 }
 
+impl Request {
+    /// Sequence number after its last packet.
+    pub(super) const fn end(&self) -> Psn {
+        self.psn.plus(self.packets)
+    }
+}
+
 /// Bytes at the remote end.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Target {
@@ -108,8 +115,11 @@ impl Payload<'_> {
     /// Checks every segment and adds up their lengths.
     #[inline]
     pub(super) fn check(&self, want: Want) -> Result<u64, KeyFault> {
+        let Some(segments) = self.segments else {
+            return Ok(0);
+        };
         let mut len = 0;
-        for segment in self.segments.into_iter().flatten() {
+        for segment in segments {
             if let Segment::Data(seg) = segment {
                 self.reach(seg, want)?;
             }
@@ -148,8 +158,11 @@ impl Payload<'_> {
     /// Calls `each(segment, offset in segment, offset in range, length)` over a range of the payload.
     #[inline]
     fn walk(&self, offset: u64, len: u64, mut each: impl FnMut(Segment<'_>, u64, u64, u64)) {
+        let Some(segments) = self.segments else {
+            return;
+        };
         let (mut skip, mut at) = (offset, 0);
-        for segment in self.segments.into_iter().flatten() {
+        for segment in segments {
             let size = segment.byte_len();
             if skip >= size && size != 0 {
                 skip -= size;

@@ -31,6 +31,7 @@ mod mkeys;
 mod qp;
 mod requester;
 mod responder;
+mod seeded;
 mod stepping;
 mod thread;
 mod trace;

@@ -72,6 +72,23 @@ pub(super) const fn ahead(idx: u16, from: u16) -> u16 {
     if distance <= 1 << 15 { distance } else { 0 }
 }
 
+/// The state with this code; written as a table because it is read for every message.
+#[inline]
+fn state_of(code: u8) -> QpState {
+    const TABLE: [QpState; 8] = [
+        QpState::Reset,
+        QpState::Init,
+        QpState::Rtr,
+        QpState::Rts,
+        QpState::Sqer,
+        QpState::Sqd,
+        QpState::Err,
+        QpState::SqDraining,
+    ];
+    // The device suspends nothing, so there is no other state.
+    TABLE[usize::from(code & 7)]
+}
+
 impl Qp {
     pub(super) fn new(layout: QpLayout, holds: Vec<UmemHold>) -> Arc<Self> {
         Arc::new(Self {
@@ -89,9 +106,7 @@ impl Qp {
     }
 
     pub(super) fn state(&self) -> QpState {
-        let code = self.state.load(Ordering::Acquire);
-        // PANIC: only `set_state` stores here, and it stores codes of states.
-        QpState::from_code(u64::from(code)).expect("a state's code")
+        state_of(self.state.load(Ordering::Acquire))
     }
 
     pub(super) fn set_state(&self, state: QpState) {
@@ -150,6 +165,20 @@ impl Qp {
         }
     }
 
+    /// Basic blocks in the send ring.
+    #[inline]
+    pub(super) fn num_blocks(&self) -> u16 {
+        // CAST: at most 2^15, as CREATE_QP checked.
+        (self.layout.sq.len() / WQEBB as u64) as u16
+    }
+
+    /// Asks for the WQEBB with this index to be near when it is read.
+    #[inline]
+    pub(super) fn prefetch_block(&self, idx: u16) {
+        let ring = self.layout.sq;
+        ring.prefetch((u64::from(idx) * WQEBB as u64) & (ring.len() - 1));
+    }
+
     /// Reads the WQEBB with this index.
     #[inline]
     pub(super) fn read_block(&self, idx: u16, out: &mut [u8; WQEBB]) {
@@ -161,7 +190,17 @@ impl Qp {
 
 #[cfg(test)]
 mod tests {
-    use super::ahead;
+    use super::{ahead, state_of};
+    use ibex_abi::types::QpState;
+
+    #[test]
+    fn every_state_that_the_device_knows_is_found_by_its_code() {
+        for state in QpState::ALL {
+            if state != QpState::Suspended {
+                assert_eq!(state_of(state.code()), state);
+            }
+        }
+    }
 
     #[test]
     fn indices_are_compared_on_a_circle_of_2_to_the_16() {

@@ -16,15 +16,20 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 
+use complete::Failure;
+use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::{PathMtu, Psn, QpNum};
 use ibex_abi::wqe::{CqUpdate, CtrlSeg};
 
-use super::message::{Nak, Reply};
+use super::message::Reply;
 use super::qp::Qp;
 use super::{EmulatedHca, Nanos};
 use crate::PathAddress;
 
 pub(super) mod complete;
+pub(super) mod fetch;
+pub(super) mod pieces;
+pub(super) mod plain;
 pub(super) mod send;
 
 /// Most messages of one queue pair that are sent and unanswered.
@@ -35,9 +40,25 @@ pub(super) const OUTSTANDING_MAX: usize = 128;
 pub(super) struct Connection {
     pub(super) to: PathAddress,
     pub(super) remote_qpn: QpNum,
-    pub(super) mtu: PathMtu,
+    pub(super) mtu: Mtu,
     /// Log2 of the longest message.
     pub(super) log_msg_max: u8,
+}
+
+/// The path's packet size.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mtu(pub(super) PathMtu);
+
+impl Mtu {
+    /// Packets of a message; an empty one is one packet.
+    #[inline]
+    pub(super) const fn packets(self, len: u32) -> u32 {
+        let shift = 7 + self.0.code();
+        let full = len >> shift;
+        let rest = len & ((1 << shift) - 1) != 0;
+        // CAST: a bool.
+        if len == 0 { 1 } else { full + rest as u32 }
+    }
 }
 
 /// How long and how often to try, from RTR2RTS.
@@ -73,56 +94,76 @@ pub(super) const fn not_ready_nanos(code: u8) -> u64 {
 }
 
 /// How far an outstanding message has come.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Progress {
     /// To be sent, or sent again.
     Unsent,
-    /// Payload is being placed, chunk by chunk (seeded stepping only): the chunks still missing.
-    Placing(Vec<u32>),
-    /// A READ was accepted and its response is arriving: the chunks still missing.
-    Arriving(Vec<u32>),
+    /// Payload is being placed, chunk by chunk (seeded stepping only).
+    Placing,
+    /// A READ was accepted and its response is arriving (seeded stepping only).
+    Arriving,
     /// Sent; no answer yet.
     Unanswered,
     /// Executed and answered.
     Done,
 }
 
-/// A WQE that was fetched and has not completed.
-#[derive(Debug, Clone)]
-pub(super) struct Outstanding {
+/// A fetched WQE: what sending it again and completing it need.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Work {
     pub(super) idx: u16,
     pub(super) blocks: u16,
     pub(super) opcode: u8,
     pub(super) update: CqUpdate,
+    /// A READ or an atomic: an acknowledgement alone does not complete it.
+    pub(super) has_response: bool,
     pub(super) psn: Psn,
     pub(super) packets: u32,
     /// Bytes that the completion reports.
     pub(super) len: u32,
-    /// A READ or an atomic: an acknowledgement alone does not complete it.
-    pub(super) has_response: bool,
-    /// Sent at least once.
-    pub(super) resent: bool,
-    pub(super) progress: Progress,
 }
 
-impl Outstanding {
+impl Work {
+    #[inline]
     pub(super) fn new(ctrl: &CtrlSeg, psn: Psn) -> Self {
         Self {
             idx: ctrl.wqe_idx(),
             blocks: ctrl.num_wqebbs(),
             opcode: ctrl.opcode_byte(),
             update: ctrl.flags().completion(),
+            has_response: false,
             psn,
             packets: 0,
             len: 0,
-            has_response: false,
-            resent: false,
-            progress: Progress::Unsent,
         }
     }
 
-    pub(super) fn end(&self) -> Psn {
+    /// Sequence number after its last packet.
+    #[inline]
+    pub(super) const fn end(&self) -> Psn {
         self.psn.plus(self.packets)
+    }
+}
+
+/// A WQE that was fetched and has not completed.
+#[derive(Debug, Clone)]
+pub(super) struct Outstanding {
+    pub(super) work: Work,
+    /// Sent at least once.
+    pub(super) resent: bool,
+    pub(super) progress: Progress,
+    /// Chunks still to be placed or to arrive (seeded stepping only).
+    pub(super) missing: Vec<u32>,
+}
+
+impl Outstanding {
+    pub(super) const fn new(work: Work, progress: Progress) -> Self {
+        Self {
+            work,
+            resent: false,
+            progress,
+            missing: Vec::new(),
+        }
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -206,7 +247,7 @@ impl Requester {
             .outstanding
             .iter()
             .find(|entry| !entry.is_done())
-            .map_or(self.psn, |e| e.psn);
+            .map_or(self.psn, |e| e.work.psn);
         next.plus(0xff_ffff)
     }
 
@@ -220,7 +261,7 @@ impl Requester {
     /// Marks everything unanswered from `start` on for sending again.
     pub(super) fn go_back(&mut self, start: usize) {
         for entry in self.outstanding.iter_mut().skip(start) {
-            if matches!(entry.progress, Progress::Unanswered | Progress::Arriving(_)) {
+            if matches!(entry.progress, Progress::Unanswered | Progress::Arriving) {
                 entry.progress = Progress::Unsent;
             }
         }
@@ -234,10 +275,12 @@ impl Requester {
             if entry.is_done() {
                 continue;
             }
-            if entry.end().is_after(next) || entry.progress == Progress::Unsent && !entry.resent {
+            if entry.work.end().is_after(next)
+                || entry.progress == Progress::Unsent && !entry.resent
+            {
                 break;
             }
-            match (entry.has_response, &entry.progress) {
+            match (entry.work.has_response, &entry.progress) {
                 (false, _) => entry.progress = Progress::Done,
                 (true, Progress::Unanswered) => {
                     missing.get_or_insert(pos);
@@ -263,12 +306,12 @@ impl Requester {
                 Settled::GoOn
             }
             Reply::NotReady { timer } => {
-                self.acknowledge(self.outstanding[pos].psn);
+                self.acknowledge(self.outstanding[pos].work.psn);
                 self.go_back(pos);
                 self.outstanding[pos].progress = Progress::Unsent;
                 if self.patience.rnr_retry != 7 {
                     if self.not_readies >= self.patience.rnr_retry {
-                        return Settled::NotReadyTooOften;
+                        return Settled::Failed(Failure::new(Syndrome::RNR_RETRY_EXC));
                     }
                     self.not_readies += 1;
                 }
@@ -279,9 +322,9 @@ impl Requester {
             }
             Reply::OutOfSequence { expected } => {
                 let behind =
-                    |entry: &Outstanding| !entry.is_done() && entry.end().is_after(expected);
+                    |entry: &Outstanding| !entry.is_done() && entry.work.end().is_after(expected);
                 match self.outstanding.iter().position(behind) {
-                    Some(first) if first < pos || self.outstanding[first].psn == expected => {
+                    Some(first) if first < pos || self.outstanding[first].work.psn == expected => {
                         self.go_back(first);
                         self.outstanding[pos].progress = Progress::Unsent;
                         Settled::GoOn
@@ -294,13 +337,13 @@ impl Requester {
                     .outstanding
                     .iter()
                     .take(pos)
-                    .position(|e| e.has_response && !e.is_done());
+                    .position(|e| e.work.has_response && !e.is_done());
                 if let Some(first) = unanswered {
                     self.go_back(first);
                     return Settled::GoOn;
                 }
-                self.acknowledge(self.outstanding[pos].psn);
-                Settled::Refused(nak)
+                self.acknowledge(self.outstanding[pos].work.psn);
+                Settled::Failed(Failure::of_nak(nak))
             }
         }
     }
@@ -314,13 +357,20 @@ pub(super) enum Settled {
     Wait,
     /// Nothing more can be sent before the remote end's timer.
     NotReady,
-    NotReadyTooOften,
-    Refused(Nak),
+    /// The message failed.
+    Failed(Failure),
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_has_as_many_packets_as_its_length_needs() {
+        let packets = |len| Mtu(PathMtu::B4096).packets(len);
+        assert_eq!([0, 1, 4096, 4097, 8192].map(packets), [1, 1, 1, 2, 2]);
+        assert_eq!(Mtu(PathMtu::B256).packets(1 << 30), 1 << 22);
+    }
 
     #[test]
     fn timers_follow_their_codes() {

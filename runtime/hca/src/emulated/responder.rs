@@ -23,6 +23,7 @@ use super::memory::Span;
 use super::message::{Nak, Payload, Piece, Reply, Request, RequestOp, Target};
 use super::mkeys::{MkeyTable, Want};
 use super::qp::Qp;
+use super::requester::plain::Source;
 use super::{EmulatedHca, Nanos};
 use crate::{Access, AsyncEvent, PathAddress};
 
@@ -120,6 +121,30 @@ impl Responder {
         }
     }
 
+    /// Executes a whole RDMA WRITE that is next in sequence and covered by its key; otherwise does
+    /// nothing.
+    #[inline]
+    pub(super) fn write_plain(
+        &mut self,
+        around: &Surroundings<'_>,
+        psn: Psn,
+        packets: u32,
+        to: Target,
+        source: Source<'_>,
+    ) -> bool {
+        if psn != self.expected || !self.rights.remote_write || !around.qp.state().responds() {
+            return false;
+        }
+        let pd = around.qp.layout.pd;
+        let reached = around
+            .keys
+            .reach(pd, to.rkey, to.va, source.len(), Want::RemoteWrite);
+        let Ok(memory) = reached else { return false };
+        source.place(memory);
+        self.advance(psn.plus(packets));
+        true
+    }
+
     /// Whether this piece may be placed although earlier messages are incomplete.
     fn may_overtake(placement: Placement, request: &Request, piece: Piece) -> bool {
         let is_write = matches!(request.op, RequestOp::Write { .. });
@@ -133,7 +158,7 @@ impl Responder {
         request: &Request,
         piece: Piece,
     ) -> Option<Reply> {
-        let next = request.psn.plus(request.packets);
+        let next = request.end();
         if request.resent && matches!(piece, Piece::Whole | Piece::End) {
             add(&around.device.counters.duplicates, 1);
         }
@@ -169,7 +194,7 @@ impl Responder {
     ) -> Result<Reply, Stop> {
         match request.op {
             RequestOp::Write { to, imm } => {
-                if imm.is_some() && piece != Piece::End {
+                if imm.is_some() && piece == Piece::Whole {
                     self.open_receive(around)?;
                 }
                 self.write(around, request, to, payload, piece)?;
@@ -201,7 +226,7 @@ impl Responder {
             }
             RequestOp::Read { from } => {
                 let memory = self.readable(around, from, request.len, piece)?;
-                self.advance(request);
+                self.advance(request.end());
                 return Ok(match piece {
                     Piece::End => Reply::Ack {
                         next: self.expected,
@@ -215,21 +240,21 @@ impl Responder {
             RequestOp::Atomic { on, op } => {
                 let original = self.atomic(around, on, op)?;
                 self.remember(request.psn, original);
-                self.advance(request);
+                self.advance(request.end());
                 return Ok(Reply::Atomic {
                     next: self.expected,
                     original,
                 });
             }
         }
-        self.advance(request);
+        self.advance(request.end());
         Ok(Reply::Ack {
             next: self.expected,
         })
     }
 
-    fn advance(&mut self, request: &Request) {
-        self.expected = request.psn.plus(request.packets);
+    fn advance(&mut self, next: Psn) {
+        self.expected = next;
         self.msn = (self.msn + 1) & 0xff_ffff;
         self.asked_again = false;
     }

@@ -11,7 +11,8 @@ use super::EmulatedHca;
 use super::counters::add;
 use super::fabric::inproc::{KeyGuards, Link};
 use super::qp::{Qp, ahead};
-use super::requester::send::{Local, Turn};
+use super::requester::fetch::Local;
+use super::requester::send::Turn;
 use crate::Nanos;
 
 /// Flushed entries of one queue pair in one step.

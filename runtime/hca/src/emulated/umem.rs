@@ -15,7 +15,9 @@ pub(super) struct Umem {
 
 /// Keeps a umem from being released.
 #[derive(Debug, Clone)]
-pub(super) struct UmemHold(Arc<Umem>);
+pub(super) struct UmemHold {
+    _umem: Arc<Umem>,
+}
 
 /// The table's own reference to a umem.
 #[derive(Debug)]
@@ -29,7 +31,12 @@ impl UmemOwner {
     /// The bytes `[offset, offset + len)`, held for a queue; `None` if they are not all inside.
     pub(super) fn hold(&self, offset: u64, len: u64) -> Option<(Span, UmemHold)> {
         let span = self.0.memory.slice(offset, len)?;
-        Some((span, UmemHold(Arc::clone(&self.0))))
+        Some((
+            span,
+            UmemHold {
+                _umem: Arc::clone(&self.0),
+            },
+        ))
     }
 
     /// Whether a queue lives in it.

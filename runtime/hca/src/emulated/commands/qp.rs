@@ -14,7 +14,7 @@ use super::{
 use crate::emulated::EmulatedHca;
 use crate::emulated::cq::Cq;
 use crate::emulated::qp::{Qp, QpLayout, RecvRing};
-use crate::emulated::requester::{Connection, Requester};
+use crate::emulated::requester::{Connection, Mtu, Requester};
 use crate::emulated::responder::{RECV_WQE_MAX, Responder};
 use crate::emulated::trace::ObjectKind;
 use crate::{Access, LinkLayer, PathAddress};
@@ -199,7 +199,7 @@ impl EmulatedHca {
         requester.connection = Some(Connection {
             to,
             remote_qpn,
-            mtu,
+            mtu: Mtu(mtu),
             log_msg_max,
         });
         Ok(())
@@ -274,7 +274,7 @@ impl EmulatedHca {
             prm::set(context, field, value);
         }
         if let Some(connection) = &requester.connection {
-            prm::set(context, qpc::MTU, connection.mtu.code().into());
+            prm::set(context, qpc::MTU, connection.mtu.0.code().into());
             prm::set(context, qpc::LOG_MSG_MAX, connection.log_msg_max.into());
             prm::set(context, qpc::REMOTE_QPN, connection.remote_qpn.into());
             let timeout = ads::ACK_TIMEOUT.within(qpc::PRIMARY_ADDRESS_PATH);

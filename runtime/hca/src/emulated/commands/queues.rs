@@ -6,8 +6,7 @@ use ibex_abi::prm::{self, Status};
 use ibex_abi::types::CqNum;
 
 use super::{
-    CommandSyndrome, Done, OBJECTS_MAX, Objects, Refusal, Touched, eqn, get8, get32, next_number,
-    refuse,
+    CommandSyndrome, Done, OBJECTS_MAX, Objects, Refusal, Touched, get8, get32, next_number, refuse,
 };
 use crate::emulated::cq::{Cq, CqLayout};
 use crate::emulated::memory::Span;
@@ -72,7 +71,6 @@ impl Objects {
         let (record, record_hold) = self.carve(record_umem, record_at, RECORD_LEN, RECORD_LEN)?;
         let overrun_ignore = prm::get(context, cqc::OI) == 1;
         let num = next_number(&mut self.next_cq, 1, |cq| self.cqs.contains_key(&cq));
-        let eqn = eqn(number);
         let layout = CqLayout {
             ring,
             record,
@@ -80,7 +78,6 @@ impl Objects {
             stride,
             collapsed,
             overrun_ignore,
-            eqn,
         };
         self.cqs.insert(
             num,

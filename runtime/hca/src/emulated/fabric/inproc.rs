@@ -3,15 +3,14 @@
 //! *Who owns what.* A [`Link`] borrows the responder half of the remote queue pair, its device's key
 //! table, and the two ports; it lives for one turn of the requester.
 
-use std::sync::Arc;
-
-use ibex_abi::types::QpNum;
+use ibex_abi::types::{Psn, QpNum};
 use parking_lot::{MutexGuard, RwLockReadGuard};
 
-use super::{Carried, Placement, Port, PortId, Wire};
-use crate::emulated::message::{Payload, Piece, Request};
+use super::{Port, PortId, Wire};
+use crate::emulated::message::{Payload, Piece, Reply, Request, Target};
 use crate::emulated::mkeys::MkeyTable;
 use crate::emulated::qp::Qp;
+use crate::emulated::requester::plain::Source;
 use crate::emulated::responder::{Responder, Surroundings};
 use crate::emulated::{EmulatedHca, Nanos};
 
@@ -56,25 +55,25 @@ impl<'a> KeyGuards<'a> {
 
 /// The remote end of a [`Link`].
 struct FarHalf<'a> {
-    device: &'a EmulatedHca,
-    qp: &'a Qp,
-    port: Arc<Port>,
+    port: &'a Port,
+    port_id: PortId,
+    /// It is connected to our port: packets from another are dropped.
+    hears_us: bool,
+    /// It is connected to our queue pair: answers go to the one it is connected to.
+    answers_us: bool,
     responder: MutexGuard<'a, Responder>,
+    around: Surroundings<'a>,
 }
 
 /// One queue pair's way to its responder, for one turn.
 pub(in crate::emulated) struct Link<'a> {
-    port: Arc<Port>,
-    ids: (PortId, PortId),
-    qpn: QpNum,
-    keys: &'a KeyGuards<'a>,
-    placement: Placement,
-    now: Nanos,
+    port: &'a Port,
+    port_id: PortId,
     far: Option<FarHalf<'a>>,
 }
 
 impl<'a> Link<'a> {
-    /// Opens the way from `qp` of `near` to `far`; without a far end everything is lost.
+    /// Opens the way from queue pair `qpn` of `near` to `far`; without a far end everything is lost.
     pub(in crate::emulated) fn open(
         near: &'a EmulatedHca,
         qpn: QpNum,
@@ -82,66 +81,56 @@ impl<'a> Link<'a> {
         keys: &'a KeyGuards<'a>,
         now: Nanos,
     ) -> Self {
-        let ids = (
-            near.port_id(),
-            far.map_or(near.port_id(), |(device, _)| device.port_id()),
-        );
-        let far = far.map(|(device, qp)| FarHalf {
-            device,
-            qp,
-            port: Arc::clone(device.fabric_port()),
-            responder: qp.responder.lock(),
-        });
+        let (port, port_id) = (&**near.fabric_port(), near.port_id());
         let placement = near.fabric().config().placement;
-        Self {
-            port: Arc::clone(near.fabric_port()),
-            ids,
-            qpn,
-            keys,
-            placement,
-            now,
-            far,
-        }
+        let far = far.map(|(device, qp)| {
+            let responder = qp.responder.lock();
+            let from = responder.from.as_ref();
+            FarHalf {
+                port: device.fabric_port(),
+                port_id: device.port_id(),
+                hears_us: from.is_some_and(|(to, _)| port.answers_to(to)),
+                answers_us: from.is_some_and(|(_, remote)| *remote == qpn),
+                responder,
+                around: Surroundings {
+                    device,
+                    qp,
+                    keys: keys.far(),
+                    placement,
+                    now,
+                },
+            }
+        });
+        Self { port, port_id, far }
     }
 }
 
 impl Wire for Link<'_> {
     #[inline]
-    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Carried {
-        let (near_id, far_id) = self.ids;
-        let Some(far) = &mut self.far else {
-            return Carried::Lost;
+    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Option<Reply> {
+        let far = self.far.as_mut()?;
+        if !far.hears_us || !self.port.passes(far.port, far.port_id) {
+            return None;
+        }
+        let reply = far.responder.take(&far.around, request, payload, piece);
+        match far.answers_us && far.port.passes(self.port, self.port_id) {
+            true => reply,
+            false => None,
+        }
+    }
+
+    #[inline]
+    fn write_plain(&mut self, psn: Psn, packets: u32, to: Target, source: Source<'_>) -> bool {
+        let Some(far) = self.far.as_mut() else {
+            return false;
         };
-        if !self.port.passes(&far.port, far_id) {
-            return Carried::Lost;
-        }
-        // Packets from a port other than the connected one are dropped.
-        let from_peer = |to| self.port.answers_to(to);
-        if !far
-            .responder
-            .from
-            .as_ref()
-            .is_some_and(|(to, _)| from_peer(to))
-        {
-            return Carried::Lost;
-        }
-        let around = Surroundings {
-            device: far.device,
-            qp: far.qp,
-            keys: self.keys.far(),
-            placement: self.placement,
-            now: self.now,
-        };
-        let reply = far.responder.take(&around, request, payload, piece);
-        // The answer goes to the queue pair that the responder is connected to.
-        let to_us = far
-            .responder
-            .from
-            .as_ref()
-            .is_some_and(|(_, qpn)| *qpn == self.qpn);
-        match reply {
-            Some(reply) if to_us && far.port.passes(&self.port, near_id) => Carried::Replied(reply),
-            _ => Carried::Lost,
-        }
+        let connected = far.hears_us && far.answers_us;
+        let open =
+            self.port.passes(far.port, far.port_id) && far.port.passes(self.port, self.port_id);
+        connected
+            && open
+            && far
+                .responder
+                .write_plain(&far.around, psn, packets, to, source)
     }
 }

@@ -3,7 +3,7 @@
 //! A requester hands each request message, piece by piece, to a [`Wire`]; a responder executes what
 //! arrives and answers with a [`Reply`]. A wire is all that a fabric is to the two state machines:
 //! [`inproc`] calls the responder at once, a fabric between processes would queue the request and
-//! return [`Carried::Underway`]. The requester copes with an answer that comes at once, later or never.
+//! answer later. The requester copes with an answer that comes at once, later or never.
 //!
 //! *Who owns what.* The [`Fabric`] knows ports by weak reference: a device that is dropped is a port
 //! that stopped answering. Payload is read from the requester's memory at the instant of delivery.
@@ -13,11 +13,12 @@ pub(super) mod inproc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use ibex_abi::types::{Gid, Lid, Mac, PathMtu};
+use ibex_abi::types::{Gid, Lid, Mac, PathMtu, Psn};
 use parking_lot::RwLock;
 
 use super::EmulatedHca;
-use super::message::{Payload, Piece, Reply, Request};
+use super::message::{Payload, Piece, Reply, Request, Target};
+use super::requester::plain::Source;
 use crate::{LinkLayer, PathAddress, PortInfo};
 
 /// Most ports on one fabric.
@@ -68,21 +69,17 @@ impl Default for FabricConfig {
     }
 }
 
-/// What became of a piece of a request.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Carried {
-    /// The responder answered.
-    Replied(Reply),
-    /// The piece arrived and more of the message is expected; or the answer will come later.
-    Underway,
-    /// Nothing came back; the requester's timer decides.
-    Lost,
-}
-
 /// The way of one queue pair's requests to its responder.
 pub(super) trait Wire {
     /// Carries one piece of a request; `payload` is the whole message's payload.
-    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Carried;
+    ///
+    /// `None` if no answer came back at once: it was lost, or it comes later, or it never comes. The
+    /// requester's timer tells.
+    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Option<Reply>;
+
+    /// Carries a whole RDMA WRITE and its acknowledgement, if nothing is in the way of either; otherwise
+    /// nothing happens, and [`carry`](Self::carry) tells what is wrong.
+    fn write_plain(&mut self, psn: Psn, packets: u32, to: Target, source: Source<'_>) -> bool;
 }
 
 /// One port, as the fabric knows it.

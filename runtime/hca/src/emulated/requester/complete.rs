@@ -6,9 +6,10 @@ use ibex_abi::wqe::{CqUpdate, CtrlSeg, Opcode, WQEBB};
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
-use super::{Nak, Outstanding, Requester};
+use super::{Outstanding, Requester, Work};
 use crate::AsyncEvent;
 use crate::emulated::counters::FirstError;
+use crate::emulated::message::Nak;
 use crate::emulated::qp::Qp;
 use crate::emulated::{EmulatedHca, Nanos};
 
@@ -68,7 +69,7 @@ impl Requester {
         match self.outstanding.pop_front() {
             Some(entry) if entry.is_done() => {
                 self.progressed(now);
-                complete(device, qp, &entry, now);
+                complete(device, qp, &entry.work, now);
                 true
             }
             Some(entry) => {
@@ -100,21 +101,26 @@ impl Requester {
         let pos = pos - self.retire(device, qp, now).min(pos);
         // Whatever is still unanswered before the one that failed is flushed, in order, after it.
         if let Some(entry) = self.outstanding.remove(pos) {
-            self.fail_entry(device, qp, &entry, failure);
+            self.fail_work(device, qp, &entry.work, failure);
         }
     }
 
     /// Fails a WQE that is not in the list of outstanding ones.
-    pub(in crate::emulated) fn fail_entry(
+    pub(in crate::emulated) fn fail_work(
         &mut self,
         device: &EmulatedHca,
         qp: &Qp,
-        entry: &Outstanding,
+        work: &Work,
         failure: Failure,
     ) {
         qp.set_state(QpState::Err);
         (self.ack_deadline, self.not_ready_until) = (None, None);
-        write_error(device, qp, entry.idx, entry.opcode, failure);
+        write_error(device, qp, work.idx, work.opcode, failure);
+    }
+
+    /// Whether WQEs of a queue pair in ERR wait to be flushed.
+    pub(in crate::emulated) fn has_flushable(&self, device: &EmulatedHca, qp: &Qp) -> bool {
+        !self.outstanding.is_empty() || qp.covered(self.next, device.is_strict()) != 0
     }
 
     /// Flushes up to `limit` WQEs of a queue pair in ERR; how many it flushed.
@@ -129,7 +135,13 @@ impl Requester {
             let Some(entry) = self.outstanding.pop_front() else {
                 break;
             };
-            flush_one(device, qp, entry.idx, entry.opcode, entry.update);
+            let Work {
+                idx,
+                opcode,
+                update,
+                ..
+            } = entry.work;
+            flush_one(device, qp, idx, opcode, update);
             flushed += 1;
         }
         let mut block = [0; WQEBB];
@@ -153,16 +165,16 @@ impl Requester {
 }
 
 /// Writes the completion of a WQE that succeeded, if it asked for one.
-pub(super) fn complete(device: &EmulatedHca, qp: &Qp, entry: &Outstanding, now: Nanos) {
-    if !matches!(entry.update, CqUpdate::Always | CqUpdate::AlwaysWithEqe) {
+pub(super) fn complete(device: &EmulatedHca, qp: &Qp, work: &Work, now: Nanos) {
+    if !matches!(work.update, CqUpdate::Always | CqUpdate::AlwaysWithEqe) {
         return;
     }
     let op_own = OpOwn::new(CqeOpcode::Req, false);
-    let mut cqe = Cqe64::new(entry.opcode, qp.num(), entry.len, entry.idx, op_own);
+    let mut cqe = Cqe64::new(work.opcode, qp.num(), work.len, work.idx, op_own);
     cqe.srqn_uidx = U32::new(qp.layout.user_index);
     cqe.timestamp = now.0.into();
     let cq = &qp.layout.send_cq;
-    if device.complete(qp, cq, cqe) && entry.update == CqUpdate::AlwaysWithEqe {
+    if device.complete(qp, cq, cqe) && work.update == CqUpdate::AlwaysWithEqe {
         device.post_event(AsyncEvent::Completion { cqn: cq.num });
     }
 }
