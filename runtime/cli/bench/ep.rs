@@ -12,12 +12,11 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::thread;
 
-use ibex::config::{CombineMode, ValidConfig};
+use ibex::config::ValidConfig;
 use ibex::error::Error;
 use ibex::gpu::Event;
 use ibex::harness::{Rig, RigRank};
 use ibex::ids::{Lane, Rank};
-use ibex::layout::Plan;
 use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::{InputKey, RankInput};
 use ibex::session::{
@@ -25,21 +24,18 @@ use ibex::session::{
 };
 use ibex::time::sleep;
 use ibex_hca::emulated::Doorbells;
-use serde::Serialize;
 
 use super::commit::commit;
-use super::floor::{Floor, Stage};
+use super::floor::Floor;
+use super::moved::Moved;
+use super::report::{Pair, Report, RouteBytes, draw, print};
 use super::stats::{Percentiles, median};
 use crate::cli::flags::{ConfigReport, FabricKind, Shared};
-use crate::cli::plot::{self, Series};
 use crate::cli::progress::Progress;
-use crate::cli::table::{self, Table};
 use crate::cli::{CliError, Outcome, claim_output, write_output};
 
 /// Far longer than a host needs to post one sign of life.
 const QUIET: Duration = Duration::from_millis(5);
-/// Bytes of a packed row's source info, which is an output like the row itself.
-const SOURCE_INFO_LEN: usize = 16;
 
 /// Flags of `bench ep`.
 #[derive(clap::Args)]
@@ -52,45 +48,6 @@ pub(in crate::cli) struct Args {
     /// Write a latency histogram as SVG.
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
-}
-
-/// The machine-readable report; keys are part of the interface.
-#[derive(Debug, Serialize)]
-struct Report {
-    config: ConfigReport,
-    provider: &'static str,
-    gpu: &'static str,
-    fabric: &'static str,
-    commit: Option<String>,
-    seed: u64,
-    dispatch_us: Option<Percentiles>,
-    combine_us: Option<Percentiles>,
-    wrong: u64,
-    lost: u64,
-    bytes: RouteBytes,
-    buffer_bytes: u64,
-    tensor_bytes: u64,
-    wqes: u64,
-    doorbells: u64,
-    cqes: u64,
-    unrung_wqes: u64,
-    memcpy_floor_us: Pair,
-    floor_ratio: Pair,
-}
-
-/// Payload bytes by route, over the whole run.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-struct RouteBytes {
-    local: u64,
-    peer: u64,
-    rdma: u64,
-}
-
-/// One number per operation; absent where it has no meaning.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Pair {
-    dispatch: Option<f64>,
-    combine: Option<f64>,
 }
 
 /// What a run measured.
@@ -112,14 +69,17 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     let samples = bench.run()?;
     bench.end();
     let report = bench.report(&samples)?;
-    print(&report, &samples);
+    print(&report, samples.verdict.checked);
     if let Some(path) = &args.json {
         // PANIC: numbers, strings and named fields always serialise.
         let json = serde_json::to_string_pretty(&report).expect("a report is plain data");
         write_output(path, &format!("{json}\n"))?;
     }
     if let Some(path) = &args.plot {
-        write_output(path, &draw(&args.shared, &samples))?;
+        write_output(
+            path,
+            &draw(&args.shared, &samples.dispatch_us, &samples.combine_us),
+        )?;
     }
     let wrong = report.wrong + report.lost + report.unrung_wqes;
     Ok(if wrong == 0 {
@@ -466,224 +426,9 @@ fn on_all_cores<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<
     })
 }
 
-/// The bytes that a step must move, as chains of copies.
-struct Moved {
-    dispatch: Vec<Stage>,
-    combine: Vec<Stage>,
-}
-
-impl Moved {
-    fn new(config: &ValidConfig, inputs: &[RankInput]) -> Self {
-        let routes = Routes::count(config, inputs);
-        let layout = Plan::new(config, Rank(0)).layout;
-        let message_len = layout.message_stride as usize;
-        let packed_len = (layout.payload_bytes + layout.scale_bytes) as usize + SOURCE_INFO_LEN;
-        let row_len = layout.row_bytes as usize;
-        let stage = |piece_len, num_pieces| Stage {
-            piece_len,
-            num_pieces,
-        };
-        let output = stage(row_len, routes.tokens);
-        Self {
-            dispatch: vec![
-                stage(message_len, routes.tokens),
-                stage(message_len, routes.messages),
-                stage(packed_len, routes.rows),
-            ],
-            combine: match config.combine {
-                // Rows leave from the expert's output itself: nothing is staged.
-                CombineMode::Exact => vec![stage(row_len, routes.picks), output],
-                CombineMode::Reduced => {
-                    let row = stage(row_len, routes.messages);
-                    vec![row, row, output]
-                }
-            },
-        }
-    }
-}
-
-/// How often tokens cross.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Routes {
-    /// Tokens of all ranks.
-    tokens: usize,
-    /// Pairs of a token and a rank that serves at least one of its picks.
-    messages: usize,
-    /// Pairs of a token and an expert that it picks.
-    rows: usize,
-    /// Picks that somebody serves.
-    picks: usize,
-}
-
-impl Routes {
-    fn count(config: &ValidConfig, inputs: &[RankInput]) -> Self {
-        let mut routes = Self::default();
-        for input in inputs {
-            routes.tokens += input.num_tokens as usize;
-            for token in 0..input.num_tokens {
-                let mut experts: Vec<u16> = input
-                    .picks(token)
-                    .iter()
-                    .filter_map(|&pick| u16::try_from(pick).ok())
-                    .collect();
-                routes.picks += experts.len();
-                experts.sort_unstable();
-                experts.dedup();
-                routes.rows += experts.len();
-                let owner = |&expert: &u16| config.owner_of(ibex::ids::ExpertIdx(expert));
-                // Experts are contiguous per rank, so equal owners stand side by side.
-                let mut owners: Vec<Rank> = experts
-                    .iter()
-                    .filter_map(owner)
-                    .map(|(rank, _)| rank)
-                    .collect();
-                owners.dedup();
-                routes.messages += owners.len();
-            }
-        }
-        routes
-    }
-}
-
-fn print(report: &Report, samples: &Samples) {
-    let mut times = Table::new(&[
-        "us, slowest rank",
-        "p50",
-        "p90",
-        "p99",
-        "p99.9",
-        "memcpy floor",
-        "ratio",
-    ]);
-    let operations = [
-        (
-            "dispatch",
-            report.dispatch_us,
-            report.memcpy_floor_us.dispatch,
-            report.floor_ratio.dispatch,
-        ),
-        (
-            "combine",
-            report.combine_us,
-            report.memcpy_floor_us.combine,
-            report.floor_ratio.combine,
-        ),
-    ];
-    for (name, percentiles, floor, ratio) in operations {
-        let Some(p) = percentiles else { continue };
-        let shown =
-            |value: Option<f64>, digits| value.map_or("-".into(), |v| format!("{v:.digits$}"));
-        times.row(
-            [name.to_string()]
-                .into_iter()
-                .chain([p.p50, p.p90, p.p99, p.p999].map(|us| format!("{us:.0}")))
-                .chain([shown(floor, 0), shown(ratio, 2)]),
-        );
-    }
-    print!("{times}");
-    let bytes = report.bytes;
-    println!(
-        "moved     local {}, peer {}, rdma {}",
-        table::bytes(bytes.local),
-        table::bytes(bytes.peer),
-        table::bytes(bytes.rdma)
-    );
-    println!(
-        "device    {} wqes, {} doorbells, {} cqes, {} unrung wqes",
-        report.wqes, report.doorbells, report.cqes, report.unrung_wqes
-    );
-    println!(
-        "memory    {} of buffers, {} of tensors, per rank",
-        table::bytes(report.buffer_bytes),
-        table::bytes(report.tensor_bytes)
-    );
-    match samples.verdict.checked {
-        0 => println!("result    not checked, {} picks lost", report.lost),
-        checked => println!(
-            "result    {checked} rows and outputs checked: {} wrong, {} picks lost",
-            report.wrong, report.lost
-        ),
-    }
-}
-
-fn draw(flags: &Shared, samples: &Samples) -> String {
-    let title = format!("Dispatch and combine, EP{}", flags.ranks);
-    let shape = format!(
-        "{} tokens per rank, hidden {}, top-{} of {} experts, {} dispatch, {} combine, {} routing",
-        flags.tokens,
-        flags.hidden,
-        flags.topk,
-        flags.experts,
-        flags.dtype,
-        flags.combine,
-        flags.routing
-    );
-    let machine = format!(
-        "{} hca, {} gpu, {} fabric, route {}, signal {}, link {}",
-        flags.machine.provider_name(),
-        flags.machine.gpu_name(),
-        flags.machine.fabric_name(),
-        flags.route,
-        flags.signal,
-        flags.machine.link
-    );
-    let series = [
-        Series {
-            name: "dispatch",
-            samples_us: &samples.dispatch_us,
-        },
-        Series {
-            name: "combine",
-            samples_us: &samples.combine_us,
-        },
-    ];
-    plot::histogram(&title, [&shape, &machine], &series)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ibex::config::Config;
-
-    fn input(topk_idx: &[i32]) -> RankInput {
-        RankInput {
-            num_tokens: topk_idx.len() as u32 / 4,
-            num_topk: 4,
-            topk_idx: topk_idx.to_vec(),
-            ..RankInput::default()
-        }
-    }
-
-    #[test]
-    fn the_floor_counts_each_crossing_once() {
-        let config = Config {
-            num_ranks: 2,
-            num_experts: 6,
-            max_topk: 4,
-            ..Config::default()
-        };
-        let config = config.validate().unwrap();
-        // Experts 0..3 on rank 0, 3..6 on rank 1.
-        let inputs = [input(&[0, 1, 2, -1, 0, 3, 3, 5]), input(&[])];
-        let routes = Routes::count(&config, &inputs);
-        assert_eq!(
-            routes,
-            Routes {
-                tokens: 2,
-                messages: 3,
-                rows: 6,
-                picks: 7
-            }
-        );
-        let moved = Moved::new(&config, &inputs);
-        let pieces = |stages: &[Stage]| stages.iter().map(|s| s.num_pieces).collect::<Vec<_>>();
-        assert_eq!(
-            (pieces(&moved.dispatch), pieces(&moved.combine)),
-            (vec![2, 3, 6], vec![7, 2])
-        );
-        assert_eq!(moved.dispatch[2].piece_len, 7168 + 56 * 4 + 16);
-        assert_eq!(moved.combine[0].piece_len, 14336);
-    }
 
     #[test]
     fn work_on_all_cores_keeps_its_order() {

@@ -193,8 +193,12 @@ mod tests {
                 num_pieces,
             }; 2]
         };
-        floor.measure_us(&chain(4000));
-        let (few, many) = (floor.measure_us(&chain(40)), floor.measure_us(&chain(4000)));
+        // The best of several: a busy machine makes any single one slow.
+        let mut best_of = |num_pieces| {
+            let times = (0..20).map(|_| floor.measure_us(&chain(num_pieces)));
+            times.fold(f64::INFINITY, f64::min)
+        };
+        let (few, many) = (best_of(40), best_of(4000));
         assert!(many > few, "{few} {many}");
         assert!(floor.measure_us(&[]) < 1e5);
     }

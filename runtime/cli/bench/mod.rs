@@ -10,7 +10,9 @@ use super::{CliError, Outcome};
 mod commit;
 mod ep;
 mod floor;
+mod moved;
 mod post;
+mod report;
 pub(super) mod stats;
 
 /// The benchmarks.

@@ -1,0 +1,146 @@
+//! What `ibex bench ep` tells: the JSON report, the table, the figure.
+//!
+//! Owns the numbers of one run. Keys of the JSON report are part of the interface.
+
+use serde::Serialize;
+
+use super::stats::Percentiles;
+use crate::cli::flags::{ConfigReport, Shared};
+use crate::cli::plot::{self, Series};
+use crate::cli::table::{self, Table};
+
+/// The machine-readable report; keys are part of the interface.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    pub(super) config: ConfigReport,
+    pub(super) provider: &'static str,
+    pub(super) gpu: &'static str,
+    pub(super) fabric: &'static str,
+    pub(super) commit: Option<String>,
+    pub(super) seed: u64,
+    pub(super) dispatch_us: Option<Percentiles>,
+    pub(super) combine_us: Option<Percentiles>,
+    pub(super) wrong: u64,
+    pub(super) lost: u64,
+    pub(super) bytes: RouteBytes,
+    pub(super) buffer_bytes: u64,
+    pub(super) tensor_bytes: u64,
+    pub(super) wqes: u64,
+    pub(super) doorbells: u64,
+    pub(super) cqes: u64,
+    pub(super) unrung_wqes: u64,
+    pub(super) memcpy_floor_us: Pair,
+    pub(super) floor_ratio: Pair,
+}
+
+/// Payload bytes by route, over the whole run.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct RouteBytes {
+    pub(super) local: u64,
+    pub(super) peer: u64,
+    pub(super) rdma: u64,
+}
+
+/// One number per operation; absent where it has no meaning.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct Pair {
+    pub(super) dispatch: Option<f64>,
+    pub(super) combine: Option<f64>,
+}
+
+/// Prints the table; `checked` counts rows and outputs that were verified.
+pub(super) fn print(report: &Report, checked: u64) {
+    let mut times = Table::new(&[
+        "us, slowest rank",
+        "p50",
+        "p90",
+        "p99",
+        "p99.9",
+        "memcpy floor",
+        "ratio",
+    ]);
+    let operations = [
+        (
+            "dispatch",
+            report.dispatch_us,
+            report.memcpy_floor_us.dispatch,
+            report.floor_ratio.dispatch,
+        ),
+        (
+            "combine",
+            report.combine_us,
+            report.memcpy_floor_us.combine,
+            report.floor_ratio.combine,
+        ),
+    ];
+    for (name, percentiles, floor, ratio) in operations {
+        let Some(p) = percentiles else { continue };
+        let shown =
+            |value: Option<f64>, digits| value.map_or("-".into(), |v| format!("{v:.digits$}"));
+        times.row(
+            [name.to_string()]
+                .into_iter()
+                .chain([p.p50, p.p90, p.p99, p.p999].map(|us| format!("{us:.0}")))
+                .chain([shown(floor, 0), shown(ratio, 2)]),
+        );
+    }
+    print!("{times}");
+    let bytes = report.bytes;
+    println!(
+        "moved     local {}, peer {}, rdma {}",
+        table::bytes(bytes.local),
+        table::bytes(bytes.peer),
+        table::bytes(bytes.rdma)
+    );
+    println!(
+        "device    {} wqes, {} doorbells, {} cqes, {} unrung wqes",
+        report.wqes, report.doorbells, report.cqes, report.unrung_wqes
+    );
+    println!(
+        "memory    {} of buffers, {} of tensors, per rank",
+        table::bytes(report.buffer_bytes),
+        table::bytes(report.tensor_bytes)
+    );
+    match checked {
+        0 => println!("result    not checked, {} picks lost", report.lost),
+        checked => println!(
+            "result    {checked} rows and outputs checked: {} wrong, {} picks lost",
+            report.wrong, report.lost
+        ),
+    }
+}
+
+/// Draws the latency histogram.
+pub(super) fn draw(flags: &Shared, dispatch_us: &[f64], combine_us: &[f64]) -> String {
+    let title = format!("Dispatch and combine, EP{}", flags.ranks);
+    let shape = format!(
+        "{} tokens per rank, hidden {}, top-{} of {} experts, {} dispatch, {} combine, {} routing",
+        flags.tokens,
+        flags.hidden,
+        flags.topk,
+        flags.experts,
+        flags.dtype,
+        flags.combine,
+        flags.routing
+    );
+    let machine = format!(
+        "{} hca, {} gpu, {} fabric, route {}, signal {}, link {}",
+        flags.machine.provider_name(),
+        flags.machine.gpu_name(),
+        flags.machine.fabric_name(),
+        flags.route,
+        flags.signal,
+        flags.machine.link
+    );
+    let series = [
+        Series {
+            name: "dispatch",
+            samples_us: dispatch_us,
+        },
+        Series {
+            name: "combine",
+            samples_us: combine_us,
+        },
+    ];
+    plot::histogram(&title, [&shape, &machine], &series)
+}
