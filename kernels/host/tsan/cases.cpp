@@ -6,6 +6,7 @@ namespace ibex::rig {
 int run_selftest(const Options& options);
 int run_pair(const Options& options);
 int run_fence_pair(const Options& options);
+int run_golden(const Options& options);
 int run_ep_ibgda(const Options& options);
 int run_ep_mapped(const Options& options);
 int run_ep_staged(const Options& options);
@@ -17,6 +18,7 @@ const NamedCase kCases[] = {
     {"selftest", run_selftest},
     {"pair", run_pair},
     {"fence-pair", run_fence_pair},
+    {"golden", run_golden},
     {"ep-ibgda", run_ep_ibgda},
     {"ep-mapped", run_ep_mapped},
     {"ep-staged", run_ep_staged},
