@@ -460,6 +460,7 @@ impl Session {
         queues.controls[peer.index()].connect(offer, self.plan.layout.life_off, timers)?;
         for (runtime, lane) in self.lanes.iter().zip(&offer.lanes) {
             let buffers = runtime.buffers.read();
+            self.gpu.store_u32(buffers.suspect_addr(peer), 0)?;
             self.write_peer_ctx(&buffers, peer, offer.process, lane, base_seq)?;
             for channel in 0..self.plan.shape.num_channels {
                 let index = qp_slot(&self.plan.shape, runtime.lane(), peer, channel) as usize;
@@ -600,11 +601,12 @@ impl Session {
         })
     }
 
-    /// From here on no half that enters posts to the peer. ORDER(9): mark -> read entered, the other side of the
+    /// From here on no half that enters posts to the peer or waits for it. ORDER(9): mark -> read entered, the other side of the
     /// kernels' Dekker pair.
     fn mark_fenced(&self, peer: Rank) -> Result<(), Error> {
         for runtime in &self.lanes {
             let buffers = runtime.buffers.read();
+            self.gpu.store_u32(buffers.suspect_addr(peer), 1)?;
             for channel in 0..self.plan.shape.num_channels {
                 self.gpu.store_u32(buffers.qp_ctx_addr(peer, channel) + STATE_OFF, code::QP_FENCED)?;
             }
@@ -658,7 +660,7 @@ impl Session {
         let (rows, len) = buffers.row_staging_pi(peer);
         self.gpu.fill(rows, 0, bytes(len))?;
         self.gpu.fill(buffers.fault_addr(peer), 0, size_of::<DeviceFault>())?;
-        Ok(self.gpu.store_u32(buffers.suspect_addr(peer), 0)?)
+        Ok(())
     }
 
     /// The next sequence number of each operation on a lane.

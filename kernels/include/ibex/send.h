@@ -209,10 +209,16 @@ IBEX_DEV bool wait_in_phase(SendJob& j, uint32_t next_phase, Ready ready, Passed
   return true;
 }
 
+/// Notes that the peer's picks of this dispatch are lost. A combine that cannot be sent costs the peer its sums, not
+/// us ours: what comes back is judged by what arrives. Lane 0 only.
+IBEX_DEV void note_lost(SendJob& j) {
+  if (j.h.op == kDispatch) set_bit(j.ctx.lost, j.peer);
+}
+
 template <class Rows>
 IBEX_DEV void open_queue(SendJob& j, Rows& rows) {
   if (!is_usable(j)) {
-    ONE_LANE set_bit(j.ctx.lost, j.peer);
+    ONE_LANE note_lost(j);
     set_phase(j, kPhaseDone);
     return;
   }
@@ -255,7 +261,7 @@ template <class Rows>
 IBEX_DEV void say_lost(SendJob& j, Rows& rows) {
   const uint64_t word = signal_word(j.h.generation, kCountLost);
   ONE_LANE {
-    set_bit(j.ctx.lost, j.peer);
+    note_lost(j);
     add_relaxed_sys(&j.a.telemetry[j.peer].steps_lost, uint64_t{1});
   }
   if (!j.rdma()) {
@@ -283,7 +289,7 @@ IBEX_DEV bool drain(SendJob& j) {
     const uint32_t kind = tick(j.a, j.cursor.clock, j.peer, true);
     if (kind == kFaultNone) return false;
     suspect(j.a, j.h, j.peer, kFaultSourceRows, e);
-    set_bit(j.ctx.lost, j.peer);
+    note_lost(j);
     return kind == kFaultCap;
   });
   warp::sync();
