@@ -1,6 +1,6 @@
 /// Sizes and offsets of every structure that host and kernels share, as this compiler sees them.
 ///
-/// The test `device_abi` holds them against runtime/abi/src/device_ctx.rs; nvcc checks the same header through the
+/// tests/device_abi.rs holds them against runtime/abi/src/device_ctx.rs; nvcc checks the same header through the
 /// static assertions in it.
 #include "ibex/args.h"
 

@@ -1,10 +1,11 @@
-/// Everything the host and the kernels agree on in memory: capacities, layouts, queue and peer contexts, handles.
+/// Everything the host and the kernels agree on in memory: capacities, layouts, contexts, handles, arguments.
 ///
-/// The host allocates and fills all of it; kernels write only what is marked "kernel". The Rust twin is
-/// runtime/abi/src/device_ctx.rs; kernels/src/abi_parity.cu compares sizes and offsets of both sides.
+/// The host allocates all of it, and fills what is not said to be a kernel's. The Rust twin, which documents every
+/// field, is runtime/abi/src/device_ctx.rs; tests/device_abi.rs compares sizes and offsets of both sides through
+/// kernels/src/abi_parity.cu.
 ///
-/// INVARIANT: what a captured graph freezes stands in `LaneArgs` and the two `*Io` structs; whatever may change
-/// between two replays is reached through a pointer in them.
+/// INVARIANT: what a captured graph freezes stands in `LaneArgs`, `DispatchArgs` and `CombineArgs`; whatever may
+/// change between two replays is reached through a pointer in them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -80,11 +81,11 @@ static_assert(sizeof(Layout) == 72);
 
 /// One pick of a token as it travels: 16 bytes, so that a lane reads it in one load.
 struct Pick {
-  uint16_t expert, owner;         ///< owner: the rank that serves it, or kNoOwner
+  uint16_t expert, owner;         ///< owner: the rank that serves it, kNoOwner or kLostOwner
   uint16_t local_expert, index;   ///< index: how many earlier tokens of this source pick that expert
-  uint8_t k, flags;               ///< flags: bit 0 = first pick of this token at this owner
+  uint8_t k, flags;               ///< position among the token's picks; kPickFirstAtOwner, kPickDuplicate
   uint16_t reserved;
-  float weight;
+  float weight;                   ///< 0 if the dispatch carried no weights
 };
 static_assert(sizeof(Pick) == 16);
 /// First pick of this token at this owner: `reduced` combine sends its row under this k.
@@ -94,11 +95,12 @@ constexpr uint8_t kPickDuplicate = 2;
 /// `HandleCtx::flags`: some token of this step picks one expert twice.
 constexpr uint32_t kHasDuplicates = 1;
 
+/// The fixed part of a message.
 struct MessageHeader {
-  uint32_t token, generation;
-  uint32_t placement_version;
+  uint32_t token, generation;      ///< index at the source; the step, as in its signal words
+  uint32_t placement_version;      ///< by which the sender chose owners; another one here is a violation
   uint16_t source;
-  uint8_t num_picks, reserved;
+  uint8_t num_picks, reserved;     ///< the call's top-k
 };
 static_assert(sizeof(MessageHeader) == 16);
 
@@ -142,10 +144,10 @@ static_assert(sizeof(PeerCtx) == 256);
 
 /// Sign of life and progress of a peer; written by the peer's host into our region of it, each word by itself.
 struct LifeWords {
-  uint64_t beat;
+  uint64_t beat;               ///< counts signs of life; any change is one
   uint64_t sent[kNumOps];      ///< last send half finished, per op
   uint64_t credited[kNumOps];  ///< every step up to this one is consumed and its credit posted, per op
-  uint64_t suspects;           ///< the peer's suspicion bits, ranks 0..63 (telemetry)
+  uint64_t suspects;           ///< place for the peer's suspicion bits, ranks 0..63 (telemetry); zero today
   uint64_t reserved[2];
 };
 static_assert(sizeof(LifeWords) == 64);
@@ -154,7 +156,7 @@ static_assert(sizeof(LifeWords) == 64);
 struct alignas(64) MemberTable {
   uint32_t epoch, placement_version;
   uint32_t num_experts, reserved;
-  uint64_t from_seq[kNumOps];
+  uint64_t from_seq[kNumOps];      ///< first sequence number that this table applies to
   uint64_t owner_of;               ///< const uint32_t[max_experts]: rank << 16 | local expert, replicas already chosen
   uint64_t reserved1[3];
   uint64_t alive[kRankWords];      ///< 1 = alive
@@ -164,7 +166,7 @@ static_assert(sizeof(MemberTable) == 128);
 /// Time limits in nanoseconds; the host may change them at any time.
 struct Limits {
   uint64_t detect_ns, stall_ns, cap_ns;
-  uint32_t polls_per_cq_read, reserved;
+  uint32_t polls_per_cq_read, reserved;  ///< polls of a wait between two looks at the peer's CQs; 0 = never
 };
 static_assert(sizeof(Limits) == 32);
 
@@ -172,7 +174,7 @@ static_assert(sizeof(Limits) == 32);
 struct alignas(64) LaneState {
   uint64_t next[kNumOps];          ///< next sequence number to draw
   uint64_t credited[kNumOps];      ///< contiguous consumed-and-posted steps
-  uint64_t busy;                   ///< nonce + 1 of the send half that runs, 0 = none
+  uint64_t busy;                   ///< nonce of the send half that runs, 0 = none
   uint64_t staging_seq;            ///< staging slots handed out so far
   uint64_t pending[kNumOps][kMaxRing];  ///< last consumed sequence number per slot; receive halves write it
   uint64_t posting[kNumOps][kMaxRing];  ///< snapshot of `pending` that the running send half posts
@@ -191,35 +193,36 @@ static_assert(sizeof(LaneHostWords) == 64);
 
 /// First fault of a peer since the host cleared it (pinned memory, first writer wins).
 struct alignas(64) DeviceFault {
-  uint32_t claimed, kind;
+  uint32_t claimed, kind;          ///< claimed: 1 once a writer has taken the record
   uint32_t peer, qp_slot;
   uint32_t op, half;
-  uint32_t syndrome, vendor_syndrome;
+  uint32_t syndrome, vendor_syndrome;  ///< of the error CQE; 0 without one
   uint64_t seq, waited_ns;
   uint32_t wqe_counter, published; ///< published: 1 once all other fields stand
-  uint64_t detail;
+  uint64_t detail;                 ///< {generation:32 | placement version:32} or {expected:32 | counted:32}
 };
 static_assert(sizeof(DeviceFault) == 64);
 
 /// Counters of one (lane, peer), pinned; kernels add, the host only reads.
 struct alignas(64) PeerTelemetry {
-  uint64_t send_wait_ns, receive_wait_ns;
-  uint64_t wqes, doorbells, cqes;
-  uint64_t bytes_local, bytes_mapped, bytes_rdma;
-  uint64_t steps_lost, credits, sq_full, ring_full;
-  uint64_t sq_high_water, reserved[3];
+  uint64_t send_wait_ns, receive_wait_ns;          ///< until given up; summed over warps
+  uint64_t wqes, doorbells, cqes;                  ///< place for them: the device counts them, kernels do not
+  uint64_t bytes_local, bytes_mapped, bytes_rdma;  ///< of messages and rows, by route
+  uint64_t steps_lost, credits;
+  uint64_t sq_full, ring_full;                     ///< place for them; not counted
+  uint64_t sq_high_water, reserved[3];             ///< place for it; not counted
 };
 static_assert(sizeof(PeerTelemetry) == 128);
 
 /// One dispatch (a handle) or one combine (a ticket). Kernel-written but for the zeroing at start.
 struct alignas(64) HandleCtx {
   uint64_t seq;
-  uint32_t slot, epoch;
-  uint32_t table_idx, placement_version;
+  uint32_t slot, epoch;            ///< seq mod ring
+  uint32_t table_idx, placement_version;  ///< which of the two member tables
   uint32_t staging_slot, num_tokens;
-  uint32_t num_topk, flags;
+  uint32_t num_topk, flags;        ///< flags: kHasDuplicates
   uint64_t go_send, go_receive;    ///< {nonce:32 | go code:32} while a half runs, else 0; see half.h
-  uint32_t send_done_blocks, receive_done_blocks;
+  uint32_t send_done_blocks, receive_done_blocks;  ///< blocks that have left the running half
   uint64_t lost[kRankWords];       ///< peers whose picks of this step are lost
   uint64_t reserved[8];
 };
@@ -236,7 +239,7 @@ static_assert(sizeof(WaitClock) == 48);
 
 /// Progress of one QP inside one send half; only its owner warp touches it, and only during that half.
 struct alignas(64) SendCursor {
-  uint32_t phase, next;            ///< next: position in the list of what may have to be sent
+  uint32_t phase, next;            ///< SendPhase; position in the list of what may have to be sent
   uint32_t num_messages, num_picks;  ///< sent so far
   WaitClock clock;
 };
@@ -298,6 +301,7 @@ struct HandleArrays {
   uint32_t* source_ok;         ///< [num_ranks]
 };
 
+/// One dispatch launch.
 struct DispatchArgs {
   LaneArgs lane;
   HandleArrays handle;
@@ -315,9 +319,10 @@ struct DispatchArgs {
   uint32_t* source_ok;           ///< [num_ranks]: 1 = all of that source's tokens stand in the packed rows
   uint64_t scale_expert_stride, scale_row_stride, scale_block_stride;  ///< bytes
   uint32_t num_topk, topk_is_i64;
-  uint32_t halves, nonce;
+  uint32_t halves, nonce;        ///< nonce: tells this launch from any other on the lane; never 0
 };
 
+/// One combine launch.
 struct CombineArgs {
   LaneArgs lane;
   HandleArrays handle;           ///< of the dispatch this combine answers

@@ -1,8 +1,8 @@
-//! Everything the host and the kernels agree on in memory: capacities, layouts, contexts, handles, launch arguments.
+//! Everything the host and the kernels agree on in memory: capacities, layouts, contexts, handles, arguments.
 //!
-//! The host allocates and fills all of it; kernels write only what is marked so. Little-endian, because the GPU
-//! is; big-endian only where a field name says `_be`. The C++ twin is `kernels/include/ibex/args.h`; the test
-//! `device_abi` compares every size and offset of both sides. Pointers are device addresses as `u64`.
+//! The host allocates all of it, and fills what is not said to be a kernel's. Little-endian, because the GPU
+//! is; big-endian only where a field name says `_be`. Pointers are device addresses as `u64`. The C++ twin is
+//! `kernels/include/ibex/args.h`; `tests/device_abi.rs` compares every size and offset of both sides.
 //!
 //! INVARIANT: what a captured graph freezes stands in [`LaneArgs`], [`DispatchArgs`] and [`CombineArgs`];
 //! whatever may change between two replays is reached through an address in them.
@@ -39,7 +39,7 @@ pub mod code {
     pub const DISPATCH: u32 = 0;
     /// See [`DISPATCH`].
     pub const COMBINE: u32 = 1;
-    /// Bits of `halves`.
+    /// Bits of `halves`: which part of the operation a launch runs.
     pub const SEND_HALF: u32 = 1;
     /// See [`SEND_HALF`].
     pub const RECEIVE_HALF: u32 = 2;
@@ -47,13 +47,13 @@ pub mod code {
     pub const WIRE_BF16: u32 = 0;
     /// See [`WIRE_BF16`].
     pub const WIRE_FP8: u32 = 1;
-    /// Scale kinds.
+    /// Scale kinds: amax / 448 in fp32, the power of two above it, or that power's exponent in one byte.
     pub const SCALE_F32: u32 = 0;
     /// See [`SCALE_F32`].
     pub const SCALE_POW2: u32 = 1;
     /// See [`SCALE_F32`].
     pub const SCALE_UE8M0: u32 = 2;
-    /// Combine modes.
+    /// Combine modes: one row per pick, or one pre-summed row per token and rank.
     pub const COMBINE_EXACT: u32 = 0;
     /// See [`COMBINE_EXACT`].
     pub const COMBINE_REDUCED: u32 = 1;
@@ -129,73 +129,75 @@ device_struct! {
     /// Capacities and modes; the grid and every layout are sized by these.
     #[repr(C)]
     pub struct Shape {
-        /// Num ranks.
+        /// Ranks in the group, 1 to [`MAX_RANKS`].
         pub num_ranks: u32,
-        /// Rank.
+        /// This rank.
         pub rank: u32,
-        /// Hidden in elements.
+        /// Most tokens that one rank brings to a step.
         pub max_tokens: u32,
-        /// Hidden in elements.
+        /// Width of a token, in elements.
         pub hidden: u32,
-        /// Max topk.
+        /// Most picks of one token, 1 to [`MAX_TOPK`].
         pub max_topk: u32,
-        /// Max experts.
+        /// Experts of the group, and length of `MemberTable::owner_of`.
         pub max_experts: u32,
-        /// Max local experts.
+        /// Most experts that one rank serves.
         pub max_local_experts: u32,
-        /// Num channels.
+        /// Queue pairs per peer; token t travels on channel t mod this.
         pub num_channels: u32,
-        /// Ring slots N; messages per channel = ceil(max_tokens / num_channels).
+        /// Ring slots N: steps of one operation that may be in flight.
         pub ring: u32,
-        /// Ring slots N; messages per channel = ceil(max_tokens / num_channels).
+        /// Messages that one channel carries in one step: ceil(max_tokens / num_channels).
         pub channel_tokens: u32,
-        /// Num owner warps.
+        /// Warps that post in a dispatch; queue pair q belongs to owner q mod this.
         pub num_owner_warps: u32,
-        /// Signal mode.
+        /// How signal words are written: a `code::SIGNAL_*`.
         pub signal_mode: u32,
-        /// Wire dtype.
+        /// Element type of a dispatched payload: a `code::WIRE_*`.
         pub wire_dtype: u32,
-        /// Scale kind.
+        /// How fp8 scales are stored: a `code::SCALE_*`; unused for bf16.
         pub scale_kind: u32,
-        /// Staging_rows: rows in the combine staging ring of one QP.
+        /// What experts send back: a `code::COMBINE_*`.
         pub combine_mode: u32,
-        /// Staging_rows: rows in the combine staging ring of one QP.
+        /// Rows in the combine staging ring of one queue pair.
         pub staging_rows: u32,
     }
 }
 
 device_struct! {
-    /// Byte plan of one source's region at a receiver, of a message, and of the combine slab. All multiples of 16.
+    /// Byte plan of a source's region at a receiver, of a message, of the combine slab. All multiples of 16.
     ///
-    ///   region  | messages: ring x num_channels x channel_tokens x message_stride
-    ///           | counts: ring x max_local_experts x u32
-    ///           | signals: op x ring x num_channels x u64 | consumed: op x ring x u64 | life: 8 x u64 |
-    ///   message | MessageHeader 16 | max_topk x Pick 16 | payload | scales |
+    /// ```text
+    /// region  | messages: ring x num_channels x channel_tokens x message_stride
+    ///         | counts: ring x max_local_experts x u32
+    ///         | signals: op x ring x num_channels x u64 | consumed: op x ring x u64 | life: 8 x u64 |
+    /// message | MessageHeader 16 | max_topk x Pick 16 | payload | scales |
+    /// ```
     #[repr(C)]
     pub struct Layout {
-        /// Payload off.
+        /// Offset of the payload in a message; also the bytes of a kept header.
         pub payload_off: u32,
-        /// Payload bytes.
+        /// Bytes of one payload: hidden x 2 (bf16) or hidden x 1 (fp8).
         pub payload_bytes: u32,
-        /// Scale off.
+        /// Offset of the scales in a message.
         pub scale_off: u32,
-        /// Scale bytes.
+        /// Bytes of the scales of one message, rounded up to 16; 0 for bf16.
         pub scale_bytes: u32,
-        /// Row_bytes: one bf16 row of hidden elements (combine).
+        /// Bytes between two messages.
         pub message_stride: u32,
-        /// Row_bytes: one bf16 row of hidden elements (combine).
+        /// Bytes of one combine row: hidden bf16 elements.
         pub row_bytes: u32,
-        /// Counts off.
+        /// Offset of the per-expert counts in a region.
         pub counts_off: u64,
-        /// Signals off.
+        /// Offset of the signal words in a region.
         pub signals_off: u64,
-        /// Consumed off.
+        /// Offset of the consumed words (credits) in a region.
         pub consumed_off: u64,
-        /// Life off.
+        /// Offset of [`LifeWords`] in a region.
         pub life_off: u64,
-        /// Region bytes.
+        /// Bytes of one region, whole pages.
         pub region_bytes: u64,
-        /// Combine slot bytes.
+        /// Bytes of one ring slot of the combine slab: max_tokens x max_topk rows.
         pub combine_slot_bytes: u64,
     }
 }
@@ -204,38 +206,38 @@ device_struct! {
     /// One pick of a token as it travels: 16 bytes, so that a lane reads it in one load.
     #[repr(C)]
     pub struct Pick {
-        /// Owner: the rank that serves it, or kNoOwner.
+        /// Global expert index.
         pub expert: u16,
-        /// Owner: the rank that serves it, or kNoOwner.
+        /// The rank that serves it, [`NO_OWNER`] if masked, [`LOST_OWNER`] if nobody does.
         pub owner: u16,
-        /// Index: how many earlier tokens of this source pick that expert.
+        /// Index of the expert at its owner.
         pub local_expert: u16,
-        /// Index: how many earlier tokens of this source pick that expert.
+        /// How many earlier tokens of this source pick that expert: the row within its layout range.
         pub index: u16,
-        /// Flags: bit 0 = first pick of this token at this owner.
+        /// Position among the token's picks.
         pub k: u8,
-        /// Flags: bit 0 = first pick of this token at this owner.
+        /// Bit 0: first pick of its token at this owner. Bit 1: repeats an earlier pick and shares its row.
         pub flags: u8,
         /// Zero.
         pub reserved: u16,
-        /// Weight.
+        /// Router weight; 0 if the dispatch carried none.
         pub weight: f32,
     }
 }
 
 device_struct! {
-    /// See the C++ twin `MessageHeader`.
+    /// The fixed part of a message; [`Pick`]s, payload and scales follow as in [`Layout`].
     #[repr(C)]
     pub struct MessageHeader {
-        /// Token.
+        /// Index of the token at its source.
         pub token: u32,
-        /// Generation.
+        /// Generation of the step, as in its signal words.
         pub generation: u32,
-        /// Placement version.
+        /// Expert placement by which the sender chose owners; another one here is a violation.
         pub placement_version: u32,
-        /// Source.
+        /// The rank that sent it.
         pub source: u16,
-        /// Num picks.
+        /// Picks that follow: the call's top-k.
         pub num_picks: u8,
         /// Zero.
         pub reserved: u8,
@@ -246,43 +248,43 @@ device_struct! {
     /// A queue pair as kernels see it; its address never changes, what it names may (recreation in place).
     #[repr(C, align(64))]
     pub struct QpDeviceCtx {
-        /// Address of the WQE ring.
+        /// Address of the send ring, `sq_mask + 1` WQEBBs of 64 bytes.
         pub sq: u64,
-        /// Address of the SND counter (4 bytes, big-endian).
+        /// Address of the send counter of the doorbell record (4 bytes, big-endian).
         pub doorbell_record: u64,
         /// Address of the doorbell register (8 bytes).
         pub doorbell: u64,
-        /// Address of the one CQE of the collapsed CQ.
+        /// Address of the one CQE of the collapsed completion queue.
         pub cqe: u64,
         /// WQEBBs in the ring - 1.
         pub sq_mask: u32,
         /// Big-endian qpn << 8: a WQE adds its ds.
         pub qpn_be: u32,
-        /// QpCtxState.
+        /// A `code::QP_*`; only an active queue pair is posted to.
         pub state: u32,
-        /// Counts recreations.
+        /// How often a queue pair was made in this slot.
         pub incarnation: u32,
-        /// Peer.
+        /// The rank at the other end.
         pub peer: u32,
-        /// Channel.
+        /// Which of the queue pairs to that peer.
         pub channel: u32,
         /// Zero.
         pub reserved0: u64,
-        /// WQEBBs, monotonic; consumer_idx is the cached one.
+        /// WQEBBs ever posted; monotonic, written by the owner warp only.
         pub producer_idx: u32,
-        /// WQEBBs, monotonic; consumer_idx is the cached one.
+        /// WQEBBs known to be completed; cached, monotonic.
         pub consumer_idx: u32,
         /// Last error syndrome seen, 0 = none.
         pub syndrome: u32,
-        /// Bit s: staging_pi\[s\] stands.
+        /// Bit s: `staging_pi[s]` stands.
         pub staged_valid: u32,
-        /// Producer_idx after the last WQE that names rows of that staging slot.
+        /// `producer_idx` after the last WQE that names rows of that staging slot.
         pub staging_pi: [u32; MAX_STAGING_SLOTS],
-        /// Fetch-add mode: value our adds have produced at the peer.
+        /// Fetch-add mode: the value that our adds have produced at the peer, per operation and ring slot.
         pub signal_last: [[u64; MAX_RING]; NUM_OPS],
-        /// Combine staging ring: rows taken so far.
+        /// Rows ever taken from the combine staging ring.
         pub ring_head: u64,
-        /// Combine staging ring: rows taken so far.
+        /// Zero.
         pub reserved1: u64,
         /// Zero.
         pub reserved2: [u64; 4],
@@ -293,29 +295,29 @@ device_struct! {
     /// Where one peer lives. One entry per (lane, peer).
     #[repr(C, align(64))]
     pub struct PeerCtx {
-        /// Our region and the combine slab there, as WQEs address them.
+        /// Our region at the peer, as WQEs address it.
         pub region_va: u64,
-        /// Our region and the combine slab there, as WQEs address them.
+        /// The peer's combine slab, as WQEs address it.
         pub combine_va: u64,
-        /// The same, mapped into our address space; 0 = not mapped.
+        /// Our region at the peer, mapped into our address space; 0 = not mapped.
         pub region_ptr: u64,
-        /// The same, mapped into our address space; 0 = not mapped.
+        /// The peer's combine slab, mapped into our address space; 0 = not mapped.
         pub combine_ptr: u64,
-        /// Region rkey be.
+        /// Key to our region there, big-endian.
         pub region_rkey_be: u32,
-        /// Combine rkey be.
+        /// Our key to its combine slab, big-endian.
         pub combine_rkey_be: u32,
-        /// Route.
+        /// How the peer is reached: a `code::ROUTE_*`.
         pub route: u32,
         /// Zero.
         pub reserved: u32,
-        /// The local region that this peer writes into.
+        /// Address of the local region that this peer writes into.
         pub my_region: u64,
         /// Zero.
         pub reserved1: u64,
-        /// Sequence numbers below this one need no credit.
+        /// Per operation: sequence numbers below this one need no credit.
         pub base_seq: [u64; NUM_OPS],
-        /// Kernel (owner of channel 0): last consumed word posted.
+        /// Last consumed word posted, per operation and ring slot; written by the owner of channel 0.
         pub posted_credit: [[u64; MAX_RING]; NUM_OPS],
         /// Zero.
         pub reserved2: [u64; 6],
@@ -323,16 +325,16 @@ device_struct! {
 }
 
 device_struct! {
-    /// Sign of life and progress of a peer; written by the peer's host into our region of it, each word by itself.
+    /// Sign of life and progress of a peer, written by its host into the region it has here, word by word.
     #[repr(C)]
     pub struct LifeWords {
-        /// Beat.
+        /// Counts signs of life; any change is one.
         pub beat: u64,
-        /// Last send half finished, per op.
+        /// Last send half finished, per operation.
         pub sent: [u64; NUM_OPS],
-        /// Every step up to this one is consumed and its credit posted, per op.
+        /// Every step up to this one is consumed and its credit posted, per operation.
         pub credited: [u64; NUM_OPS],
-        /// The peer's suspicion bits, ranks 0..63 (telemetry).
+        /// Place for the peer's suspicion bits, ranks 0 to 63; telemetry only, zero today.
         pub suspects: u64,
         /// Zero.
         pub reserved: [u64; 2],
@@ -343,21 +345,21 @@ device_struct! {
     /// Members and expert placement. Two exist; sequence s uses the newer one iff s >= its from_seq.
     #[repr(C, align(64))]
     pub struct MemberTable {
-        /// Epoch.
+        /// Membership version.
         pub epoch: u32,
-        /// Placement version.
+        /// Version of `owner_of`; travels in every message header.
         pub placement_version: u32,
-        /// Num experts.
+        /// Experts placed: valid entries of `owner_of`.
         pub num_experts: u32,
         /// Zero.
         pub reserved: u32,
-        /// From seq.
+        /// Per operation: the first sequence number that this table applies to.
         pub from_seq: [u64; NUM_OPS],
-        /// Const uint32_t\[max_experts\]: rank << 16 | local expert, replicas already chosen.
+        /// Address of u32 `[max_experts]`: rank << 16 | local expert, or [`UNPLACED`].
         pub owner_of: u64,
         /// Zero.
         pub reserved1: [u64; 3],
-        /// 1 = alive.
+        /// Bit per rank, 1 = alive.
         pub alive: [u64; RANK_WORDS],
     }
 }
@@ -366,13 +368,13 @@ device_struct! {
     /// Time limits in nanoseconds; the host may change them at any time.
     #[repr(C)]
     pub struct Limits {
-        /// Detect ns.
+        /// Longest time without a sign of life.
         pub detect_ns: u64,
-        /// Stall ns.
+        /// Longest time that a live peer, past the half we wait for, may owe us what it produced.
         pub stall_ns: u64,
-        /// Cap ns.
+        /// Hard cap of any wait.
         pub cap_ns: u64,
-        /// Polls per cq read.
+        /// Polls of a wait between two looks at the peer's completion queues; 0 = never look.
         pub polls_per_cq_read: u32,
         /// Zero.
         pub reserved: u32,
@@ -383,11 +385,11 @@ device_struct! {
     /// Kernel state of one lane in device memory. Zeroed once by the host; `next` starts at 1.
     #[repr(C, align(64))]
     pub struct LaneState {
-        /// Next sequence number to draw.
+        /// Next sequence number to draw, per operation.
         pub next: [u64; NUM_OPS],
-        /// Contiguous consumed-and-posted steps.
+        /// Last step such that all up to it are consumed and their credits posted, per operation.
         pub credited: [u64; NUM_OPS],
-        /// Nonce + 1 of the send half that runs, 0 = none.
+        /// Nonce of the send half that runs, 0 = none.
         pub busy: u64,
         /// Staging slots handed out so far.
         pub staging_seq: u64,
@@ -404,13 +406,13 @@ device_struct! {
     /// Words in pinned host memory that the host reads without stopping a kernel.
     #[repr(C, align(64))]
     pub struct LaneHostWords {
-        /// Halves; a Dekker pair with the Fenced mark of a QP slot.
+        /// Halves that have entered; a Dekker pair with the fenced mark of a slot.
         pub entered: u64,
-        /// Halves; a Dekker pair with the Fenced mark of a QP slot.
+        /// Halves that have left; equal to `entered` when none runs.
         pub left: u64,
-        /// Sent.
+        /// Last send half finished, per operation; the host publishes it in [`LifeWords`].
         pub sent: [u64; NUM_OPS],
-        /// Credited.
+        /// As [`LaneState::credited`]; the host publishes it in [`LifeWords`].
         pub credited: [u64; NUM_OPS],
         /// Overlapping send halves that were refused.
         pub lane_busy: u64,
@@ -423,31 +425,31 @@ device_struct! {
     /// First fault of a peer since the host cleared it (pinned memory, first writer wins).
     #[repr(C, align(64))]
     pub struct DeviceFault {
-        /// Claimed.
+        /// 1 once a writer has taken the record: the first one wins.
         pub claimed: u32,
-        /// Kind.
+        /// What happened: a `code::FAULT_*`.
         pub kind: u32,
-        /// Peer.
+        /// The rank it happened with.
         pub peer: u32,
-        /// Qp slot.
+        /// Slot of the queue pair involved; 0 where none is.
         pub qp_slot: u32,
-        /// Op.
+        /// Operation of the half that found it: [`code::DISPATCH`] or [`code::COMBINE`].
         pub op: u32,
-        /// Half.
+        /// The half that found it: [`code::SEND_HALF`] or [`code::RECEIVE_HALF`].
         pub half: u32,
-        /// Syndrome.
+        /// Syndrome of the error CQE; 0 without one.
         pub syndrome: u32,
-        /// Vendor syndrome.
+        /// Vendor syndrome of the error CQE; 0 without one.
         pub vendor_syndrome: u32,
-        /// Seq.
+        /// Sequence number of the step.
         pub seq: u64,
-        /// Waited ns.
+        /// How long the finder had waited, in nanoseconds.
         pub waited_ns: u64,
-        /// Published: 1 once all other fields stand.
+        /// WQE counter of the error CQE; 0 without one.
         pub wqe_counter: u32,
-        /// Published: 1 once all other fields stand.
+        /// 1 once all other fields stand.
         pub published: u32,
-        /// Detail.
+        /// For a violation: {generation:32 | placement version:32} or {expected:32 | counted:32}.
         pub detail: u64,
     }
 }
@@ -456,31 +458,31 @@ device_struct! {
     /// Counters of one (lane, peer), pinned; kernels add, the host only reads.
     #[repr(C, align(64))]
     pub struct PeerTelemetry {
-        /// Send wait ns.
+        /// Time that queue pairs of send halves waited for this peer before they gave it up, in nanoseconds.
         pub send_wait_ns: u64,
-        /// Receive wait ns.
+        /// Time that warps of receive halves waited for this peer, in nanoseconds, summed over warps.
         pub receive_wait_ns: u64,
-        /// Wqes.
+        /// Place for WQEs posted; kernels do not count them, the device does.
         pub wqes: u64,
-        /// Doorbells.
+        /// Place for doorbells rung; kernels do not count them, the device does.
         pub doorbells: u64,
-        /// Cqes.
+        /// Place for CQEs taken in; kernels do not count them, the device does.
         pub cqes: u64,
-        /// Bytes local.
+        /// Bytes of messages and rows copied to ourselves.
         pub bytes_local: u64,
-        /// Bytes mapped.
+        /// Bytes of messages and rows copied into mapped memory of the peer.
         pub bytes_mapped: u64,
-        /// Bytes rdma.
+        /// Bytes of messages and rows posted as RDMA writes.
         pub bytes_rdma: u64,
-        /// Steps lost.
+        /// Halves that lost this peer, counted per channel where a sender says so.
         pub steps_lost: u64,
-        /// Credits.
+        /// Consumed words posted.
         pub credits: u64,
-        /// Sq full.
+        /// Place for waits on a full send queue; not counted.
         pub sq_full: u64,
-        /// Ring full.
+        /// Place for waits on a full staging ring; not counted.
         pub ring_full: u64,
-        /// Sq high water.
+        /// Place for the most WQEBBs in flight; not counted.
         pub sq_high_water: u64,
         /// Zero.
         pub reserved: [u64; 3],
@@ -491,33 +493,33 @@ device_struct! {
     /// One dispatch (a handle) or one combine (a ticket). Kernel-written but for the zeroing at start.
     #[repr(C, align(64))]
     pub struct HandleCtx {
-        /// Seq.
+        /// Sequence number drawn by the send half.
         pub seq: u64,
-        /// Slot.
+        /// Ring slot: seq mod N.
         pub slot: u32,
-        /// Epoch.
+        /// Epoch of the member table in use.
         pub epoch: u32,
-        /// Table idx.
+        /// Which of the two member tables; a combine uses the one of its dispatch.
         pub table_idx: u32,
-        /// Placement version.
+        /// Placement version of that table.
         pub placement_version: u32,
-        /// Staging slot.
+        /// Staging slot that holds the rows of this step; 0 in a ticket.
         pub staging_slot: u32,
-        /// Num tokens.
+        /// Tokens of this step, as read from device memory when the send half entered.
         pub num_tokens: u32,
-        /// Num topk.
+        /// Picks per token of this step.
         pub num_topk: u32,
-        /// Flags.
+        /// Bit 0: some token picks one expert twice.
         pub flags: u32,
-        /// {nonce:32 | go code:32} while a half runs, else 0; see half.h.
+        /// {nonce:32 | go code:32} while a send half runs, else 0; see half.h.
         pub go_send: u64,
-        /// {nonce:32 | go code:32} while a half runs, else 0; see half.h.
+        /// {nonce:32 | go code:32} while a receive half runs, else 0; see half.h.
         pub go_receive: u64,
-        /// Send done blocks.
+        /// Blocks that have left the running send half.
         pub send_done_blocks: u32,
-        /// Receive done blocks.
+        /// Blocks that have left the running receive half.
         pub receive_done_blocks: u32,
-        /// Peers whose picks of this step are lost.
+        /// Bit per rank: its picks of this step are lost.
         pub lost: [u64; RANK_WORDS],
         /// Zero.
         pub reserved: [u64; 8],
@@ -528,17 +530,17 @@ device_struct! {
     /// How long one wait for one peer has gone on; see wait.h.
     #[repr(C)]
     pub struct WaitClock {
-        /// Started ns.
+        /// When the wait began, on the kernel clock.
         pub started_ns: u64,
-        /// Last poll ns.
+        /// When it was last looked at.
         pub last_poll_ns: u64,
-        /// Time without a sign of life; time after the peer passed what we wait for.
+        /// Time without a sign of life, in nanoseconds.
         pub silent_ns: u64,
-        /// Time without a sign of life; time after the peer passed what we wait for.
+        /// Time since the peer passed what we wait for, in nanoseconds.
         pub stalled_ns: u64,
         /// The peer's beat when it last changed.
         pub beat: u64,
-        /// Polls.
+        /// Looks so far.
         pub polls: u32,
         /// Zero.
         pub reserved: u32,
@@ -549,15 +551,15 @@ device_struct! {
     /// Progress of one QP inside one send half; only its owner warp touches it, and only during that half.
     #[repr(C, align(64))]
     pub struct SendCursor {
-        /// Next: position in the list of what may have to be sent.
+        /// A `SendPhase` of send.h.
         pub phase: u32,
-        /// Next: position in the list of what may have to be sent.
+        /// Position in the list of what may have to be sent: tokens, kept messages, or (group, k) steps.
         pub next: u32,
-        /// Sent so far.
+        /// Messages sent so far.
         pub num_messages: u32,
-        /// Sent so far.
+        /// Picks that those messages carry, or combine rows sent.
         pub num_picks: u32,
-        /// Clock.
+        /// The wait that this queue pair is in.
         pub clock: WaitClock,
     }
 }
@@ -566,17 +568,17 @@ device_struct! {
     /// Where a packed row came from; one per packed row.
     #[repr(C)]
     pub struct SourceInfo {
-        /// Token.
+        /// Index of the token at its source.
         pub token: u32,
-        /// Source.
+        /// The rank that it came from.
         pub source: u16,
-        /// K.
+        /// Which of the token's picks this row serves.
         pub k: u8,
-        /// Flags.
+        /// As [`Pick::flags`].
         pub flags: u8,
-        /// Weight.
+        /// As [`Pick::weight`].
         pub weight: f32,
-        /// Channel * channel_tokens + message in channel.
+        /// Where the message stood in the source's region: channel x channel_tokens + message in channel.
         pub message: u32,
     }
 }
@@ -585,9 +587,9 @@ device_struct! {
     /// The packed rows of one source rank for one local expert.
     #[repr(C)]
     pub struct LayoutRange {
-        /// First packed row, number of rows.
+        /// First packed row.
         pub begin: u32,
-        /// First packed row, number of rows.
+        /// Number of rows.
         pub len: u32,
     }
 }
@@ -596,49 +598,49 @@ device_struct! {
     /// What every half of a lane needs. Pointers are device addresses.
     #[repr(C)]
     pub struct LaneArgs {
-        /// Shape.
+        /// Capacities and modes.
         pub shape: Shape,
-        /// Layout.
+        /// The byte plan that follows from them.
         pub layout: Layout,
-        /// \[num_ranks\]\[num_channels\].
+        /// [`QpDeviceCtx`] `[num_ranks][num_channels]`.
         pub qps: u64,
-        /// \[num_ranks\].
+        /// [`PeerCtx`] `[num_ranks]`.
         pub peers: u64,
-        /// \[num_ranks\], sticky; kernels set, the host clears.
+        /// u32 `[num_ranks]`, sticky; kernels set, the host clears.
         pub suspects: u64,
-        /// \[2\], oldest first.
+        /// [`MemberTable`] `[2]`, oldest first.
         pub tables: u64,
-        /// State.
+        /// The one [`LaneState`].
         pub state: u64,
-        /// \[num_ranks\]\[num_channels\].
+        /// [`SendCursor`] `[num_ranks][num_channels]`.
         pub cursors: u64,
-        /// Limits.
+        /// The one [`Limits`].
         pub limits: u64,
-        /// Host words.
+        /// The one [`LaneHostWords`].
         pub host_words: u64,
-        /// \[num_ranks\].
+        /// [`DeviceFault`] `[num_ranks]`.
         pub faults: u64,
-        /// \[num_ranks\].
+        /// [`PeerTelemetry`] `[num_ranks]`.
         pub telemetry: u64,
-        /// Ring x max_tokens x max_topk x row_bytes.
+        /// Rows that come back: ring x max_tokens x max_topk x row_bytes.
         pub combine_slab: u64,
-        /// 2 x ring x max_tokens x message_stride.
+        /// Rows that go out: 2 x ring x max_tokens x message_stride.
         pub staging: u64,
-        /// \[2 x ring\]\[max_tokens\]: generation whose row stands there.
+        /// u32 `[2 x ring][max_tokens]`: the generation whose row stands there.
         pub staging_ready: u64,
-        /// \[2 x ring\]\[num_ranks\]\[max_local_experts\].
+        /// u32 `[2 x ring][num_ranks][max_local_experts]`: counts that go out with channel 0.
         pub counts_staging: u64,
-        /// \[num_ranks\]\[num_channels\]\[staging_rows\]\[row_bytes\].
+        /// Combine rows on their way: `[num_ranks][num_channels][staging_rows][row_bytes]`.
         pub row_staging: u64,
-        /// \[num_ranks\]\[num_channels\]\[staging_rows\].
+        /// u32 `[num_ranks][num_channels][staging_rows]`: the producer index that gives the row back.
         pub row_staging_pi: u64,
-        /// \[num_ranks\]\[num_channels\]: where FETCH_ADD returns the old value.
+        /// u64 `[num_ranks][num_channels]`: where FETCH_ADD returns the old value.
         pub atomic_result: u64,
-        /// Of everything above that a WQE may name.
+        /// Key of everything above that a WQE may name, big-endian.
         pub lkey_be: u32,
-        /// Lane.
+        /// Index of the lane.
         pub lane: u32,
-        /// Qp slot base.
+        /// Slot of the lane's first queue pair.
         pub qp_slot_base: u32,
         /// Zero.
         pub reserved: u32,
@@ -649,101 +651,101 @@ device_struct! {
     /// The arrays behind one dispatch handle, in device memory.
     #[repr(C)]
     pub struct HandleArrays {
-        /// Ctx.
+        /// The [`HandleCtx`] of the dispatch.
         pub ctx: u64,
-        /// \[max_tokens\]\[max_topk\].
+        /// u16 `[max_tokens][max_topk]`: who was chosen to serve each pick.
         pub pick_owner: u64,
-        /// \[num_ranks\]\[num_channels\].
+        /// u32 `[num_ranks][num_channels]`: picks sent, which an exact combine must return.
         pub sent_picks: u64,
-        /// \[num_ranks\]\[num_channels\].
+        /// u32 `[num_ranks][num_channels]`: messages sent, which a reduced combine must return.
         pub sent_messages: u64,
-        /// \[num_ranks\]\[num_channels\]: {generation:32 | count:32}.
+        /// u64 `[num_ranks][num_channels]`: {generation:32 | count:32}, what all warps hold about a channel.
         pub verdicts: u64,
-        /// \[num_ranks\]: generation.
+        /// u32 `[num_ranks]`: the generation whose ranges stand.
         pub ranges_ready: u64,
-        /// \[max_local_experts\]; zero outside a receive half.
+        /// u32 `[max_local_experts]`: packed rows reserved so far; zero outside a receive half.
         pub pack_cursor: u64,
-        /// \[max_local_experts\]\[num_ranks\].
+        /// [`LayoutRange`] `[max_local_experts][num_ranks]`.
         pub ranges: u64,
-        /// \[num_ranks\]\[num_channels x channel_tokens\]\[16 + 16 x max_topk\].
+        /// Kept headers and picks: `[num_ranks][num_channels x channel_tokens][16 + 16 x max_topk]` bytes.
         pub headers: u64,
-        /// \[num_ranks\].
+        /// u32 `[num_ranks]`: 1 = all of that source's tokens arrived.
         pub source_ok: u64,
     }
 }
 
 device_struct! {
-    /// See the C++ twin `DispatchArgs`.
+    /// One dispatch launch: the lane, the handle, the caller's tensors.
     #[repr(C)]
     pub struct DispatchArgs {
-        /// Lane.
+        /// The lane.
         pub lane: LaneArgs,
-        /// Handle.
+        /// The handle that this dispatch fills.
         pub handle: HandleArrays,
-        /// \[max_tokens\]\[hidden\] bf16.
+        /// bf16 `[max_tokens][hidden]`.
         pub x: u64,
-        /// \[max_tokens\]\[num_topk\] int32 or int64, -1 = masked.
+        /// int32 or int64 `[max_tokens][num_topk]`, -1 = masked.
         pub topk_idx: u64,
-        /// \[max_tokens\]\[num_topk\] or null.
+        /// f32 `[max_tokens][num_topk]`, or 0 for none.
         pub topk_weights: u64,
-        /// Device memory: a replay may change it.
+        /// u32 in device memory: a replay may change it.
         pub num_tokens: u64,
-        /// \[max_local_experts\]\[num_ranks x max_tokens\]\[payload\].
+        /// Payloads `[max_local_experts][num_ranks x max_tokens][payload_bytes]`.
         pub packed_x: u64,
-        /// \[max_local_experts\] x scale_expert_stride, or null.
+        /// Scales by the strides below, or 0 for none.
         pub packed_scales: u64,
-        /// \[max_local_experts\]\[num_ranks x max_tokens\].
+        /// [`SourceInfo`] `[max_local_experts][num_ranks x max_tokens]`.
         pub source_info: u64,
-        /// \[max_local_experts\].
+        /// int32 `[max_local_experts]`: packed rows reserved.
         pub expert_counts: u64,
-        /// \[max_local_experts\]\[num_ranks\].
+        /// [`LayoutRange`] `[max_local_experts][num_ranks]`.
         pub layout_ranges: u64,
-        /// \[num_ranks\]: 1 = all of that source's tokens stand in the packed rows.
+        /// u32 `[num_ranks]`: 1 = all of that source's tokens stand in the packed rows.
         pub source_ok: u64,
-        /// Bytes.
+        /// Bytes between the scales of two local experts.
         pub scale_expert_stride: u64,
-        /// Bytes.
+        /// Bytes between the scales of two packed rows.
         pub scale_row_stride: u64,
-        /// Bytes.
+        /// Bytes between two scales of one row.
         pub scale_block_stride: u64,
-        /// Num topk.
+        /// Picks per token of this call.
         pub num_topk: u32,
-        /// Topk is i64.
+        /// 1 if `topk_idx` is int64.
         pub topk_is_i64: u32,
-        /// Halves.
+        /// Bits [`code::SEND_HALF`] and [`code::RECEIVE_HALF`].
         pub halves: u32,
-        /// Nonce.
+        /// Tells this launch from any other on the lane; never 0.
         pub nonce: u32,
     }
 }
 
 device_struct! {
-    /// See the C++ twin `CombineArgs`.
+    /// One combine launch: the lane, the dispatch it answers, the ticket, the caller's tensors.
     #[repr(C)]
     pub struct CombineArgs {
-        /// Lane.
+        /// The lane.
         pub lane: LaneArgs,
         /// Of the dispatch this combine answers.
         pub handle: HandleArrays,
-        /// Of this combine.
+        /// The [`HandleCtx`] of this combine.
         pub ticket: u64,
-        /// Of this combine: \[num_ranks\]\[num_channels\].
+        /// u64 `[num_ranks][num_channels]`, of this combine.
         pub verdicts: u64,
-        /// \[max_local_experts\]\[num_ranks x max_tokens\]\[hidden\] bf16.
+        /// bf16 `[max_local_experts][num_ranks x max_tokens][hidden]`.
         pub expert_out: u64,
-        /// \[max_tokens\]\[num_topk\].
+        /// f32 `[max_tokens][num_topk]`.
         pub topk_weights: u64,
-        /// \[max_tokens\]\[hidden\] bf16.
+        /// bf16 `[max_tokens][hidden]`.
         pub out: u64,
-        /// \[max_tokens\]: bit k = "w\[t,k\] * y was not summed".
+        /// u32 `[max_tokens]`: bit k = "w\[t,k\] * y was not summed".
         pub lost_topk: u64,
-        /// Expert out lkey be.
+        /// Key of `expert_out`, big-endian.
         pub expert_out_lkey_be: u32,
-        /// Zero copy.
+        /// 1: WQEs name `expert_out` itself; 0: rows pass through the staging ring.
         pub zero_copy: u32,
-        /// Halves.
+        /// Bits [`code::SEND_HALF`] and [`code::RECEIVE_HALF`].
         pub halves: u32,
-        /// Nonce.
+        /// Tells this launch from any other on the lane; never 0.
         pub nonce: u32,
     }
 }
@@ -752,33 +754,33 @@ device_struct! {
     /// The post microbenchmark: every warp posts to its own QPs.
     #[repr(C)]
     pub struct PostArgs {
-        /// \[num_qps\].
+        /// [`QpDeviceCtx`] `[num_qps]`.
         pub qps: u64,
-        /// \[num_qps\].
+        /// [`PeerCtx`] `[num_qps]`.
         pub peers: u64,
         /// Address of the payload.
         pub source: u64,
-        /// Bytes between two messages.
+        /// Bytes between two payloads.
         pub source_stride: u64,
-        /// Bytes between two messages.
+        /// Bytes between two messages at the peer.
         pub target_stride: u64,
-        /// Timeout ns.
+        /// When to give up on a queue pair, counted from its start.
         pub timeout_ns: u64,
-        /// \[num_qps\]: WQEs completed.
+        /// u64 `[num_qps]`: WQEs completed.
         pub result: u64,
-        /// Num qps.
+        /// Queue pairs, spread over all warps.
         pub num_qps: u32,
-        /// Wqes per qp.
+        /// WQEs that each of them posts.
         pub wqes_per_qp: u32,
-        /// Bytes.
+        /// Payload bytes of one WQE; 28 if inline.
         pub bytes: u32,
-        /// Inline data.
+        /// 1: the payload stands in the WQE.
         pub inline_data: u32,
-        /// Batch.
+        /// WQEs per doorbell, at most 32.
         pub batch: u32,
-        /// Lkey be.
+        /// Key of the payload, big-endian.
         pub lkey_be: u32,
-        /// Target slots.
+        /// Messages at the peer before they wrap.
         pub target_slots: u32,
         /// Zero.
         pub reserved: u32,
@@ -786,36 +788,36 @@ device_struct! {
 }
 
 device_struct! {
-    /// The stand-in expert of benches and tests: y = bf16(x * (1 + 0.1 * expert)), from packed rows to expert_out.
+    /// The stand-in expert of benches and tests: y = bf16(x * (1 + 0.1 * expert)), packed rows to outputs.
     #[repr(C)]
     pub struct ExpertArgs {
-        /// As DispatchArgs.
+        /// As [`DispatchArgs::packed_x`].
         pub packed_x: u64,
-        /// Packed scales.
+        /// As [`DispatchArgs::packed_scales`].
         pub packed_scales: u64,
-        /// Layout ranges.
+        /// As [`DispatchArgs::layout_ranges`]; rows outside every range are left alone.
         pub layout_ranges: u64,
-        /// \[max_local_experts\]: global expert of each local one.
+        /// u32 `[max_local_experts]`: the global expert of each local one.
         pub expert_ids: u64,
-        /// \[max_local_experts\]\[num_ranks x max_tokens\]\[hidden\] bf16.
+        /// bf16 `[max_local_experts][num_ranks x max_tokens][hidden]`.
         pub expert_out: u64,
-        /// Scale expert stride.
+        /// As [`DispatchArgs::scale_expert_stride`].
         pub scale_expert_stride: u64,
-        /// Scale row stride.
+        /// As [`DispatchArgs::scale_row_stride`].
         pub scale_row_stride: u64,
-        /// Scale block stride.
+        /// As [`DispatchArgs::scale_block_stride`].
         pub scale_block_stride: u64,
-        /// Num ranks.
+        /// Ranks in the group.
         pub num_ranks: u32,
-        /// Max tokens.
+        /// Most tokens of one rank.
         pub max_tokens: u32,
-        /// Hidden.
+        /// Width of a row, in elements.
         pub hidden: u32,
-        /// Max local experts.
+        /// Local experts.
         pub max_local_experts: u32,
-        /// Wire dtype.
+        /// Element type of `packed_x`: a `code::WIRE_*`.
         pub wire_dtype: u32,
-        /// Scale kind.
+        /// How its scales are stored: a `code::SCALE_*`.
         pub scale_kind: u32,
     }
 }
