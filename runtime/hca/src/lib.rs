@@ -13,7 +13,7 @@ pub mod contract;
 pub mod control_region;
 pub mod emulated;
 mod error;
-
+pub mod fault;
 mod hca;
 pub mod host_memory;
 pub mod host_qp;

@@ -323,7 +323,7 @@ fn named_by(op: Option<Op>, input: &[u8]) -> Touched {
 }
 
 /// Fills a reply's header, as far as there is room for it.
-pub(crate) fn answer(output: &mut [u8], status: Status, syndrome: u32) {
+fn answer(output: &mut [u8], status: Status, syndrome: u32) {
     if output.len() >= 8 {
         prm::set(output, prm::cmd_out::STATUS, status.code().into());
         prm::set(output, prm::cmd_out::SYNDROME, syndrome.into());

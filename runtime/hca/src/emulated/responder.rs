@@ -103,11 +103,14 @@ impl Responder {
         if early < 0 {
             return self.take_again(around, request, piece);
         }
-        if early > 0 && !Self::may_overtake(around.placement, request, piece) {
+        if early > 0 && Self::may_overtake(around.placement, request, piece) {
+            // What is wrong with it is said in its turn, when the message ends.
+            let _ = self.execute(around, request, payload, piece);
+            return Some(Reply::Ack { next: self.expected });
+        }
+        if early > 0 {
             let first = !std::mem::replace(&mut self.asked_again, true);
-            return first.then_some(Reply::OutOfSequence {
-                expected: self.expected,
-            });
+            return first.then_some(Reply::OutOfSequence { expected: self.expected });
         }
         match self.execute(around, request, payload, piece) {
             Ok(reply) => Some(reply),

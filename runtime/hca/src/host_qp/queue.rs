@@ -11,7 +11,7 @@ use ibex_abi::types::{CqNum, UarIdx};
 
 use super::{CqShape, create_cq};
 use crate::control_region::{Carved, ControlError, ControlRegion};
-use crate::{Hca, HcaError, objects};
+use crate::{Hca, objects};
 
 /// How work ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,15 +118,6 @@ impl HostCq {
         self.consumed
     }
 
-    pub(super) fn destroy(&self) -> Result<(), HcaError> {
-        objects::destroy_cq(&*self.hca, self.num)
-    }
-
-    pub(super) fn leak(&mut self) {
-        self.ring.leak();
-        self.record.leak();
-    }
-
     /// Marks entries as never written. The device's producer counter is not reset, so a ring's entries
     /// keep the owner bit that the next pass will not have.
     pub(super) fn clear(&mut self) {
@@ -177,6 +168,16 @@ impl HostCq {
             record.word32(0).store(consumed.to_be(), Ordering::Release);
         }
         Some(completion)
+    }
+}
+
+impl Drop for HostCq {
+    fn drop(&mut self) {
+        if objects::destroy_cq(&*self.hca, self.num).is_err() {
+            // The device may still write there.
+            self.ring.leak();
+            self.record.leak();
+        }
     }
 }
 
