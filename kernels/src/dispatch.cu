@@ -61,6 +61,16 @@ IBEX_DEV bool has_duplicates(const TopkIds& ids, uint32_t num_tokens) {
   return found;
 }
 
+/// Do WQEs of this queue still name rows of a staging slot? Reads its CQ. Any single lane.
+///
+/// Of a queue that is not Active only these words may be read; the host zeroes them once the queue is reset, and a
+/// half-zeroed mixture of them says "free" only if that has happened.
+IBEX_DEV bool holds_staging_slot(QpDeviceCtx& qp, uint32_t staging_slot) {
+  if ((ld_relaxed_sys(&qp.staged_valid) >> staging_slot & 1) == 0) return false;
+  if (is_active(qp)) poll_cq(qp);
+  return static_cast<int32_t>(ld_relaxed_sys(&qp.consumer_idx) - ld_relaxed_sys(&qp.staging_pi[staging_slot])) < 0;
+}
+
 /// A staging slot is free when CQEs cover every WQE that names its rows, on every QP. Reads all CQs at most once.
 IBEX_DEV bool is_staging_free(const LaneArgs& a, uint32_t staging_slot) {
   const uint32_t num_qps = a.shape.num_ranks * a.shape.num_channels;
@@ -68,27 +78,19 @@ IBEX_DEV bool is_staging_free(const LaneArgs& a, uint32_t staging_slot) {
   for (uint32_t base = 0; base < num_qps; base += kWarpSize) {
     warp::lanes<bool> held;
     EACH_LANE(l) {
-      held[l] = false;
-      if (base + l < num_qps) {
-        QpDeviceCtx& qp = a.qps[base + l];
-        if ((qp.staged_valid >> staging_slot & 1) != 0) {
-          poll_cq(qp);
-          held[l] = static_cast<int32_t>(qp.consumer_idx - qp.staging_pi[staging_slot]) < 0;
-        }
-      }
+      held[l] = base + l < num_qps && holds_staging_slot(a.qps[base + l], staging_slot);
     }
     free = free && !warp::any(held);
   }
+  warp::sync();
   return free;
 }
 
 /// Suspects every peer whose queue still holds rows of a staging slot.
 IBEX_DEV void suspect_holders(const LaneArgs& a, const HalfContext& h, uint64_t waited_ns) {
   for (uint32_t q = 0; q < a.shape.num_ranks * a.shape.num_channels; ++q) {
-    const QpDeviceCtx& qp = a.qps[q];
     for (uint32_t s = 0; s < 2 * a.shape.ring; ++s) {
-      const bool held = (qp.staged_valid >> s & 1) != 0 && static_cast<int32_t>(qp.consumer_idx - qp.staging_pi[s]) < 0;
-      if (!held) continue;
+      if (!holds_staging_slot(a.qps[q], s)) continue;
       Evidence e{};
       e.waited_ns = waited_ns;
       e.qp_slot = a.qp_slot_base + q;

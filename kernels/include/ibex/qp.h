@@ -17,6 +17,13 @@ constexpr uint32_t kCqeOpcodeInvalid = 0xf;
 constexpr uint32_t kCqeOpcodeRequesterError = 0xd;
 constexpr uint32_t kCqeOpcodeResponderError = 0xe;
 
+/// May this queue be posted to, and its other fields be read? Any single lane may ask, after the half has announced
+/// its entry: from a half that sees Active the host keeps its hands off until that half has left (ORDER(9)).
+///
+/// # Ordering
+/// ORDER(16): queue fields that the host wrote -> state Active. Acquire at sys.
+IBEX_DEV bool is_active(const QpDeviceCtx& qp) { return ld_acquire_sys(&qp.state) == kQpActive; }
+
 /// What the collapsed CQE says: opcode and counter come from one 4-byte load, so they belong together.
 struct Completion {
   bool valid, error;

@@ -162,8 +162,7 @@ IBEX_DEV bool is_usable(SendJob& j) {
   const bool usable = warp::one_lane([&] {
     if (!is_alive(*j.h.table, j.peer)) return false;
     if (!j.rdma()) return true;
-    // ORDER(16): queue fields that the host wrote -> state Active. Acquire at sys.
-    return ld_acquire_sys(&j.qp.state) == kQpActive && j.qp.syndrome == 0;
+    return is_active(j.qp) && j.qp.syndrome == 0;
   });
   warp::sync();
   return usable;

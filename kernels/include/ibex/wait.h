@@ -107,6 +107,7 @@ IBEX_DEV bool has_failed_qp(const LaneArgs& a, uint32_t peer, uint32_t polls, Ev
   if (interval == 0 || polls % interval != 0 || a.peers[peer].route != kRouteIbgda) return false;
   for (uint32_t c = 0; c < a.shape.num_channels; ++c) {
     const uint32_t q = qp_index(a.shape, peer, c);
+    if (!is_active(a.qps[q])) continue;
     const Completion completion = read_cqe(a.qps[q]);
     if (completion.error) {
       e->completion = completion;
