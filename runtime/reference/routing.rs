@@ -1,6 +1,6 @@
 //! How tokens choose experts: the distributions of published benchmarks.
 //!
-//! Owns the scratch of a [`Router`]. Every distribution draws k different experts per token.
+//! Owns the scratch of a router. Every distribution draws k different experts per token.
 
 use std::fmt;
 use std::str::FromStr;
