@@ -26,25 +26,13 @@ const BUFFER: u64 = 64 << 20;
 const LOG_SQ: u8 = 15;
 const ROUNDS: usize = 9;
 /// Bytes of a request, and whether they stand in the WQE.
-const SHAPES: [(u64, bool); 6] = [
-    (7168, false),
-    (1024, false),
-    (64, false),
-    (8, true),
-    (28, true),
-    (256, true),
-];
+const SHAPES: [(u64, bool); 6] =
+    [(7168, false), (1024, false), (64, false), (8, true), (28, true), (256, true)];
 
 /// Processor time of this thread, in nanoseconds.
-#[expect(
-    unsafe_code,
-    reason = "the standard library has no clock of processor time"
-)]
+#[expect(unsafe_code, reason = "the standard library has no clock of processor time")]
 fn cpu_nanos() -> f64 {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes one timespec that is ours.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
@@ -61,15 +49,8 @@ struct Bench {
 
 fn bench(doorbells: Doorbells) -> Result<Bench, Box<dyn Error>> {
     let fabric = Fabric::inproc(FabricConfig::default());
-    let config = EmulatedConfig {
-        link: LinkLayer::Roce,
-        doorbells,
-        command_latency: Nanos(0),
-    };
-    let devices = [
-        EmulatedHca::new(Arc::clone(&fabric), config)?,
-        EmulatedHca::new(fabric, config)?,
-    ];
+    let config = EmulatedConfig { link: LinkLayer::Roce, doorbells, command_latency: Nanos(0) };
+    let devices = [EmulatedHca::new(Arc::clone(&fabric), config)?, EmulatedHca::new(fabric, config)?];
     let mut made = Vec::new();
     for device in &devices {
         let hca = Arc::clone(device) as Arc<dyn Hca>;
@@ -77,29 +58,18 @@ fn bench(doorbells: Doorbells) -> Result<Bench, Box<dyn Error>> {
         let region = ControlRegion::host(&hca, 8 << 20)?;
         let buffer = Registered::new(&hca, pd, BUFFER, Access::ALL)?;
         buffer.view().fill(1);
-        let spec = HostQpSpec {
-            log_sq_size: LOG_SQ,
-            ..HostQpSpec::default()
-        };
+        let spec = HostQpSpec { log_sq_size: LOG_SQ, ..HostQpSpec::default() };
         let qp = HostQp::create(&region, pd, spec)?;
         made.push((region, buffer, qp));
     }
-    let (Some((far_region, far, peer)), Some((near_region, near, qp))) = (made.pop(), made.pop())
-    else {
+    let (Some((far_region, far, peer)), Some((near_region, near, qp))) = (made.pop(), made.pop()) else {
         return Err("two ends were made".into());
     };
     let connect = ConnectSpec::default();
     let ends = [qp.endpoint(Psn::new(0)), peer.endpoint(Psn::new(0))];
     let qp = qp.connect(&ends[1], &connect)?;
     let peer = peer.connect(&ends[0], &connect)?;
-    Ok(Bench {
-        devices,
-        near,
-        far,
-        qp,
-        _peer: peer,
-        _regions: [near_region, far_region],
-    })
+    Ok(Bench { devices, near, far, qp, _peer: peer, _regions: [near_region, far_region] })
 }
 
 impl Bench {
@@ -107,19 +77,12 @@ impl Bench {
         let slots = BUFFER / bytes;
         let at = (nth % slots) * bytes;
         let at = if inline { at & !7 } else { at };
-        let remote = Remote {
-            addr: Iova(self.far.iova(at)),
-            rkey: self.far.key().rkey,
-        };
+        let remote = Remote { addr: Iova(self.far.iova(at)), rkey: self.far.key().rkey };
         let payload = match inline {
             true => vec![SegmentBuf::Inline(vec![0x5a; bytes as usize])],
             false => {
                 let lkey = self.near.key().lkey.get();
-                vec![SegmentBuf::Data(DataSeg::new(
-                    bytes as u32,
-                    lkey,
-                    self.near.iova(at),
-                ))]
+                vec![SegmentBuf::Data(DataSeg::new(bytes as u32, lkey, self.near.iova(at)))]
             }
         };
         Request::Write { remote, payload }
@@ -127,40 +90,27 @@ impl Bench {
 
     /// Nanoseconds to execute `count` requests of `bytes`.
     fn execute(&mut self, count: u64, bytes: u64, inline: bool) -> Result<f64, Box<dyn Error>> {
-        let requests: Vec<_> = (0..count)
-            .map(|nth| self.request(nth, bytes, inline))
-            .collect();
+        let requests: Vec<_> = (0..count).map(|nth| self.request(nth, bytes, inline)).collect();
         let mut batch = self.qp.batch();
         let mut last = 0;
         for (nth, request) in requests.into_iter().enumerate() {
             let end = nth as u64 + 1 == count;
             // One in 32 is signalled, as the kernels post them.
-            let flags = if end || nth % 32 == 31 {
-                CtrlFlags::SIGNALED
-            } else {
-                CtrlFlags::UNSIGNALED
-            };
+            let flags = if end || nth % 32 == 31 { CtrlFlags::SIGNALED } else { CtrlFlags::UNSIGNALED };
             last = batch.push(flags, request)?;
         }
         batch.commit().ring();
         let start = cpu_nanos();
         loop {
             self.devices[0].step(Nanos(0));
-            if self
-                .qp
-                .poll()
-                .is_some_and(|completion| completion.wqe_counter == last)
-            {
+            if self.qp.poll().is_some_and(|completion| completion.wqe_counter == last) {
                 return Ok(cpu_nanos() - start);
             }
         }
     }
 
     /// Nanoseconds that `memcpy` takes for the same copies.
-    #[expect(
-        unsafe_code,
-        reason = "the floor is a plain copy between the same buffers"
-    )]
+    #[expect(unsafe_code, reason = "the floor is a plain copy between the same buffers")]
     fn floor(&self, count: u64, bytes: u64) -> f64 {
         let slots = BUFFER / bytes;
         let start = cpu_nanos();
@@ -193,11 +143,7 @@ fn rates(doorbells: Doorbells) -> Result<(), Box<dyn Error>> {
             continue;
         }
         let mut bench = bench(doorbells)?;
-        let blocks = if inline {
-            (32 + 4 + bytes as u64).div_ceil(64)
-        } else {
-            1
-        };
+        let blocks = if inline { (32 + 4 + bytes as u64).div_ceil(64) } else { 1 };
         let count = ((1_u64 << LOG_SQ) / blocks).min(4 * BUFFER / bytes);
         bench.execute(count, bytes, inline)?;
         bench.floor(count, bytes);
@@ -235,11 +181,7 @@ fn latency() -> Result<(), Box<dyn Error>> {
     }
     nanos.sort_by(f64::total_cmp);
     let at = |share: f64| nanos[(nanos.len() as f64 * share) as usize];
-    println!(
-        "latency of 8 B inline, post to completion: p50 {} ns, p99 {} ns",
-        at(0.5),
-        at(0.99)
-    );
+    println!("latency of 8 B inline, post to completion: p50 {} ns, p99 {} ns", at(0.5), at(0.99));
     Ok(())
 }
 
@@ -247,9 +189,5 @@ fn main() -> Result<(), Box<dyn Error>> {
     rates(Doorbells::Strict)?;
     rates(Doorbells::Record)?;
     // A size on the command line measures that rate only.
-    if std::env::args().len() > 1 {
-        Ok(())
-    } else {
-        latency()
-    }
+    if std::env::args().len() > 1 { Ok(()) } else { latency() }
 }

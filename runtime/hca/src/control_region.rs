@@ -84,12 +84,7 @@ impl ControlRegion {
         // SAFETY: the memory is accessed by atomics only, and `Shared` keeps it until the umem is gone.
         let umem = unsafe { hca.create_umem(memory.region()) }?;
         let backing = Some(Backing::Own(memory));
-        let shared = Arc::new(Shared {
-            hca: Arc::clone(hca),
-            umem,
-            base,
-            backing,
-        });
+        let shared = Arc::new(Shared { hca: Arc::clone(hca), umem, base, backing });
         Ok(Self { shared, heap })
     }
 
@@ -111,12 +106,7 @@ impl ControlRegion {
         // SAFETY: the caller's contract.
         let umem = unsafe { hca.create_umem(region) }?;
         let backing = Some(Backing::External { host_base });
-        let shared = Arc::new(Shared {
-            hca: Arc::clone(hca),
-            umem,
-            base: region.addr,
-            backing,
-        });
+        let shared = Arc::new(Shared { hca: Arc::clone(hca), umem, base: region.addr, backing });
         Ok(Self { shared, heap })
     }
 
@@ -145,11 +135,7 @@ impl ControlRegion {
     pub fn carve(&self, len: u64, align: u64) -> Result<Carved, ControlError> {
         let block = self.heap.alloc(len, align)?;
         let block = ManuallyDrop::new(block);
-        Ok(Carved {
-            shared: Arc::clone(&self.shared),
-            block,
-            leaked: false,
-        })
+        Ok(Carved { shared: Arc::clone(&self.shared), block, leaked: false })
     }
 
     /// Takes a ring of `len` bytes.
@@ -178,10 +164,7 @@ impl ControlRegion {
 impl std::fmt::Debug for ControlRegion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (umem, heap) = (self.shared.umem, &self.heap);
-        f.debug_struct("ControlRegion")
-            .field("umem", &umem)
-            .field("heap", heap)
-            .finish_non_exhaustive()
+        f.debug_struct("ControlRegion").field("umem", &umem).field("heap", heap).finish_non_exhaustive()
     }
 }
 
@@ -206,10 +189,7 @@ impl Carved {
     /// Where it lies, as mailboxes name it.
     #[must_use]
     pub fn place(&self) -> Place {
-        Place {
-            umem: self.shared.umem.id,
-            offset: self.block.offset().get(),
-        }
+        Place { umem: self.shared.umem.id, offset: self.block.offset().get() }
     }
 
     /// Its address, as kernels use it.

@@ -24,13 +24,7 @@ impl CommandError {
     /// A command that the device answered with `status`.
     #[must_use]
     pub fn new(opcode: u16, status: Status, syndrome: u32, qp_state: Option<QpState>) -> Self {
-        Self {
-            opcode,
-            status,
-            syndrome,
-            errno: status.errno(),
-            qp_state,
-        }
+        Self { opcode, status, syndrome, errno: status.errno(), qp_state }
     }
 
     /// The command, if it is one we know.
@@ -45,9 +39,7 @@ fn name_of(opcode: u16) -> String {
 }
 
 fn in_state(state: &Option<QpState>) -> String {
-    state
-        .map(|state| format!(", queue pair in state {state}"))
-        .unwrap_or_default()
+    state.map(|state| format!(", queue pair in state {state}")).unwrap_or_default()
 }
 
 /// Why a call through [`crate::Hca`] failed.

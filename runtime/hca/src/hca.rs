@@ -7,10 +7,7 @@
 //! `create_umem`) and the matching release. The device owns doorbell pages; they stay mapped until
 //! the device is dropped, so that a late doorbell is harmless.
 
-#![expect(
-    unsafe_code,
-    reason = "declares the methods whose callers vouch for memory"
-)]
+#![expect(unsafe_code, reason = "declares the methods whose callers vouch for memory")]
 
 use std::os::fd::RawFd;
 
@@ -176,12 +173,7 @@ impl PortInfo {
     /// What a peer must know to reach this port.
     #[must_use]
     pub const fn address(&self) -> PortAddress {
-        PortAddress {
-            link: self.link,
-            lid: self.lid,
-            gid: self.gid,
-            mac: self.mac,
-        }
+        PortAddress { link: self.link, lid: self.lid, gid: self.gid, mac: self.mac }
     }
 }
 
@@ -265,11 +257,7 @@ impl MemoryRegion {
     /// Memory of this process.
     #[must_use]
     pub fn host<T>(start: *const T, len: u64) -> Self {
-        Self {
-            addr: start.expose_provenance() as u64,
-            len,
-            kind: MemoryKind::HostPtr,
-        }
+        Self { addr: start.expose_provenance() as u64, len, kind: MemoryKind::HostPtr }
     }
 }
 
@@ -288,24 +276,13 @@ pub struct Access {
 
 impl Access {
     /// Everything.
-    pub const ALL: Self = Self {
-        local_write: true,
-        remote_write: true,
-        remote_read: true,
-        remote_atomic: true,
-    };
+    pub const ALL: Self =
+        Self { local_write: true, remote_write: true, remote_read: true, remote_atomic: true };
     /// Local reads only: a source of writes and sends.
-    pub const LOCAL_READ: Self = Self {
-        local_write: false,
-        remote_write: false,
-        remote_read: false,
-        remote_atomic: false,
-    };
+    pub const LOCAL_READ: Self =
+        Self { local_write: false, remote_write: false, remote_read: false, remote_atomic: false };
     /// Local access, both ways.
-    pub const LOCAL: Self = Self {
-        local_write: true,
-        ..Self::LOCAL_READ
-    };
+    pub const LOCAL: Self = Self { local_write: true, ..Self::LOCAL_READ };
 }
 
 /// A memory key, with what is needed to name bytes of it.

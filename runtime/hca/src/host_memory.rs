@@ -40,12 +40,7 @@ impl HostMemory {
     /// [`HcaError::OutOfRange`] for a length of zero or above what can be addressed.
     pub fn new(len: u64) -> Result<Self, HcaError> {
         let max = i64::MAX as u64 - PAGE as u64;
-        let refused = HcaError::OutOfRange {
-            field: "memory length",
-            value: len,
-            min: 1,
-            max,
-        };
+        let refused = HcaError::OutOfRange { field: "memory length", value: len, min: 1, max };
         let size = usize::try_from(len).map_err(|_| refused)?;
         let layout = Layout::from_size_align(size, PAGE).map_err(|_| refused)?;
         if size == 0 {
@@ -62,11 +57,7 @@ impl HostMemory {
     /// Access to the bytes.
     #[must_use]
     pub fn view(&self) -> View<'_> {
-        View {
-            base: self.base.as_ptr(),
-            len: self.len,
-            _owner: PhantomData,
-        }
+        View { base: self.base.as_ptr(), len: self.len, _owner: PhantomData }
     }
 
     /// The region to register.
@@ -107,11 +98,7 @@ impl View<'_> {
     /// atomically or as a device.
     #[must_use]
     pub const unsafe fn from_raw(base: *mut u8, len: u64) -> Self {
-        Self {
-            base,
-            len,
-            _owner: PhantomData,
-        }
+        Self { base, len, _owner: PhantomData }
     }
 
     /// Length in bytes.
@@ -136,18 +123,11 @@ impl View<'_> {
     #[must_use]
     pub fn part(&self, offset: u64, len: u64) -> Self {
         let base = self.at(offset, len);
-        Self {
-            base,
-            len,
-            _owner: PhantomData,
-        }
+        Self { base, len, _owner: PhantomData }
     }
 
     fn at(&self, offset: u64, len: u64) -> *mut u8 {
-        assert!(
-            offset <= self.len && len <= self.len - offset,
-            "access outside the view"
-        );
+        assert!(offset <= self.len && len <= self.len - offset, "access outside the view");
         // CAST: in bounds of an allocation, as asserted.
         self.base.wrapping_add(offset as usize)
     }
@@ -192,10 +172,7 @@ impl View<'_> {
     /// Copies `len` bytes out.
     #[must_use]
     pub fn to_vec(&self, offset: u64, len: u64) -> Vec<u8> {
-        assert!(
-            offset <= self.len && len <= self.len - offset,
-            "access outside the view"
-        );
+        assert!(offset <= self.len && len <= self.len - offset, "access outside the view");
         // CAST: in bounds of an allocation.
         let mut out = vec![0; len as usize];
         self.read(offset, &mut out);
@@ -229,11 +206,7 @@ impl Registered {
         // SAFETY: the allocation is accessed by atomics only and lives until `drop`, which deregisters
         // it first.
         let key = unsafe { hca.register(pd, memory.region(), iova, access) }?;
-        Ok(Self {
-            hca: Arc::clone(hca),
-            memory: Some(memory),
-            key,
-        })
+        Ok(Self { hca: Arc::clone(hca), memory: Some(memory), key })
     }
 
     /// The key.
@@ -252,10 +225,7 @@ impl Registered {
     #[must_use]
     pub fn view(&self) -> View<'_> {
         // PANIC: `memory` is taken only in `drop`.
-        self.memory
-            .as_ref()
-            .expect("memory is present until drop")
-            .view()
+        self.memory.as_ref().expect("memory is present until drop").view()
     }
 }
 
@@ -270,8 +240,6 @@ impl Drop for Registered {
 
 impl std::fmt::Debug for Registered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Registered")
-            .field("key", &self.key)
-            .finish_non_exhaustive()
+        f.debug_struct("Registered").field("key", &self.key).finish_non_exhaustive()
     }
 }

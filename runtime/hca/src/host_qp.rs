@@ -14,10 +14,7 @@
 //!
 //! Posting is three separate steps, because each must be ordered after the one before: entries
 //! ([`Batch::push`]), doorbell record ([`Batch::commit`]), doorbell ([`Unrung::ring`]).
-#![expect(
-    unsafe_code,
-    reason = "stores to a doorbell register that the device owns"
-)]
+#![expect(unsafe_code, reason = "stores to a doorbell register that the device owns")]
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -81,13 +78,7 @@ pub struct HostQpSpec {
 impl Default for HostQpSpec {
     fn default() -> Self {
         let cq = CqShape::Collapsed;
-        Self {
-            log_sq_size: 6,
-            recv: None,
-            send_cq: cq,
-            recv_cq: cq,
-            user_index: 0,
-        }
+        Self { log_sq_size: 6, recv: None, send_cq: cq, recv_cq: cq, user_index: 0 }
     }
 }
 
@@ -160,6 +151,7 @@ struct Core {
     pd: Pd,
     qpn: QpNum,
     page: DoorbellPage,
+    has_page: bool,
     register: Register,
     /// Receive ring, then send ring.
     rings: Carved,
@@ -188,10 +180,7 @@ impl<S> HostQp<S> {
     }
 
     fn become_state<T>(mut self) -> HostQp<T> {
-        HostQp {
-            core: self.core.take(),
-            state: PhantomData,
-        }
+        HostQp { core: self.core.take(), state: PhantomData }
     }
 
     /// Its number.
@@ -210,11 +199,7 @@ impl<S> HostQp<S> {
     #[must_use]
     pub fn endpoint(&self, psn: Psn) -> Endpoint {
         let core = self.core();
-        Endpoint {
-            address: core.hca.port().address(),
-            qpn: core.qpn,
-            psn,
-        }
+        Endpoint { address: core.hca.port().address(), qpn: core.qpn, psn }
     }
 
     /// What the device says about it.
@@ -231,6 +216,15 @@ impl<S> HostQp<S> {
     /// The device's refusal.
     pub fn fail(&self) -> Result<(), HcaError> {
         objects::to_err(&*self.core().hca, self.core().qpn)
+    }
+
+    /// Destroys the queue pair, its completion queues and its page now, so that a refusal is seen; a retry
+    /// goes on where this stopped. Dropping does the same, and leaks what is refused.
+    ///
+    /// # Errors
+    /// The device's refusal.
+    pub fn destroy(&mut self) -> Result<(), HcaError> {
+        self.core_mut().destroy()
     }
 
     /// The next send completion.
@@ -289,10 +283,7 @@ impl HostQp<Reset> {
     /// The region is full, or the device's refusal; nothing is left behind.
     pub fn create(region: &ControlRegion, pd: Pd, spec: HostQpSpec) -> Result<Self, ControlError> {
         let core = Core::create(region, pd, spec)?;
-        Ok(Self {
-            core: Some(Box::new(core)),
-            state: PhantomData,
-        })
+        Ok(Self { core: Some(Box::new(core)), state: PhantomData })
     }
 
     /// Replaces the queue pair by a new one, with another number, over the same memory.
@@ -315,15 +306,7 @@ impl HostQp<Reset> {
     pub fn to_init(self, access: Access) -> Result<HostQp<Init>, HcaError> {
         let core = self.core();
         let port_num = core.hca.port().port_num;
-        objects::rst2init(
-            &*core.hca,
-            &InitSpec {
-                qpn: core.qpn,
-                pkey_index: 0,
-                port_num,
-                access,
-            },
-        )?;
+        objects::rst2init(&*core.hca, &InitSpec { qpn: core.qpn, pkey_index: 0, port_num, access })?;
         Ok(self.become_state())
     }
 
@@ -332,9 +315,7 @@ impl HostQp<Reset> {
     /// # Errors
     /// The device's refusal; the objects are then destroyed.
     pub fn connect(self, remote: &Endpoint, spec: &ConnectSpec) -> Result<HostQp<Rts>, HcaError> {
-        self.to_init(spec.access)?
-            .to_rtr(remote, spec)?
-            .to_rts(spec)
+        self.to_init(spec.access)?.to_rtr(remote, spec)?.to_rts(spec)
     }
 }
 
@@ -390,9 +371,7 @@ impl Core {
             let rings = region.carve_ring(recv_len + sq_len)?;
             let record = region.carve_record()?;
             let send_cq = HostCq::create(region, page.uar, spec.send_cq)?;
-            let recv_cq = spec
-                .recv
-                .map(|_| HostCq::create(region, page.uar, spec.recv_cq));
+            let recv_cq = spec.recv.map(|_| HostCq::create(region, page.uar, spec.recv_cq));
             Ok::<_, ControlError>((rings, record, send_cq, recv_cq.transpose()?))
         })();
         let (rings, record, send_cq, recv_cq) = match made {
@@ -411,6 +390,7 @@ impl Core {
             // Nothing has this number until the queue pair is created.
             qpn: QpNum::new(0),
             page,
+            has_page: true,
             register: Register(page.register),
             rings,
             record,
@@ -454,28 +434,41 @@ impl Core {
     }
 }
 
+impl Core {
+    /// The queue pair first: the device keeps what it refers to.
+    fn destroy(&mut self) -> Result<(), HcaError> {
+        if self.qpn.get() != 0 {
+            objects::destroy_qp(&*self.hca, self.qpn)?;
+            self.qpn = QpNum::new(0);
+        }
+        self.send_cq.destroy()?;
+        if let Some(cq) = &mut self.recv_cq {
+            cq.destroy()?;
+        }
+        if self.has_page {
+            self.hca.free_doorbell(self.page)?;
+            self.has_page = false;
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Core {
     fn drop(&mut self) {
-        let created = self.qpn.get() != 0;
-        if created && objects::destroy_qp(&*self.hca, self.qpn).is_err() {
+        // A page that is not given back is lost to the device, and harmless.
+        if self.destroy().is_err() && self.qpn.get() != 0 {
             // The device may still write there: each piece keeps its bytes, and the region its memory.
             // The completion queues find out by themselves that they are in use.
             self.rings.leak();
             self.record.leak();
-            return;
         }
-        // A page that is not given back is lost to the device, and harmless.
-        let _ = self.hca.free_doorbell(self.page);
     }
 }
 
 impl<S> std::fmt::Debug for HostQp<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (qpn, state) = (self.qpn(), std::any::type_name::<S>());
-        f.debug_struct("HostQp")
-            .field("qpn", &qpn)
-            .field("state", &state)
-            .finish_non_exhaustive()
+        f.debug_struct("HostQp").field("qpn", &qpn).field("state", &state).finish_non_exhaustive()
     }
 }
 
@@ -489,21 +482,10 @@ fn create_cq(
 ) -> Result<CqNum, HcaError> {
     let (log_size, collapsed, overrun_ignore) = match shape {
         CqShape::Collapsed => (region.hca().caps().log_min_cq_sz, true, true),
-        CqShape::Ring {
-            log_size,
-            overrun_ignore,
-        } => (log_size, false, overrun_ignore),
+        CqShape::Ring { log_size, overrun_ignore } => (log_size, false, overrun_ignore),
     };
     let eqn = region.hca().eqn(0)?;
     let (ring, record) = (ring.place(), record.place());
-    let spec = CqSpec {
-        eqn,
-        log_size,
-        ring,
-        record,
-        uar,
-        collapsed,
-        overrun_ignore,
-    };
+    let spec = CqSpec { eqn, log_size, ring, record, uar, collapsed, overrun_ignore };
     objects::create_cq(&**region.hca(), &spec)
 }

@@ -21,8 +21,8 @@ pub mod objects;
 
 pub use error::{CommandError, HcaError};
 pub use hca::{
-    Access, AsyncEvent, DoorbellPage, Hca, HcaCaps, LinkLayer, MemoryKind, MemoryRegion, Mkey,
-    Path, PathAddress, PortAddress, PortInfo, Umem,
+    Access, AsyncEvent, DoorbellPage, Hca, HcaCaps, LinkLayer, MemoryKind, MemoryRegion, Mkey, Path,
+    PathAddress, PortAddress, PortInfo, Umem,
 };
 
 /// Nanoseconds on the clock of whoever drives the device; the device itself reads no clock.

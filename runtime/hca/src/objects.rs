@@ -164,12 +164,7 @@ fn fitting(name: &'static str, field: Field, value: u64) -> Result<(Field, u64),
     let max = field.value_max();
     match value <= max {
         true => Ok((field, value)),
-        false => Err(HcaError::OutOfRange {
-            field: name,
-            value,
-            min: 0,
-            max,
-        }),
+        false => Err(HcaError::OutOfRange { field: name, value, min: 0, max }),
     }
 }
 
@@ -180,11 +175,7 @@ fn set_all(bytes: &mut [u8], values: &[(Field, u64)]) {
 }
 
 /// Sends a command that names one object by number; gives the reply.
-pub(crate) fn simple_out(
-    hca: &dyn Hca,
-    op: Op,
-    number: Option<u32>,
-) -> Result<[u8; 16], CommandError> {
+pub(crate) fn simple_out(hca: &dyn Hca, op: Op, number: Option<u32>) -> Result<[u8; 16], CommandError> {
     let mut input = [0; 16];
     prm::set(&mut input, prm::cmd_in::OPCODE, op.code().into());
     if let Some(number) = number {
@@ -252,10 +243,7 @@ pub fn create_qp(hca: &dyn Hca, spec: &QpSpec) -> Result<QpNum, HcaError> {
     use prm::{create_qp_in as cmd, qpc};
     let mut input = [0; cmd::LEN];
     let context = prm::part_mut(&mut input, cmd::QPC);
-    let recv = spec.recv.unwrap_or(RecvSpec {
-        log_size: 0,
-        log_segs: 0,
-    });
+    let recv = spec.recv.unwrap_or(RecvSpec { log_size: 0, log_segs: 0 });
     set_all(
         context,
         &[
@@ -263,10 +251,7 @@ pub fn create_qp(hca: &dyn Hca, spec: &QpSpec) -> Result<QpNum, HcaError> {
             (qpc::PD, spec.pd.into()),
             fitting("recv.log_size", qpc::LOG_RQ_SIZE, recv.log_size.into())?,
             fitting("recv.log_segs", qpc::LOG_RQ_STRIDE, recv.log_segs.into())?,
-            (
-                qpc::RQ_TYPE,
-                if spec.recv.is_some() { RQ_OWN } else { RQ_NONE },
-            ),
+            (qpc::RQ_TYPE, if spec.recv.is_some() { RQ_OWN } else { RQ_NONE }),
             fitting("log_sq_size", qpc::LOG_SQ_SIZE, spec.log_sq_size.into())?,
             (qpc::UAR_PAGE, spec.uar.into()),
             fitting("user_index", qpc::USER_INDEX, spec.user_index.into())?,
@@ -314,11 +299,7 @@ fn modify(
     let qpc = prm::part_mut(&mut input, cmd::QPC);
     set_all(qpc, context);
     if let Some(gid) = gid {
-        prm::set_bytes(
-            prm::part_mut(qpc, qpc::PRIMARY_ADDRESS_PATH),
-            ads::RGID_RIP,
-            gid,
-        );
+        prm::set_bytes(prm::part_mut(qpc, qpc::PRIMARY_ADDRESS_PATH), ads::RGID_RIP, gid);
     }
     Ok(hca.exec(&input, &mut [0; 16])?)
 }
@@ -365,14 +346,7 @@ pub fn init2rtr(hca: &dyn Hca, spec: &RtrSpec) -> Result<(), HcaError> {
             (path(ads::RLID), (*rlid).into()),
             fitting("path.sl", path(ads::SL), spec.path.sl.into())?,
         ]),
-        PathAddress::Roce {
-            rgid,
-            rmac,
-            sgid_index,
-            hop_limit,
-            tclass,
-            udp_sport,
-        } => {
+        PathAddress::Roce { rgid, rmac, sgid_index, hop_limit, tclass, udp_sport } => {
             let (high, low) = rmac.split();
             gid = Some(rgid.0.as_slice());
             context.extend([
@@ -436,10 +410,7 @@ pub fn query_qp(hca: &dyn Hca, qpn: QpNum) -> Result<QpInfo, HcaError> {
     hca.exec(&input, &mut output)?;
     let context = prm::part(&output, reply::QPC);
     let code = prm::get(context, qpc::STATE);
-    let unknown = HcaError::Unknown {
-        what: "queue pair state",
-        number: code,
-    };
+    let unknown = HcaError::Unknown { what: "queue pair state", number: code };
     Ok(QpInfo {
         state: QpState::from_code(code).ok_or(unknown)?,
         remote_qpn: QpNum::new(get32(context, qpc::REMOTE_QPN)),

@@ -19,16 +19,9 @@ impl Emulated {
 
     fn on(fabric: FabricConfig, link: LinkLayer, doorbells: Doorbells) -> Self {
         let fabric = Fabric::inproc(fabric);
-        let config = EmulatedConfig {
-            link,
-            doorbells,
-            ..EmulatedConfig::default()
-        };
+        let config = EmulatedConfig { link, doorbells, ..EmulatedConfig::default() };
         let hcas = [0, 1].map(|_| EmulatedHca::new(Arc::clone(&fabric), config).unwrap());
-        Self {
-            hcas,
-            now: Nanos(0),
-        }
+        Self { hcas, now: Nanos(0) }
     }
 }
 

@@ -35,8 +35,12 @@ fn bring_up(region: &ControlRegion, pd: ibex_abi::types::Pd) -> Result<HostQp<Rt
 #[test]
 fn a_bring_up_that_fails_at_any_command_leaves_nothing_and_can_be_retried() {
     let commands = [
-        (Op::AllocUar, 1), (Op::CreateCq, 2), (Op::CreateQp, 1), (Op::Rst2InitQp, 1),
-        (Op::Init2RtrQp, 1), (Op::Rtr2RtsQp, 1),
+        (Op::AllocUar, 1),
+        (Op::CreateCq, 2),
+        (Op::CreateQp, 1),
+        (Op::Rst2InitQp, 1),
+        (Op::Init2RtrQp, 1),
+        (Op::Rtr2RtsQp, 1),
     ];
     for (op, occurrences) in commands {
         for skip in 0..occurrences {
@@ -168,10 +172,18 @@ fn the_trace_tells_what_a_recreation_touched() {
     let _qp = fresh.connect(&far.qp.endpoint(spec.psn), &spec).unwrap();
     let trace = near.device.take_trace();
     let ops: Vec<_> = trace.iter().map(|record| (record.op.unwrap(), record.qpn.unwrap())).collect();
-    assert_eq!(ops, [
-        (Op::ToErrQp, old), (Op::ToRstQp, old), (Op::DestroyQp, old), (Op::CreateQp, new),
-        (Op::Rst2InitQp, new), (Op::Init2RtrQp, new), (Op::Rtr2RtsQp, new),
-    ]);
+    assert_eq!(
+        ops,
+        [
+            (Op::ToErrQp, old),
+            (Op::ToRstQp, old),
+            (Op::DestroyQp, old),
+            (Op::CreateQp, new),
+            (Op::Rst2InitQp, new),
+            (Op::Init2RtrQp, new),
+            (Op::Rtr2RtsQp, new),
+        ]
+    );
     assert!(trace.iter().all(|record| record.object == ObjectKind::Qp && record.status == Status::Ok));
     assert!(ops.iter().all(|(_, qpn)| *qpn != bystander.qpn()));
     assert!(near.device.trace().is_empty());

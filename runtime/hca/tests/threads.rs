@@ -29,11 +29,7 @@ fn wait(qp: &mut HostQp<Rts>) -> Completion {
 }
 
 /// Steps the devices until told to stop, each on a thread of its own.
-fn step_each<'s>(
-    scope: &'s std::thread::Scope<'s, '_>,
-    devices: &[Arc<EmulatedHca>],
-    stop: &'s AtomicBool,
-) {
+fn step_each<'s>(scope: &'s std::thread::Scope<'s, '_>, devices: &[Arc<EmulatedHca>], stop: &'s AtomicBool) {
     for device in devices {
         let device = Arc::clone(device);
         scope.spawn(move || {

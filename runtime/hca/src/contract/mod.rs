@@ -121,13 +121,7 @@ impl End {
         let pd = hca.alloc_pd().expect("a protection domain");
         let region = ControlRegion::host(&hca, 4 << 20).expect("a control region");
         let buffer = Registered::new(&hca, pd, BUFFER, access).expect("a buffer");
-        Self {
-            qp: None,
-            buffer,
-            region,
-            pd,
-            hca,
-        }
+        Self { qp: None, buffer, region, pd, hca }
     }
 
     fn create(&self, spec: HostQpSpec) -> HostQp<Reset> {
@@ -143,10 +137,7 @@ impl End {
     }
 
     fn remote(&self, offset: u64) -> Remote {
-        Remote {
-            addr: Iova(self.buffer.iova(offset)),
-            rkey: self.buffer.key().rkey,
-        }
+        Remote { addr: Iova(self.buffer.iova(offset)), rkey: self.buffer.key().rkey }
     }
 
     fn put(&self, offset: u64, bytes: &[u8]) {
@@ -165,11 +156,7 @@ impl End {
     /// The next completion, which must be good.
     fn good(&mut self) -> Completion {
         let completion = self.completion();
-        assert_eq!(
-            completion.outcome,
-            Outcome::Good(CqeOpcode::Req),
-            "{completion:?}"
-        );
+        assert_eq!(completion.outcome, Outcome::Good(CqeOpcode::Req), "{completion:?}");
         completion
     }
 
@@ -196,14 +183,8 @@ fn connect(ends: &mut [End; 2], rigs: [Rig; 2]) {
     let qps = [0, 1].map(|end| ends[end].create(rigs[end].qp));
     let endpoints = [0, 1].map(|end: usize| qps[end].endpoint(PSN[end]));
     for (end, qp) in qps.into_iter().enumerate() {
-        let spec = ConnectSpec {
-            psn: PSN[end],
-            ..rigs[end].connect
-        };
-        ends[end].qp = Some(
-            qp.connect(&endpoints[1 - end], &spec)
-                .expect("a connection"),
-        );
+        let spec = ConnectSpec { psn: PSN[end], ..rigs[end].connect };
+        ends[end].qp = Some(qp.connect(&endpoints[1 - end], &spec).expect("a connection"));
     }
 }
 
@@ -226,9 +207,7 @@ fn atomic(remote: Remote, op: AtomicOp, result: DataSeg) -> Request {
 /// A pattern that differs at every offset and for every seed.
 fn pattern(seed: u8, len: usize) -> Vec<u8> {
     // CAST: the low byte of a hash is what is wanted.
-    (0..len)
-        .map(|at| (at.wrapping_mul(0x9e37) >> 3) as u8 ^ seed)
-        .collect()
+    (0..len).map(|at| (at.wrapping_mul(0x9e37) >> 3) as u8 ^ seed).collect()
 }
 
 const SIGNALED: CtrlFlags = CtrlFlags::SIGNALED;

@@ -8,14 +8,7 @@ use crate::AsyncEvent;
 use crate::host_qp::{ConnectSpec, CqShape, HostQpSpec};
 
 fn small_queue(log_sq_size: u8, send_cq: CqShape) -> Rig {
-    Rig {
-        qp: HostQpSpec {
-            log_sq_size,
-            send_cq,
-            ..HostQpSpec::default()
-        },
-        ..Rig::default()
-    }
+    Rig { qp: HostQpSpec { log_sq_size, send_cq, ..HostQpSpec::default() }, ..Rig::default() }
 }
 
 pub(super) fn a_queue_of_four_blocks_wraps_past_2_to_the_16(world: &mut dyn World) {
@@ -25,11 +18,7 @@ pub(super) fn a_queue_of_four_blocks_wraps_past_2_to_the_16(world: &mut dyn Worl
     while posted < total {
         let mut batch = near.qp().batch();
         for last in [false, false, true] {
-            let flags = if last {
-                SIGNALED
-            } else {
-                CtrlFlags::UNSIGNALED
-            };
+            let flags = if last { SIGNALED } else { CtrlFlags::UNSIGNALED };
             let request = write(far.remote((posted % 16) * 8), inline(&posted.to_ne_bytes()));
             let idx = batch.push(flags, request).expect("the queue was drained");
             assert_eq!(u64::from(idx), posted & 0xffff);
@@ -50,9 +39,7 @@ pub(super) fn a_long_entry_wraps_at_the_end_of_the_queue(world: &mut dyn World) 
     for round in 0..200_usize {
         let len = 1 + (round * 61) % 900;
         let bytes = pattern(round.to_le_bytes()[0], len);
-        near.qp()
-            .post(SIGNALED, write(far.remote(0), inline(&bytes)))
-            .expect("the queue is empty");
+        near.qp().post(SIGNALED, write(far.remote(0), inline(&bytes))).expect("the queue is empty");
         world.settle(PATIENCE_NS);
         near.good();
         assert_eq!(far.get(0, len as u64), bytes, "round {round}, {len} bytes");
@@ -60,16 +47,11 @@ pub(super) fn a_long_entry_wraps_at_the_end_of_the_queue(world: &mut dyn World) 
 }
 
 pub(super) fn a_ring_cq_shows_every_completion_with_its_owner_bit(world: &mut dyn World) {
-    let ring = CqShape::Ring {
-        log_size: 2,
-        overrun_ignore: false,
-    };
+    let ring = CqShape::Ring { log_size: 2, overrun_ignore: false };
     let [mut near, far] = connected(world, small_queue(3, ring));
     for round in 0..20_u16 {
         for _ in 0..3 {
-            near.qp()
-                .post(SIGNALED, write(far.remote(0), inline(&[1; 8])))
-                .expect("room");
+            near.qp().post(SIGNALED, write(far.remote(0), inline(&[1; 8]))).expect("room");
         }
         world.settle(PATIENCE_NS);
         for nth in 0..3 {
@@ -80,46 +62,26 @@ pub(super) fn a_ring_cq_shows_every_completion_with_its_owner_bit(world: &mut dy
 }
 
 pub(super) fn an_overrun_fails_the_queue_and_its_user(world: &mut dyn World) {
-    let ring = CqShape::Ring {
-        log_size: 1,
-        overrun_ignore: false,
-    };
+    let ring = CqShape::Ring { log_size: 1, overrun_ignore: false };
     let [mut near, far] = connected(world, small_queue(4, ring));
     for _ in 0..3 {
-        near.qp()
-            .post(SIGNALED, write(far.remote(0), inline(&[1; 8])))
-            .expect("room");
+        near.qp().post(SIGNALED, write(far.remote(0), inline(&[1; 8]))).expect("room");
     }
     world.settle(PATIENCE_NS);
     let (cqn, qpn) = (near.qp().send_cq().num(), near.qp().qpn());
-    assert_eq!(
-        near.hca.poll_async_event(),
-        Some(AsyncEvent::CqError { cqn })
-    );
-    assert_eq!(
-        near.hca.poll_async_event(),
-        Some(AsyncEvent::QpFatal { qpn })
-    );
+    assert_eq!(near.hca.poll_async_event(), Some(AsyncEvent::CqError { cqn }));
+    assert_eq!(near.hca.poll_async_event(), Some(AsyncEvent::QpFatal { qpn }));
     let info = near.qp().query().expect("the queue pair still exists");
     assert_eq!(info.state, ibex_abi::types::QpState::Err);
     assert_eq!((near.good().wqe_counter, near.good().wqe_counter), (0, 1));
-    assert_eq!(
-        near.qp().poll(),
-        None,
-        "an overrun queue takes nothing more"
-    );
+    assert_eq!(near.qp().poll(), None, "an overrun queue takes nothing more");
 }
 
 pub(super) fn an_overrun_is_ignored_where_asked(world: &mut dyn World) {
-    let ring = CqShape::Ring {
-        log_size: 1,
-        overrun_ignore: true,
-    };
+    let ring = CqShape::Ring { log_size: 1, overrun_ignore: true };
     let [mut near, far] = connected(world, small_queue(4, ring));
     for _ in 0..5 {
-        near.qp()
-            .post(SIGNALED, write(far.remote(0), inline(&[1; 8])))
-            .expect("room");
+        near.qp().post(SIGNALED, write(far.remote(0), inline(&[1; 8]))).expect("room");
     }
     world.settle(PATIENCE_NS);
     assert_eq!(near.hca.poll_async_event(), None);
@@ -130,9 +92,7 @@ pub(super) fn an_overrun_is_ignored_where_asked(world: &mut dyn World) {
 pub(super) fn a_collapsed_cq_shows_the_latest_completion(world: &mut dyn World) {
     let [mut near, far] = connected(world, Rig::default());
     for _ in 0..5 {
-        near.qp()
-            .post(SIGNALED, write(far.remote(0), inline(&[1; 8])))
-            .expect("room");
+        near.qp().post(SIGNALED, write(far.remote(0), inline(&[1; 8]))).expect("room");
     }
     world.settle(PATIENCE_NS);
     assert_eq!(near.good().wqe_counter, 4);
@@ -140,12 +100,8 @@ pub(super) fn a_collapsed_cq_shows_the_latest_completion(world: &mut dyn World) 
     // Errors too: a flush overwrites the error that caused it.
     let mut bad = far.remote(0);
     bad.rkey = super::BAD_KEY;
-    near.qp()
-        .post(SIGNALED, write(bad, inline(&[1; 8])))
-        .expect("room");
-    near.qp()
-        .post(SIGNALED, Request::Nop { body: Vec::new() })
-        .expect("room");
+    near.qp().post(SIGNALED, write(bad, inline(&[1; 8]))).expect("room");
+    near.qp().post(SIGNALED, Request::Nop { body: Vec::new() }).expect("room");
     world.settle(PATIENCE_NS);
     assert_eq!(near.failed(Syndrome::WR_FLUSH).wqe_counter, 6);
 }
@@ -164,36 +120,17 @@ pub(super) fn reset_and_renewal_reuse_the_same_memory(world: &mut dyn World) {
         let places = [0, 1].map(|end: usize| ends[end].qp().rings().place());
         let numbers = [0, 1].map(|end: usize| ends[end].qp().qpn());
         let fresh = [0, 1].map(|end: usize| {
-            let old = ends[end]
-                .qp
-                .take()
-                .expect("connected")
-                .reset()
-                .expect("reset");
-            if round % 2 == 0 {
-                old.renew().expect("renewal")
-            } else {
-                old
-            }
+            let old = ends[end].qp.take().expect("connected").reset().expect("reset");
+            if round % 2 == 0 { old.renew().expect("renewal") } else { old }
         });
         for (end, qp) in fresh.iter().enumerate() {
             assert_eq!(qp.rings().place(), places[end], "the same memory");
-            assert_eq!(
-                qp.qpn() == numbers[end],
-                round % 2 == 1,
-                "a new number only when renewed"
-            );
+            assert_eq!(qp.qpn() == numbers[end], round % 2 == 1, "a new number only when renewed");
         }
         let endpoints = [0, 1].map(|end: usize| fresh[end].endpoint(PSN[end]));
         for (end, qp) in fresh.into_iter().enumerate() {
-            let spec = ConnectSpec {
-                psn: PSN[end],
-                ..ConnectSpec::default()
-            };
-            ends[end].qp = Some(
-                qp.connect(&endpoints[1 - end], &spec)
-                    .expect("reconnection"),
-            );
+            let spec = ConnectSpec { psn: PSN[end], ..ConnectSpec::default() };
+            ends[end].qp = Some(qp.connect(&endpoints[1 - end], &spec).expect("reconnection"));
         }
     }
     for end in &mut ends {

@@ -15,31 +15,17 @@ pub(super) fn execute(op: AtomicOp, word: Span) -> u64 {
         AtomicOp::CmpSwap { swap, compare } => {
             word.update64(0, |old| if old == compare { swap } else { old })
         }
-        AtomicOp::MaskedFetchAdd64 {
-            add,
-            field_boundary,
-        } => word.update64(0, |old| add_fields(old, add, field_boundary)),
-        AtomicOp::MaskedCmpSwap64 {
-            swap,
-            compare,
-            swap_mask,
-            compare_mask,
-        } => word.update64(0, |old| {
-            swap_masked(old, swap, compare, swap_mask, compare_mask)
-        }),
-        AtomicOp::MaskedFetchAdd32 {
-            add,
-            field_boundary,
-        } => {
+        AtomicOp::MaskedFetchAdd64 { add, field_boundary } => {
+            word.update64(0, |old| add_fields(old, add, field_boundary))
+        }
+        AtomicOp::MaskedCmpSwap64 { swap, compare, swap_mask, compare_mask } => {
+            word.update64(0, |old| swap_masked(old, swap, compare, swap_mask, compare_mask))
+        }
+        AtomicOp::MaskedFetchAdd32 { add, field_boundary } => {
             let change = |old: u32| low(add_fields(old.into(), add.into(), field_boundary.into()));
             word.update32(0, change).into()
         }
-        AtomicOp::MaskedCmpSwap32 {
-            swap,
-            compare,
-            swap_mask,
-            compare_mask,
-        } => {
+        AtomicOp::MaskedCmpSwap32 { swap, compare, swap_mask, compare_mask } => {
             let [swap, compare] = [u64::from(swap), u64::from(compare)];
             let masks = [u64::from(swap_mask), u64::from(compare_mask)];
             let change = |old: u32| low(swap_masked(old.into(), swap, compare, masks[0], masks[1]));
@@ -62,11 +48,7 @@ const fn add_fields(old: u64, add: u64, boundary: u64) -> u64 {
 }
 
 const fn swap_masked(old: u64, swap: u64, compare: u64, swap_mask: u64, compare_mask: u64) -> u64 {
-    if (old ^ compare) & compare_mask == 0 {
-        (old & !swap_mask) | (swap & swap_mask)
-    } else {
-        old
-    }
+    if (old ^ compare) & compare_mask == 0 { (old & !swap_mask) | (swap & swap_mask) } else { old }
 }
 
 #[cfg(test)]
@@ -79,21 +61,14 @@ mod tests {
         for bit in 0..64 {
             let sum = (old >> bit & 1) + (add >> bit & 1) + carry;
             out |= (sum & 1) << bit;
-            carry = if boundary >> bit & 1 == 1 {
-                0
-            } else {
-                sum >> 1
-            };
+            carry = if boundary >> bit & 1 == 1 { 0 } else { sum >> 1 };
         }
         out
     }
 
     #[test]
     fn no_carry_leaves_a_field() {
-        assert_eq!(
-            add_fields(0x00ff_00ff, 0x0001_0001, 0x8000_8000_8000_8000),
-            0x0100_0100
-        );
+        assert_eq!(add_fields(0x00ff_00ff, 0x0001_0001, 0x8000_8000_8000_8000), 0x0100_0100);
         assert_eq!(add_fields(0xffff_ffff, 1, 0x8000_0000), 0);
         assert_eq!(add_fields(0xffff_ffff, 1, 0), 0x1_0000_0000);
         assert_eq!(add_fields(u64::MAX, 1, 1 << 63), 0);

@@ -105,11 +105,7 @@ pub(super) struct Refusal {
 }
 
 const fn refuse(status: Status, syndrome: CommandSyndrome) -> Refusal {
-    Refusal {
-        status,
-        syndrome,
-        qp_state: None,
-    }
+    Refusal { status, syndrome, qp_state: None }
 }
 
 /// What a command touched, for the trace.
@@ -121,10 +117,7 @@ pub(super) struct Touched {
 
 impl Touched {
     const fn new(kind: ObjectKind, number: u32) -> Self {
-        Self {
-            kind,
-            number: Some(number),
-        }
+        Self { kind, number: Some(number) }
     }
 }
 
@@ -185,9 +178,7 @@ impl Default for Objects {
 impl Objects {
     /// A page that was freed and whose register still exists, or a new one.
     fn uar(&self, idx: u32) -> Result<&Arc<Uar>, Refusal> {
-        self.uars
-            .get(&idx)
-            .ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownUar))
+        self.uars.get(&idx).ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownUar))
     }
 }
 
@@ -195,11 +186,7 @@ impl Objects {
 fn next_number(next: &mut u32, first: u32, taken: impl Fn(u32) -> bool) -> u32 {
     loop {
         let number = *next;
-        *next = if number == 0xff_ffff {
-            first
-        } else {
-            number + 1
-        };
+        *next = if number == 0xff_ffff { first } else { number + 1 };
         if !taken(number) {
             return number;
         }
@@ -237,19 +224,12 @@ impl EmulatedHca {
             }
             Some(op) => self.dispatch(&mut objects, op, input, output),
         };
-        let status = done
-            .as_ref()
-            .map_or_else(|refusal| refusal.status, |_| Status::Ok);
+        let status = done.as_ref().map_or_else(|refusal| refusal.status, |_| Status::Ok);
         self.record(op, input, done.as_ref().ok(), status);
         let Err(refusal) = done else { return Ok(()) };
         let syndrome = refusal.syndrome.code();
         answer(output, refusal.status, syndrome);
-        Err(CommandError::new(
-            opcode,
-            refusal.status,
-            syndrome,
-            refusal.qp_state,
-        ))
+        Err(CommandError::new(opcode, refusal.status, syndrome, refusal.qp_state))
     }
 
     fn dispatch(&self, objects: &mut Objects, op: Op, input: &[u8], output: &mut [u8]) -> Done {
@@ -303,23 +283,13 @@ fn named_by(op: Option<Op>, input: &[u8]) -> Touched {
     };
     let creates = matches!(
         op,
-        Some(
-            Op::AllocPd
-                | Op::CreateMkey
-                | Op::CreateUmem
-                | Op::AllocUar
-                | Op::CreateCq
-                | Op::CreateQp
-        )
+        Some(Op::AllocPd | Op::CreateMkey | Op::CreateUmem | Op::AllocUar | Op::CreateCq | Op::CreateQp)
     );
     // Every command that names an object names it in the same 24 bits.
     let number = prm::try_get(input, prm::qp_2err_in::QPN).filter(|_| !creates);
     let number = number.filter(|_| kind != ObjectKind::Device);
     // CAST: 24 bits.
-    Touched {
-        kind,
-        number: number.map(|number| number as u32),
-    }
+    Touched { kind, number: number.map(|number| number as u32) }
 }
 
 /// Fills a reply's header, as far as there is room for it.

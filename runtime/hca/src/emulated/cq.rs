@@ -75,13 +75,7 @@ impl Entry for ErrorCqe {
 impl Cq {
     pub(super) fn new(num: CqNum, layout: CqLayout, holds: Vec<UmemHold>) -> Arc<Self> {
         let (producer, holds) = (Mutex::default(), Mutex::new(holds));
-        Arc::new(Self {
-            num,
-            layout,
-            producer,
-            holds,
-            users: AtomicU32::new(0),
-        })
+        Arc::new(Self { num, layout, producer, holds, users: AtomicU32::new(0) })
     }
 
     /// Writes the next entry; the owner bit is filled in here.
@@ -120,18 +114,10 @@ fn store_entry(ring: Span, at: u64, entry: &[u8]) {
     let (words, tail) = entry.as_chunks::<8>();
     debug_assert!(tail.is_empty() && words.len() == 8);
     for (idx, word) in words.iter().enumerate().take(7) {
-        ring.store64(
-            at + 8 * idx as u64,
-            u64::from_ne_bytes(*word),
-            Ordering::Relaxed,
-        );
+        ring.store64(at + 8 * idx as u64, u64::from_ne_bytes(*word), Ordering::Relaxed);
     }
     let [a, b, c, d, word @ ..] = words[7];
-    ring.store32(
-        at + 0x38,
-        u32::from_ne_bytes([a, b, c, d]),
-        Ordering::Relaxed,
-    );
+    ring.store32(at + 0x38, u32::from_ne_bytes([a, b, c, d]), Ordering::Relaxed);
     let at = at + COMPLETION_WORD_OFFSET as u64;
     ring.store32(at, u32::from_ne_bytes(word), Ordering::Release);
 }

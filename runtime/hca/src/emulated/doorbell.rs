@@ -15,10 +15,7 @@ use ibex_abi::types::UarIdx;
 use super::memory::OwnPage;
 
 /// The two halves of the first BlueFlame register, which libmlx5 uses in turn.
-const REGISTERS: [u64; 2] = [
-    UAR_BLUE_FLAME_OFFSET as u64,
-    UAR_BLUE_FLAME_OFFSET as u64 + 0x100,
-];
+const REGISTERS: [u64; 2] = [UAR_BLUE_FLAME_OFFSET as u64, UAR_BLUE_FLAME_OFFSET as u64 + 0x100];
 
 /// One user access region.
 #[derive(Debug)]
@@ -30,11 +27,7 @@ pub(super) struct Uar {
 
 impl Uar {
     pub(super) fn new(idx: UarIdx) -> Self {
-        Self {
-            idx,
-            page: OwnPage::new(),
-            seen: [AtomicU64::new(0), AtomicU64::new(0)],
-        }
+        Self { idx, page: OwnPage::new(), seen: [AtomicU64::new(0), AtomicU64::new(0)] }
     }
 
     /// Address of the register that drivers store to.

@@ -1,8 +1,5 @@
 //! The emulated device behind [`Hca`]: typed calls become the mailboxes that a driver would send.
-#![expect(
-    unsafe_code,
-    reason = "grants memory under the contract of the unsafe trait methods"
-)]
+#![expect(unsafe_code, reason = "grants memory under the contract of the unsafe trait methods")]
 
 use ibex_abi::prm::{self, Op};
 use ibex_abi::types::{Eqn, Iova, Lkey, MkeyIndex, Pd, Rkey, UarIdx, UmemId};
@@ -52,13 +49,7 @@ impl Hca for EmulatedHca {
             Ok(index) => {
                 objects.key_grants.insert(index, Granted { window });
                 let key = index.key(0);
-                Ok(Mkey {
-                    index,
-                    lkey: Lkey(key),
-                    rkey: Rkey(key),
-                    iova,
-                    len: mem.len,
-                })
+                Ok(Mkey { index, lkey: Lkey(key), rkey: Rkey(key), iova, len: mem.len })
             }
             Err(error) => {
                 objects.iommu.revoke(window);
@@ -100,16 +91,10 @@ impl Hca for EmulatedHca {
     fn alloc_doorbell(&self) -> Result<DoorbellPage, HcaError> {
         let output = simple_out(self, Op::AllocUar, None)?;
         let uar = UarIdx::new(number(&output));
-        let unknown = HcaError::Unknown {
-            what: "doorbell page",
-            number: uar.into(),
-        };
+        let unknown = HcaError::Unknown { what: "doorbell page", number: uar.into() };
         let uars = self.uars.lock();
         let page = uars.iter().find(|page| page.idx == uar).ok_or(unknown)?;
-        Ok(DoorbellPage {
-            uar,
-            register: page.register(),
-        })
+        Ok(DoorbellPage { uar, register: page.register() })
     }
 
     fn free_doorbell(&self, page: DoorbellPage) -> Result<(), HcaError> {
@@ -130,9 +115,7 @@ impl Hca for EmulatedHca {
 
     fn resolve(&self, remote: &PortAddress) -> Result<Path, HcaError> {
         if remote.link != self.port.link {
-            return Err(HcaError::Unreachable {
-                reason: "the ports have different link layers",
-            });
+            return Err(HcaError::Unreachable { reason: "the ports have different link layers" });
         }
         let to = match remote.link {
             LinkLayer::Ib => PathAddress::Ib { rlid: remote.lid },
@@ -146,16 +129,9 @@ impl Hca for EmulatedHca {
             },
         };
         if self.fabric.locate(&to).is_none() {
-            return Err(HcaError::Unreachable {
-                reason: "no port has this address",
-            });
+            return Err(HcaError::Unreachable { reason: "no port has this address" });
         }
-        Ok(Path {
-            port_num: self.port.port_num,
-            sl: 0,
-            to,
-            mtu: self.port.mtu,
-        })
+        Ok(Path { port_num: self.port.port_num, sl: 0, to, mtu: self.port.mtu })
     }
 
     fn exec(&self, input: &[u8], output: &mut [u8]) -> Result<(), CommandError> {
@@ -181,28 +157,16 @@ impl EmulatedHca {
     unsafe fn grant(&self, mem: &MemoryRegion) -> Result<(WindowId, u64), HcaError> {
         let max = i64::MAX as u64;
         if mem.len == 0 || mem.len > max || mem.addr.checked_add(mem.len).is_none() {
-            return Err(HcaError::OutOfRange {
-                field: "region length",
-                value: mem.len,
-                min: 1,
-                max,
-            });
+            return Err(HcaError::OutOfRange { field: "region length", value: mem.len, min: 1, max });
         }
         let mut objects = self.objects.lock();
         match mem.kind {
             // SAFETY: the caller's contract.
-            MemoryKind::HostPtr => {
-                Ok((unsafe { objects.iommu.grant(mem.addr, mem.len) }, mem.addr))
-            }
-            MemoryKind::DmaBuf { fd, offset } => {
-                objects
-                    .iommu
-                    .map(fd, offset, mem.len)
-                    .map_err(|failed| HcaError::Os {
-                        call: "mmap",
-                        errno: failed.errno,
-                    })
-            }
+            MemoryKind::HostPtr => Ok((unsafe { objects.iommu.grant(mem.addr, mem.len) }, mem.addr)),
+            MemoryKind::DmaBuf { fd, offset } => objects
+                .iommu
+                .map(fd, offset, mem.len)
+                .map_err(|failed| HcaError::Os { call: "mmap", errno: failed.errno }),
         }
     }
 
@@ -258,11 +222,7 @@ impl EmulatedHca {
         let list = page_list(addr, len, log_page);
         let mut input = vec![0; cmd::LEN];
         let context = prm::part_mut(&mut input, cmd::UMEM);
-        prm::set(
-            context,
-            umem::LOG_PAGE_SIZE,
-            u64::from(log_page) - u64::from(PAGE.trailing_zeros()),
-        );
+        prm::set(context, umem::LOG_PAGE_SIZE, u64::from(log_page) - u64::from(PAGE.trailing_zeros()));
         prm::set(context, umem::PAGE_OFFSET, addr & ((1 << log_page) - 1));
         prm::set(context, umem::NUM_OF_MTT, list.len() as u64 / 8);
         prm::set(&mut input, cmd::OPCODE, Op::CreateUmem.code().into());
@@ -278,7 +238,5 @@ fn page_list(addr: u64, len: u64, log_page: u32) -> Vec<u8> {
     let page = 1_u64 << log_page;
     let first = addr & !(page - 1);
     let count = (addr + len - first).div_ceil(page);
-    (0..count)
-        .flat_map(|idx| (first + idx * page | 3).to_be_bytes())
-        .collect()
+    (0..count).flat_map(|idx| (first + idx * page | 3).to_be_bytes()).collect()
 }

@@ -10,10 +10,7 @@
 //!
 //! INVARIANT: a `Span` is used only while its window is granted. Spans from memory keys live no longer
 //! than a read guard of the key table; rings hold their umem, whose release is refused while they live.
-#![expect(
-    unsafe_code,
-    reason = "DMA: reads and writes memory that other agents own"
-)]
+#![expect(unsafe_code, reason = "DMA: reads and writes memory that other agents own")]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::os::fd::RawFd;
@@ -37,10 +34,7 @@ unsafe impl Sync for Span {}
 
 impl Span {
     /// A span of no bytes, for zero-length messages.
-    pub(super) const EMPTY: Self = Self {
-        base: std::ptr::null_mut(),
-        len: 0,
-    };
+    pub(super) const EMPTY: Self = Self { base: std::ptr::null_mut(), len: 0 };
 
     pub(super) const fn len(&self) -> u64 {
         self.len
@@ -57,18 +51,12 @@ impl Span {
             return None;
         }
         // CAST: offset <= len of a live range, which fits usize.
-        Some(Self {
-            base: self.base.wrapping_add(offset as usize),
-            len,
-        })
+        Some(Self { base: self.base.wrapping_add(offset as usize), len })
     }
 
     #[inline]
     fn at(&self, offset: u64, len: u64) -> *mut u8 {
-        assert!(
-            offset <= self.len && len <= self.len - offset,
-            "DMA outside its span"
-        );
+        assert!(offset <= self.len && len <= self.len - offset, "DMA outside its span");
         // CAST: in bounds, as asserted.
         self.base.wrapping_add(offset as usize)
     }
@@ -311,10 +299,7 @@ impl OwnPage {
     }
 
     pub(super) fn span(&self) -> Span {
-        Span {
-            base: self.base.as_ptr(),
-            len: PAGE,
-        }
+        Span { base: self.base.as_ptr(), len: PAGE }
     }
 }
 
@@ -385,58 +370,30 @@ impl Iommu {
     }
 
     /// Maps and grants `len` bytes behind a descriptor; returns the grant and its address here.
-    pub(super) fn map(
-        &mut self,
-        fd: RawFd,
-        offset: u64,
-        len: u64,
-    ) -> Result<(WindowId, u64), MapFailed> {
+    pub(super) fn map(&mut self, fd: RawFd, offset: u64, len: u64) -> Result<(WindowId, u64), MapFailed> {
         let lead = offset % PAGE;
-        let (Ok(size), Ok(start)) = (
-            usize::try_from(len + lead),
-            libc::off_t::try_from(offset - lead),
-        ) else {
-            return Err(MapFailed {
-                errno: libc::EINVAL,
-            });
+        let (Ok(size), Ok(start)) = (usize::try_from(len + lead), libc::off_t::try_from(offset - lead))
+        else {
+            return Err(MapFailed { errno: libc::EINVAL });
         };
         let flags = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size,
-                flags,
-                libc::MAP_SHARED,
-                fd,
-                start,
-            )
-        };
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), size, flags, libc::MAP_SHARED, fd, start) };
         if base == libc::MAP_FAILED {
-            let errno = std::io::Error::last_os_error()
-                .raw_os_error()
-                .unwrap_or(libc::EIO);
+            let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
             return Err(MapFailed { errno });
         }
         let base = base.cast::<u8>();
         let mapping = Mapping { base, len: size };
         // CAST: below a page.
         let first = base.wrapping_add(lead as usize);
-        Ok((
-            self.push(first, len, Some(mapping)),
-            first.expose_provenance() as u64,
-        ))
+        Ok((self.push(first, len, Some(mapping)), first.expose_provenance() as u64))
     }
 
     fn push(&mut self, base: *mut u8, len: u64, mapping: Option<Mapping>) -> WindowId {
         let id = WindowId(self.next);
         self.next += 1;
-        self.windows.push(Window {
-            id,
-            base,
-            len,
-            _mapping: mapping,
-        });
+        self.windows.push(Window { id, base, len, _mapping: mapping });
         id
     }
 
@@ -450,11 +407,7 @@ impl Iommu {
         let reach = |window: &Window| {
             let offset = addr.checked_sub(window.base.addr() as u64)?;
             let room = window.len.checked_sub(offset).filter(|room| *room != 0)?;
-            Span {
-                base: window.base,
-                len: window.len,
-            }
-            .slice(offset, len.min(room))
+            Span { base: window.base, len: window.len }.slice(offset, len.min(room))
         };
         self.windows.iter().filter_map(reach).max_by_key(Span::len)
     }
@@ -463,11 +416,7 @@ impl Iommu {
     pub(super) fn span(&self, addr: u64, len: u64) -> Option<Span> {
         self.windows.iter().find_map(|window| {
             let offset = addr.checked_sub(window.base.addr() as u64)?;
-            Span {
-                base: window.base,
-                len: window.len,
-            }
-            .slice(offset, len)
+            Span { base: window.base, len: window.len }.slice(offset, len)
         })
     }
 }
@@ -478,10 +427,7 @@ mod tests {
 
     fn granted(words: &mut [u64]) -> Span {
         let mut iommu = Iommu::default();
-        let (addr, len) = (
-            words.as_mut_ptr().expose_provenance() as u64,
-            size_of_val(words) as u64,
-        );
+        let (addr, len) = (words.as_mut_ptr().expose_provenance() as u64, size_of_val(words) as u64);
         // SAFETY: the borrow outlives every use of the span in these tests.
         unsafe { iommu.grant(addr, len) };
         iommu.span(addr, len).unwrap()
@@ -546,10 +492,7 @@ mod tests {
         assert_eq!(unsafe { libc::ftruncate(fd, 8192) }, 0);
         let mut iommu = Iommu::default();
         let (id, addr) = iommu.map(fd, 100, 64).unwrap();
-        iommu
-            .span(addr, 64)
-            .unwrap()
-            .write(0, b"through the window");
+        iommu.span(addr, 64).unwrap().write(0, b"through the window");
         let mut back = [0_u8; 18];
         // SAFETY: reads into a buffer of that length.
         let read = unsafe { libc::pread(fd, back.as_mut_ptr().cast(), 18, 100) };

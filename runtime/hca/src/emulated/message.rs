@@ -103,13 +103,7 @@ pub(super) struct Payload<'a> {
 
 impl Payload<'_> {
     fn reach(&self, seg: &DataSeg, want: Want) -> Result<Span, KeyFault> {
-        self.keys.reach(
-            self.pd,
-            seg.lkey.get(),
-            seg.addr.get(),
-            seg.byte_len(),
-            want,
-        )
+        self.keys.reach(self.pd, seg.lkey.get(), seg.addr.get(), seg.byte_len(), want)
     }
 
     /// Checks every segment and adds up their lengths.

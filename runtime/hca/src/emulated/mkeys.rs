@@ -90,14 +90,7 @@ pub(super) struct MkeyTable {
 impl MkeyTable {
     /// The memory behind `[va, va + len)` of `key`, if it covers the access.
     #[inline]
-    pub(super) fn reach(
-        &self,
-        pd: Pd,
-        key: u32,
-        va: u64,
-        len: u64,
-        want: Want,
-    ) -> Result<Span, KeyFault> {
+    pub(super) fn reach(&self, pd: Pd, key: u32, va: u64, len: u64, want: Want) -> Result<Span, KeyFault> {
         let slot = (key >> 8).wrapping_sub(FIRST);
         // CAST: u32 to usize on a 64-bit host.
         match self.entries.get(slot as usize) {
@@ -108,11 +101,7 @@ impl MkeyTable {
 
     /// Adds a key whose index the table chooses; `entry.key` holds the variant byte on entry.
     pub(super) fn insert(&mut self, mut entry: MkeyEntry) -> Option<MkeyIndex> {
-        let slot = if self.resting.len() > REUSE_AFTER {
-            self.resting.pop_front()
-        } else {
-            None
-        };
+        let slot = if self.resting.len() > REUSE_AFTER { self.resting.pop_front() } else { None };
         let slot = match slot {
             Some(slot) => slot,
             None => u32::try_from(self.entries.len()).ok()?,
@@ -153,13 +142,7 @@ mod tests {
         let addr = words.as_mut_ptr().expose_provenance() as u64;
         let mut iommu = Iommu::default();
         let memory = iommu_span(&mut iommu, addr);
-        let entry = MkeyEntry {
-            key: 0xab,
-            pd: Pd::new(3),
-            access,
-            start: 0x1000,
-            memory,
-        };
+        let entry = MkeyEntry { key: 0xab, pd: Pd::new(3), access, start: 0x1000, memory };
         let mut table = MkeyTable::default();
         let index = table.insert(entry).unwrap();
         (table, index.key(0xab))
@@ -175,48 +158,17 @@ mod tests {
     #[test]
     fn each_check_refuses_with_its_own_reason() {
         let mut words = [0; 8];
-        let (table, key) = table(
-            Access {
-                remote_write: true,
-                ..Access::LOCAL_READ
-            },
-            &mut words,
-        );
-        let reach = |pd, key, va, len, want| {
-            table
-                .reach(Pd::new(pd), key, va, len, want)
-                .map(|s| s.len())
-        };
+        let (table, key) = table(Access { remote_write: true, ..Access::LOCAL_READ }, &mut words);
+        let reach = |pd, key, va, len, want| table.reach(Pd::new(pd), key, va, len, want).map(|s| s.len());
         assert_eq!(reach(3, key, 0x1000, 64, Want::RemoteWrite), Ok(64));
         assert_eq!(reach(3, key, 0x103f, 1, Want::LocalRead), Ok(1));
-        assert_eq!(
-            reach(3, key ^ 1, 0x1000, 8, Want::RemoteWrite),
-            Err(KeyFault::Unknown)
-        );
-        assert_eq!(
-            reach(3, key + 0x100, 0x1000, 8, Want::RemoteWrite),
-            Err(KeyFault::Unknown)
-        );
-        assert_eq!(
-            reach(3, 0x100, 0x1000, 8, Want::LocalRead),
-            Err(KeyFault::Unknown)
-        );
-        assert_eq!(
-            reach(4, key, 0x1000, 8, Want::RemoteWrite),
-            Err(KeyFault::WrongPd)
-        );
-        assert_eq!(
-            reach(3, key, 0x0fff, 8, Want::RemoteWrite),
-            Err(KeyFault::OutOfRange)
-        );
-        assert_eq!(
-            reach(3, key, 0x1001, 64, Want::RemoteWrite),
-            Err(KeyFault::OutOfRange)
-        );
-        assert_eq!(
-            reach(3, key, u64::MAX, 8, Want::RemoteWrite),
-            Err(KeyFault::OutOfRange)
-        );
+        assert_eq!(reach(3, key ^ 1, 0x1000, 8, Want::RemoteWrite), Err(KeyFault::Unknown));
+        assert_eq!(reach(3, key + 0x100, 0x1000, 8, Want::RemoteWrite), Err(KeyFault::Unknown));
+        assert_eq!(reach(3, 0x100, 0x1000, 8, Want::LocalRead), Err(KeyFault::Unknown));
+        assert_eq!(reach(4, key, 0x1000, 8, Want::RemoteWrite), Err(KeyFault::WrongPd));
+        assert_eq!(reach(3, key, 0x0fff, 8, Want::RemoteWrite), Err(KeyFault::OutOfRange));
+        assert_eq!(reach(3, key, 0x1001, 64, Want::RemoteWrite), Err(KeyFault::OutOfRange));
+        assert_eq!(reach(3, key, u64::MAX, 8, Want::RemoteWrite), Err(KeyFault::OutOfRange));
         for want in [Want::LocalWrite, Want::RemoteRead, Want::RemoteAtomic] {
             assert_eq!(reach(3, key, 0x1000, 8, want), Err(KeyFault::Denied));
         }

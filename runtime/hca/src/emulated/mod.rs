@@ -93,11 +93,7 @@ pub struct EmulatedConfig {
 impl Default for EmulatedConfig {
     fn default() -> Self {
         let (link, doorbells) = (LinkLayer::Roce, Doorbells::Strict);
-        Self {
-            link,
-            doorbells,
-            command_latency: Nanos(0),
-        }
+        Self { link, doorbells, command_latency: Nanos(0) }
     }
 }
 
@@ -141,15 +137,7 @@ impl EmulatedHca {
             let make = |id| {
                 let (lid, gid, mac) = fabric.addresses(id, config.link);
                 let mtu = fabric.config().mtu;
-                PortInfo {
-                    port_num: 1,
-                    link: config.link,
-                    lid,
-                    gid,
-                    gid_index: 0,
-                    mac,
-                    mtu,
-                }
+                PortInfo { port_num: 1, link: config.link, lid, gid, gid_index: 0, mac, mtu }
             };
             let (port_id, fabric_port) = fabric.attach(this, make).unwrap_or_else(|| {
                 attached = false;
@@ -175,11 +163,7 @@ impl EmulatedHca {
         });
         match attached {
             true => Ok(device),
-            false => Err(HcaError::Exhausted {
-                what: "ports",
-                requested: 1,
-                limit: PORTS_MAX as u64,
-            }),
+            false => Err(HcaError::Exhausted { what: "ports", requested: 1, limit: PORTS_MAX as u64 }),
         }
     }
 
@@ -288,10 +272,7 @@ impl EmulatedHca {
 
     fn change_qps(&self, change: impl FnOnce(&mut QpTable)) {
         let mut published = self.qps.lock();
-        let mut table = QpTable {
-            list: published.list.clone(),
-            by_number: published.by_number.clone(),
-        };
+        let mut table = QpTable { list: published.list.clone(), by_number: published.by_number.clone() };
         change(&mut table);
         *published = Arc::new(table);
     }
@@ -314,10 +295,7 @@ impl EmulatedHca {
 
     fn note_error(&self, qp: &Qp, error: FirstError) {
         self.counters.note_error(error);
-        self.first_errors
-            .lock()
-            .entry(qp.num().get())
-            .or_insert(error);
+        self.first_errors.lock().entry(qp.num().get()).or_insert(error);
     }
 
     fn post_event(&self, event: AsyncEvent) {

@@ -129,21 +129,13 @@ impl Qp {
 
     /// Producer index in the doorbell record.
     pub(super) fn record_idx(&self) -> u16 {
-        let [_, _, hi, lo] = self
-            .layout
-            .record
-            .load32(4, Ordering::Acquire)
-            .to_ne_bytes();
+        let [_, _, hi, lo] = self.layout.record.load32(4, Ordering::Acquire).to_ne_bytes();
         u16::from_be_bytes([hi, lo])
     }
 
     /// Receive counter in the doorbell record.
     pub(super) fn recv_idx(&self) -> u16 {
-        let [_, _, hi, lo] = self
-            .layout
-            .record
-            .load32(0, Ordering::Acquire)
-            .to_ne_bytes();
+        let [_, _, hi, lo] = self.layout.record.load32(0, Ordering::Acquire).to_ne_bytes();
         u16::from_be_bytes([hi, lo])
     }
 
@@ -153,16 +145,8 @@ impl Qp {
     /// whoever posts, so that the WQEs below it are complete.
     #[inline]
     pub(super) fn covered(&self, next: u16, strict: bool) -> u16 {
-        let rung = if strict {
-            ahead(self.rung_idx(), next)
-        } else {
-            u16::MAX
-        };
-        if rung == 0 {
-            0
-        } else {
-            rung.min(ahead(self.record_idx(), next))
-        }
+        let rung = if strict { ahead(self.rung_idx(), next) } else { u16::MAX };
+        if rung == 0 { 0 } else { rung.min(ahead(self.record_idx(), next)) }
     }
 
     /// Basic blocks in the send ring.

@@ -87,8 +87,8 @@ impl Patience {
 /// SPEC: IBTA vol. 1 table 45: in steps of about the square root of two, 0 being the longest.
 pub(super) const fn not_ready_nanos(code: u8) -> u64 {
     const HUNDREDTHS_OF_MS: [u64; 32] = [
-        65536, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
-        1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152,
+        65536, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048,
+        3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152,
     ];
     HUNDREDTHS_OF_MS[(code & 31) as usize] * 10_000
 }
@@ -158,12 +158,7 @@ pub(super) struct Outstanding {
 
 impl Outstanding {
     pub(super) const fn new(work: Work, progress: Progress) -> Self {
-        Self {
-            work,
-            resent: false,
-            progress,
-            missing: Vec::new(),
-        }
+        Self { work, resent: false, progress, missing: Vec::new() }
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -231,31 +226,19 @@ impl Requester {
         let connection = self.connection.as_ref()?;
         let far_device = device.fabric().locate(&connection.to)?;
         let qp = far_device.find_qp(connection.remote_qpn)?;
-        self.far = Some(Far {
-            device: Arc::downgrade(&far_device),
-            qp: Arc::downgrade(&qp),
-        });
-        Some(FarEnd {
-            device: far_device,
-            qp,
-        })
+        self.far = Some(Far { device: Arc::downgrade(&far_device), qp: Arc::downgrade(&qp) });
+        Some(FarEnd { device: far_device, qp })
     }
 
     /// The last sequence number that was answered.
     pub(super) fn last_acked(&self) -> Psn {
-        let next = self
-            .outstanding
-            .iter()
-            .find(|entry| !entry.is_done())
-            .map_or(self.psn, |e| e.work.psn);
+        let next = self.outstanding.iter().find(|entry| !entry.is_done()).map_or(self.psn, |e| e.work.psn);
         next.plus(0xff_ffff)
     }
 
     /// Index of the first message that must be sent (again).
     pub(super) fn first_unsent(&self) -> Option<usize> {
-        self.outstanding
-            .iter()
-            .position(|entry| entry.progress == Progress::Unsent)
+        self.outstanding.iter().position(|entry| entry.progress == Progress::Unsent)
     }
 
     /// Marks everything unanswered from `start` on for sending again.
@@ -275,9 +258,7 @@ impl Requester {
             if entry.is_done() {
                 continue;
             }
-            if entry.work.end().is_after(next)
-                || entry.progress == Progress::Unsent && !entry.resent
-            {
+            if entry.work.end().is_after(next) || entry.progress == Progress::Unsent && !entry.resent {
                 break;
             }
             match (entry.work.has_response, &entry.progress) {
@@ -321,8 +302,7 @@ impl Requester {
                 Settled::NotReady
             }
             Reply::OutOfSequence { expected } => {
-                let behind =
-                    |entry: &Outstanding| !entry.is_done() && entry.work.end().is_after(expected);
+                let behind = |entry: &Outstanding| !entry.is_done() && entry.work.end().is_after(expected);
                 match self.outstanding.iter().position(behind) {
                     Some(first) if first < pos || self.outstanding[first].work.psn == expected => {
                         self.go_back(first);
@@ -333,11 +313,8 @@ impl Requester {
                 }
             }
             Reply::Refused(nak) => {
-                let unanswered = self
-                    .outstanding
-                    .iter()
-                    .take(pos)
-                    .position(|e| e.work.has_response && !e.is_done());
+                let unanswered =
+                    self.outstanding.iter().take(pos).position(|e| e.work.has_response && !e.is_done());
                 if let Some(first) = unanswered {
                     self.go_back(first);
                     return Settled::GoOn;
@@ -374,10 +351,7 @@ mod tests {
 
     #[test]
     fn timers_follow_their_codes() {
-        let patience = |ack_timeout| Patience {
-            ack_timeout,
-            ..Patience::default()
-        };
+        let patience = |ack_timeout| Patience { ack_timeout, ..Patience::default() };
         assert_eq!(patience(0).ack_nanos(), None);
         assert_eq!(patience(14).ack_nanos(), Some(67_108_864));
         assert_eq!(not_ready_nanos(0), 655_360_000);

@@ -114,9 +114,7 @@ impl Responder {
         }
         match self.execute(around, request, payload, piece) {
             Ok(reply) => Some(reply),
-            Err(Stop::NotReady) => Some(Reply::NotReady {
-                timer: self.min_rnr_nak,
-            }),
+            Err(Stop::NotReady) => Some(Reply::NotReady { timer: self.min_rnr_nak }),
             Err(Stop::Refuse(nak)) => {
                 self.fail(around, nak);
                 Some(Reply::Refused(nak))
@@ -139,9 +137,7 @@ impl Responder {
             return false;
         }
         let pd = around.qp.layout.pd;
-        let reached = around
-            .keys
-            .reach(pd, to.rkey, to.va, source.len(), Want::RemoteWrite);
+        let reached = around.keys.reach(pd, to.rkey, to.va, source.len(), Want::RemoteWrite);
         let Ok(memory) = reached else { return false };
         source.place(memory);
         self.advance(psn.plus(packets));
@@ -155,20 +151,13 @@ impl Responder {
     }
 
     /// A request that was executed before, or a part of a READ that was accepted before.
-    fn take_again(
-        &mut self,
-        around: &Surroundings<'_>,
-        request: &Request,
-        piece: Piece,
-    ) -> Option<Reply> {
+    fn take_again(&mut self, around: &Surroundings<'_>, request: &Request, piece: Piece) -> Option<Reply> {
         let next = request.end();
         if request.resent && matches!(piece, Piece::Whole | Piece::End) {
             add(&around.device.counters.duplicates, 1);
         }
         match request.op {
-            RequestOp::Write { .. } | RequestOp::Send { .. } => Some(Reply::Ack {
-                next: self.expected,
-            }),
+            RequestOp::Write { .. } | RequestOp::Send { .. } => Some(Reply::Ack { next: self.expected }),
             RequestOp::Read { .. } if piece == Piece::End => Some(Reply::Ack { next }),
             RequestOp::Read { from } => match self.readable(around, from, request.len, piece) {
                 Ok(memory) => Some(Reply::Data { next, memory }),
@@ -180,10 +169,7 @@ impl Responder {
             },
             RequestOp::Atomic { .. } => {
                 let known = self.atomics.iter().find(|(psn, _)| *psn == request.psn)?;
-                Some(Reply::Atomic {
-                    next,
-                    original: known.1,
-                })
+                Some(Reply::Atomic { next, original: known.1 })
             }
         }
     }
@@ -202,9 +188,7 @@ impl Responder {
                 }
                 self.write(around, request, to, payload, piece)?;
                 if matches!(piece, Piece::Part { .. }) {
-                    return Ok(Reply::Ack {
-                        next: self.expected,
-                    });
+                    return Ok(Reply::Ack { next: self.expected });
                 }
                 if let Some(imm) = imm {
                     self.open_receive(around)?;
@@ -216,44 +200,28 @@ impl Responder {
                 self.open_receive(around)?;
                 self.fill_receive(around, request, payload, piece)?;
                 if matches!(piece, Piece::Part { .. }) {
-                    return Ok(Reply::Ack {
-                        next: self.expected,
-                    });
+                    return Ok(Reply::Ack { next: self.expected });
                 }
-                let kind = if imm.is_some() {
-                    CqeOpcode::RespSendImm
-                } else {
-                    CqeOpcode::RespSend
-                };
+                let kind = if imm.is_some() { CqeOpcode::RespSendImm } else { CqeOpcode::RespSend };
                 self.complete_receive(around, request, kind, imm)?;
             }
             RequestOp::Read { from } => {
                 let memory = self.readable(around, from, request.len, piece)?;
                 self.advance(request.end());
                 return Ok(match piece {
-                    Piece::End => Reply::Ack {
-                        next: self.expected,
-                    },
-                    _ => Reply::Data {
-                        next: self.expected,
-                        memory,
-                    },
+                    Piece::End => Reply::Ack { next: self.expected },
+                    _ => Reply::Data { next: self.expected, memory },
                 });
             }
             RequestOp::Atomic { on, op } => {
                 let original = self.atomic(around, on, op)?;
                 self.remember(request.psn, original);
                 self.advance(request.end());
-                return Ok(Reply::Atomic {
-                    next: self.expected,
-                    original,
-                });
+                return Ok(Reply::Atomic { next: self.expected, original });
             }
         }
         self.advance(request.end());
-        Ok(Reply::Ack {
-            next: self.expected,
-        })
+        Ok(Reply::Ack { next: self.expected })
     }
 
     fn advance(&mut self, next: Psn) {
@@ -305,9 +273,7 @@ impl Responder {
         }
         let memory = reach(around, from, len, Want::RemoteRead)?;
         match piece {
-            Piece::Part { offset, len } => memory
-                .slice(offset, len)
-                .ok_or(Stop::Refuse(Nak::RemoteAccess)),
+            Piece::Part { offset, len } => memory.slice(offset, len).ok_or(Stop::Refuse(Nak::RemoteAccess)),
             Piece::Whole | Piece::End => Ok(memory),
         }
     }
@@ -343,15 +309,10 @@ impl Responder {
             return Err(Stop::NotReady);
         }
         let slot = u64::from(self.recv_next) & ((1 << ring.log_size) - 1);
-        let mut receive = Box::new(Receive {
-            idx: self.recv_next,
-            wqe: [0; RECV_WQE_MAX],
-            len: 0,
-        });
+        let mut receive = Box::new(Receive { idx: self.recv_next, wqe: [0; RECV_WQE_MAX], len: 0 });
         // CAST: strides are at most RECV_WQE_MAX, as CREATE_QP checked.
         receive.len = ring.stride as usize;
-        ring.memory
-            .read(slot * ring.stride, &mut receive.wqe[..receive.len]);
+        ring.memory.read(slot * ring.stride, &mut receive.wqe[..receive.len]);
         self.recv_next = self.recv_next.wrapping_add(1);
         self.receive = Some(receive);
         Ok(())
@@ -380,10 +341,7 @@ impl Responder {
             if from < to {
                 let va = seg.addr.get().wrapping_add(from - at);
                 let lkey = seg.lkey.get();
-                match around
-                    .keys
-                    .reach(around.qp.layout.pd, lkey, va, to - from, Want::LocalWrite)
-                {
+                match around.keys.reach(around.qp.layout.pd, lkey, va, to - from, Want::LocalWrite) {
                     Ok(memory) => payload.gather(from, memory),
                     Err(_) => outcome = Err((Syndrome::LOCAL_PROT, Nak::RemoteOperation)),
                 }
@@ -466,31 +424,15 @@ impl Responder {
 }
 
 fn reach(around: &Surroundings<'_>, at: Target, len: u64, want: Want) -> Result<Span, Stop> {
-    let found = around
-        .keys
-        .reach(around.qp.layout.pd, at.rkey, at.va, len, want);
+    let found = around.keys.reach(around.qp.layout.pd, at.rkey, at.va, len, want);
     found.map_err(|_| Stop::Refuse(Nak::RemoteAccess))
 }
 
-fn receive_error(
-    device: &EmulatedHca,
-    qp: &Qp,
-    idx: u16,
-    syndrome: Syndrome,
-    vendor: VendorSyndrome,
-) {
+fn receive_error(device: &EmulatedHca, qp: &Qp, idx: u16, syndrome: Syndrome, vendor: VendorSyndrome) {
     let op_own = OpOwn::new(CqeOpcode::RespErr, false);
     let mut cqe = ErrorCqe::new(syndrome, vendor, 0, qp.num(), idx, op_own);
     cqe.srqn_uidx = U32::new(qp.layout.user_index);
     let (syndrome, vendor) = (syndrome.0, vendor.0);
-    device.note_error(
-        qp,
-        FirstError {
-            qpn: qp.num(),
-            wqe_counter: idx,
-            syndrome,
-            vendor,
-        },
-    );
+    device.note_error(qp, FirstError { qpn: qp.num(), wqe_counter: idx, syndrome, vendor });
     device.complete(qp, &qp.layout.recv_cq, cqe);
 }

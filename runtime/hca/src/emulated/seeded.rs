@@ -68,14 +68,11 @@ impl EmulatedHca {
                     requester.pieces(self, qp, now, |piece| {
                         candidates.push(Candidate::Send { qp: idx, piece });
                     });
-                    step.merge(Turn {
-                        did_work: false,
-                        deadline: requester.deadline(),
-                    });
+                    step.merge(Turn { did_work: false, deadline: requester.deadline() });
                 }
                 QpState::Err => {
-                    let flushable = qp.requester.lock().has_flushable(self, qp)
-                        || qp.responder.lock().has_receives(qp);
+                    let flushable =
+                        qp.requester.lock().has_flushable(self, qp) || qp.responder.lock().has_receives(qp);
                     if flushable {
                         candidates.push(Candidate::Flush { qp: idx });
                     }
@@ -95,12 +92,7 @@ impl EmulatedHca {
         let far = far.as_ref().map(|far| (&*far.device, &*far.qp));
         let keys = KeyGuards::lock(self, far.map(|(device, _)| device));
         let mut link = Link::open(self, qp.num(), far, &keys, now);
-        let local = Local {
-            device: self,
-            qp,
-            keys: keys.near(),
-            now,
-        };
+        let local = Local { device: self, qp, keys: keys.near(), now };
         requester.execute(&local, &mut link, piece)
     }
 

@@ -114,27 +114,16 @@ impl EmulatedHca {
         };
         // A command may have changed the state until the lock was taken.
         if !qp.state().executes_sends() {
-            return Turn {
-                did_work: true,
-                deadline: None,
-            };
+            return Turn { did_work: true, deadline: None };
         }
         if !requester.has_work(self, qp, now) {
-            return Turn {
-                did_work: false,
-                deadline: requester.deadline(),
-            };
+            return Turn { did_work: false, deadline: requester.deadline() };
         }
         let far = requester.far_end(self);
         let far = far.as_ref().map(|far| (&*far.device, &*far.qp));
         let keys = KeyGuards::lock(self, far.map(|(device, _)| device));
         let mut link = Link::open(self, qp.num(), far, &keys, now);
-        let local = Local {
-            device: self,
-            qp,
-            keys: keys.near(),
-            now,
-        };
+        let local = Local { device: self, qp, keys: keys.near(), now };
         requester.turn(&local, &mut link)
     }
 
@@ -151,17 +140,11 @@ impl EmulatedHca {
         {
             flushed += responder.flush(self, qp, FLUSH_MAX);
         }
-        Turn {
-            did_work: flushed != 0,
-            deadline: None,
-        }
+        Turn { did_work: flushed != 0, deadline: None }
     }
 }
 
 /// Whether a doorbell means anything to a queue pair in its present state.
 fn takes_doorbells(qp: &Qp) -> bool {
-    matches!(
-        qp.state(),
-        QpState::Rts | QpState::Sqd | QpState::SqDraining | QpState::Sqer | QpState::Err
-    )
+    matches!(qp.state(), QpState::Rts | QpState::Sqd | QpState::SqDraining | QpState::Sqer | QpState::Err)
 }

@@ -22,11 +22,7 @@ pub struct Backoff {
 impl Default for Backoff {
     /// Reacts within a microsecond to steady work and within 100 us to work after a pause.
     fn default() -> Self {
-        Self {
-            spins: 64,
-            yields: 256,
-            sleep_max: Duration::from_micros(100),
-        }
+        Self { spins: 64, yields: 256, sleep_max: Duration::from_micros(100) }
     }
 }
 
@@ -46,13 +42,8 @@ impl DeviceThread {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let run = move || run(&devices, backoff, &stopped);
-        let thread = std::thread::Builder::new()
-            .name("ibex-hca".into())
-            .spawn(run)?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+        let thread = std::thread::Builder::new().name("ibex-hca".into()).spawn(run)?;
+        Ok(Self { stop, thread: Some(thread) })
     }
 }
 
@@ -78,10 +69,7 @@ fn run(devices: &[Arc<EmulatedHca>], backoff: Backoff, stop: &AtomicBool) {
         let steps = devices.iter().map(|device| device.step(now));
         let all = steps.fold(Step::default(), |all, step| Step {
             did_work: all.did_work | step.did_work,
-            next_deadline: [all.next_deadline, step.next_deadline]
-                .into_iter()
-                .flatten()
-                .min(),
+            next_deadline: [all.next_deadline, step.next_deadline].into_iter().flatten().min(),
         });
         if all.did_work {
             idle = 0;

@@ -31,12 +31,7 @@ impl UmemOwner {
     /// The bytes `[offset, offset + len)`, held for a queue; `None` if they are not all inside.
     pub(super) fn hold(&self, offset: u64, len: u64) -> Option<(Span, UmemHold)> {
         let span = self.0.memory.slice(offset, len)?;
-        Some((
-            span,
-            UmemHold {
-                _umem: Arc::clone(&self.0),
-            },
-        ))
+        Some((span, UmemHold { _umem: Arc::clone(&self.0) }))
     }
 
     /// Whether a queue lives in it.

@@ -68,14 +68,7 @@ impl SendState {
     pub(super) fn new(log_size: u8, start: u64) -> Self {
         let blocks = 1_u16.checked_shl(log_size.into()).unwrap_or(0);
         let sizes = vec![0; usize::from(blocks)];
-        Self {
-            qpn: QpNum::new(0),
-            start,
-            blocks,
-            head: 0,
-            tail: 0,
-            sizes,
-        }
+        Self { qpn: QpNum::new(0), start, blocks, head: 0, tail: 0, sizes }
     }
 
     pub(super) fn clear(&mut self) {
@@ -103,11 +96,7 @@ impl SendState {
 impl HostQp<Rts> {
     /// Begins a batch; nothing is visible to the device before [`Batch::commit`].
     pub fn batch(&mut self) -> Batch<'_> {
-        Batch {
-            qp: self,
-            written: 0,
-            last: None,
-        }
+        Batch { qp: self, written: 0, last: None }
     }
 
     /// Posts one request and rings for it.
@@ -122,12 +111,7 @@ impl HostQp<Rts> {
     ///
     /// # Errors
     /// As [`Batch::push`].
-    pub fn post_imm(
-        &mut self,
-        flags: CtrlFlags,
-        imm: u32,
-        request: Request,
-    ) -> Result<u16, PostError> {
+    pub fn post_imm(&mut self, flags: CtrlFlags, imm: u32, request: Request) -> Result<u16, PostError> {
         let mut batch = self.batch();
         let idx = batch.push_imm(flags, imm, request)?;
         batch.commit().ring();
@@ -159,10 +143,7 @@ impl<S> HostQp<S> {
         };
         let limit = 1 << recv.log_segs;
         if segments.len() > limit {
-            return Err(PostError::TooManySegments {
-                given: segments.len(),
-                limit,
-            });
+            return Err(PostError::TooManySegments { given: segments.len(), limit });
         }
         let consumed = core.recv_cq.as_ref().map_or(0, super::HostCq::consumed);
         // CAST: the low 16 bits of both counters; a ring has at most 2^15 entries.
@@ -171,26 +152,15 @@ impl<S> HostQp<S> {
         if posted >= size {
             return Err(PostError::RecvQueueFull { posted, size });
         }
-        let (rings, record) = core
-            .rings
-            .view()
-            .zip(core.record.view())
-            .ok_or(PostError::NotMapped)?;
+        let (rings, record) = core.rings.view().zip(core.record.view()).ok_or(PostError::NotMapped)?;
         let at = (u64::from(core.recv_posted) & u64::from(size - 1)) * (limit * SEG) as u64;
         let end = DataSeg::new(0, ibex_abi::wqe::INVALID_LKEY, 0);
-        for (idx, seg) in segments
-            .iter()
-            .chain(std::iter::once(&end))
-            .take(limit)
-            .enumerate()
-        {
+        for (idx, seg) in segments.iter().chain(std::iter::once(&end)).take(limit).enumerate() {
             rings.write(at + (idx * SEG) as u64, seg.as_bytes());
         }
         core.recv_posted = core.recv_posted.wrapping_add(1);
         // ORDER(2): WQE -> doorbell record.
-        record
-            .word32(0)
-            .store(u32::from(core.recv_posted).to_be(), Ordering::Release);
+        record.word32(0).store(u32::from(core.recv_posted).to_be(), Ordering::Release);
         Ok(())
     }
 }
@@ -216,19 +186,10 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// As [`Self::push`].
-    pub fn push_imm(
-        &mut self,
-        flags: CtrlFlags,
-        imm: u32,
-        request: Request,
-    ) -> Result<u16, PostError> {
+    pub fn push_imm(&mut self, flags: CtrlFlags, imm: u32, request: Request) -> Result<u16, PostError> {
         let core = self.qp.core_mut();
         let idx = core.send.head.wrapping_add(self.written);
-        let ctrl = Ctrl {
-            flags,
-            imm,
-            ..Ctrl::signaled(idx, core.qpn)
-        };
+        let ctrl = Ctrl { flags, imm, ..Ctrl::signaled(idx, core.qpn) };
         let wqe = Wqe { ctrl, request };
         let (needed, free) = (wqe.num_wqebbs()?, core.send.free(self.written));
         if needed > free {
@@ -237,12 +198,7 @@ impl<'a> Batch<'a> {
         let mut bytes = [0; WQE_MAX];
         let len = wqe.emit(&mut bytes)?;
         let rings = core.rings.view().ok_or(PostError::NotMapped)?;
-        store_wqe(
-            rings,
-            &core.send,
-            idx,
-            &bytes[..len.next_multiple_of(WQEBB)],
-        );
+        store_wqe(rings, &core.send, idx, &bytes[..len.next_multiple_of(WQEBB)]);
         let slot = core.send.slot(idx);
         // CAST: at most 16 basic blocks.
         core.send.sizes[slot] = needed as u8;
@@ -258,14 +214,9 @@ impl<'a> Batch<'a> {
         let core = self.qp.core_mut();
         core.send.head = core.send.head.wrapping_add(self.written);
         if let Some(record) = core.record.view() {
-            record
-                .word32(4)
-                .store(u32::from(core.send.head).to_be(), Ordering::Release);
+            record.word32(4).store(u32::from(core.send.head).to_be(), Ordering::Release);
         }
-        Unrung {
-            qp: self.qp,
-            last: self.last,
-        }
+        Unrung { qp: self.qp, last: self.last }
     }
 }
 
@@ -291,9 +242,7 @@ fn store_wqe(rings: View<'_>, send: &SendState, idx: u16, bytes: &[u8]) {
         let slot = send.slot(idx.wrapping_add(extra));
         let at = send.start + (slot * WQEBB) as u64;
         for (word, offset) in block.as_chunks::<8>().0.iter().zip((at..).step_by(8)) {
-            rings
-                .word64(offset)
-                .store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+            rings.word64(offset).store(u64::from_ne_bytes(*word), Ordering::Relaxed);
         }
     }
 }

@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use ibex_abi::cqe::{
-    COMPLETION_WORD_OFFSET, CQE, CompletionWord, Cqe, CqeOpcode, Syndrome, VendorSyndrome,
-    owner_bit,
+    COMPLETION_WORD_OFFSET, CQE, CompletionWord, Cqe, CqeOpcode, Syndrome, VendorSyndrome, owner_bit,
 };
 use ibex_abi::types::{CqNum, UarIdx};
 
 use super::{CqShape, create_cq};
 use crate::control_region::{Carved, ControlError, ControlRegion};
-use crate::{Hca, objects};
+use crate::{Hca, HcaError, objects};
 
 /// How work ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +58,7 @@ impl Completion {
 pub struct HostCq {
     hca: Arc<dyn Hca>,
     num: CqNum,
+    is_destroyed: bool,
     shape: CqShape,
     ring: Carved,
     record: Carved,
@@ -71,11 +71,7 @@ pub struct HostCq {
 const NEVER: u32 = u32::MAX;
 
 impl HostCq {
-    pub(super) fn create(
-        region: &ControlRegion,
-        uar: UarIdx,
-        shape: CqShape,
-    ) -> Result<Self, ControlError> {
+    pub(super) fn create(region: &ControlRegion, uar: UarIdx, shape: CqShape) -> Result<Self, ControlError> {
         let entries = match shape {
             CqShape::Collapsed => 1,
             CqShape::Ring { log_size, .. } => 1_u64 << log_size,
@@ -88,15 +84,7 @@ impl HostCq {
         }
         let num = create_cq(region, uar, shape, &ring, &record)?;
         let hca = Arc::clone(region.hca());
-        let mut cq = Self {
-            hca,
-            num,
-            shape,
-            ring,
-            record,
-            consumed: 0,
-            last: NEVER,
-        };
+        let mut cq = Self { hca, num, is_destroyed: false, shape, ring, record, consumed: 0, last: NEVER };
         cq.clear();
         Ok(cq)
     }
@@ -116,6 +104,14 @@ impl HostCq {
     /// Completions taken from it.
     pub(super) const fn consumed(&self) -> u32 {
         self.consumed
+    }
+
+    pub(super) fn destroy(&mut self) -> Result<(), HcaError> {
+        if !self.is_destroyed {
+            objects::destroy_cq(&*self.hca, self.num)?;
+            self.is_destroyed = true;
+        }
+        Ok(())
     }
 
     /// Marks entries as never written. The device's producer counter is not reset, so a ring's entries
@@ -140,21 +136,13 @@ impl HostCq {
             CqShape::Collapsed => (0, None),
             CqShape::Ring { log_size, .. } => {
                 let slot = self.consumed & ((1 << log_size) - 1);
-                (
-                    u64::from(slot) * CQE as u64,
-                    Some(owner_bit(self.consumed, log_size)),
-                )
+                (u64::from(slot) * CQE as u64, Some(owner_bit(self.consumed, log_size)))
             }
         };
-        let raw = ring
-            .word32(at + COMPLETION_WORD_OFFSET as u64)
-            .load(Ordering::Acquire);
+        let raw = ring.word32(at + COMPLETION_WORD_OFFSET as u64).load(Ordering::Acquire);
         let op_own = CompletionWord::from_register(raw).op_own();
         let foreign = owner.is_some_and(|owner| owner != op_own.owner());
-        if op_own.opcode() == Some(CqeOpcode::Invalid)
-            || foreign
-            || (owner.is_none() && raw == self.last)
-        {
+        if op_own.opcode() == Some(CqeOpcode::Invalid) || foreign || (owner.is_none() && raw == self.last) {
             return None;
         }
         let mut bytes = [0; CQE];
@@ -173,7 +161,7 @@ impl HostCq {
 
 impl Drop for HostCq {
     fn drop(&mut self) {
-        if objects::destroy_cq(&*self.hca, self.num).is_err() {
+        if self.destroy().is_err() {
             // The device may still write there.
             self.ring.leak();
             self.record.leak();
@@ -208,9 +196,6 @@ fn decode(bytes: &[u8; CQE]) -> Option<Completion> {
 impl std::fmt::Debug for HostCq {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (num, shape) = (self.num, self.shape);
-        f.debug_struct("HostCq")
-            .field("num", &num)
-            .field("shape", &shape)
-            .finish_non_exhaustive()
+        f.debug_struct("HostCq").field("num", &num).field("shape", &shape).finish_non_exhaustive()
     }
 }

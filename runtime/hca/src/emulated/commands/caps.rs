@@ -28,16 +28,12 @@ impl EmulatedHca {
         let start = prm::query_hca_cap_out::CAPABILITY.bytes().start;
         let room = output.len().saturating_sub(start).min(caps.len());
         output[start..start + room].copy_from_slice(&caps[..room]);
-        Ok(Touched {
-            kind: ObjectKind::Device,
-            number: None,
-        })
+        Ok(Touched { kind: ObjectKind::Device, number: None })
     }
 
     pub(super) fn query_roce_address(&self, input: &[u8], output: &mut [u8]) -> Done {
         use prm::{
-            query_roce_address_in as query, query_roce_address_out as reply,
-            roce_addr_layout as addr,
+            query_roce_address_in as query, query_roce_address_out as reply, roce_addr_layout as addr,
         };
         let idx = prm::get(input, query::ROCE_ADDRESS_INDEX);
         if idx >= self.caps.gid_table_size.into() || self.port.link != LinkLayer::Roce {
@@ -47,23 +43,12 @@ impl EmulatedHca {
         if idx == u64::from(self.port.gid_index) {
             let Mac([a, b, c, d, e, f]) = self.port.mac;
             prm::set_bytes(entry, addr::SOURCE_L3_ADDRESS, &self.port.gid.0);
-            prm::set(
-                entry,
-                addr::SOURCE_MAC_47_32,
-                u16::from_be_bytes([a, b]).into(),
-            );
-            prm::set(
-                entry,
-                addr::SOURCE_MAC_31_0,
-                u32::from_be_bytes([c, d, e, f]).into(),
-            );
+            prm::set(entry, addr::SOURCE_MAC_47_32, u16::from_be_bytes([a, b]).into());
+            prm::set(entry, addr::SOURCE_MAC_31_0, u32::from_be_bytes([c, d, e, f]).into());
             // RoCE version 2 over IPv4.
             prm::set(entry, addr::ROCE_VERSION, 2);
         }
-        Ok(Touched {
-            kind: ObjectKind::Device,
-            number: None,
-        })
+        Ok(Touched { kind: ObjectKind::Device, number: None })
     }
 }
 
@@ -111,11 +96,7 @@ fn atomic(out: &mut [u8]) {
 fn roce(caps: &HcaCaps, out: &mut [u8]) {
     if caps.link == LinkLayer::Roce {
         prm::set(out, prm::roce_cap::ROCE_VERSION, 0b100);
-        prm::set(
-            out,
-            prm::roce_cap::ROCE_ADDRESS_TABLE_SIZE,
-            caps.gid_table_size.into(),
-        );
+        prm::set(out, prm::roce_cap::ROCE_ADDRESS_TABLE_SIZE, caps.gid_table_size.into());
         prm::set(out, prm::roce_cap::R_ROCE_DEST_UDP_PORT, 4791);
         prm::set(out, prm::roce_cap::R_ROCE_MIN_SRC_UDP_PORT, 0xc000);
         prm::set(out, prm::roce_cap::R_ROCE_MAX_SRC_UDP_PORT, 0xffff);

@@ -6,8 +6,7 @@ use ibex_abi::prm::{self, Status};
 use ibex_abi::types::{MkeyIndex, Pd};
 
 use super::{
-    CommandSyndrome, Done, OBJECTS_MAX, Objects, Refusal, Touched, get8, get32, next_number,
-    refuse, uar_idx,
+    CommandSyndrome, Done, OBJECTS_MAX, Objects, Refusal, Touched, get8, get32, next_number, refuse, uar_idx,
 };
 use crate::Access;
 use crate::emulated::EmulatedHca;
@@ -33,11 +32,7 @@ fn first_page(list: &[u8], count: u64, page: u64) -> Result<u64, Refusal> {
     }
     let address = |entry: &[u8; 8]| u64::from_be_bytes(*entry) & !MTT_FLAGS;
     let no_pages = refuse(Status::BadParam, CommandSyndrome::BadLength);
-    let first = entries
-        .first()
-        .filter(|_| count != 0)
-        .map(address)
-        .ok_or(no_pages)?;
+    let first = entries.first().filter(|_| count != 0).map(address).ok_or(no_pages)?;
     for (idx, entry) in (0..count).zip(entries) {
         if address(entry) != first.wrapping_add(idx * page) {
             return Err(refuse(Status::BadParam, CommandSyndrome::BadPages));
@@ -75,10 +70,7 @@ impl Objects {
         let offset = prm::get(umem, prm::umem::PAGE_OFFSET);
         let count = prm::get(umem, prm::umem::NUM_OF_MTT);
         let bad_length = refuse(Status::BadParam, CommandSyndrome::BadLength);
-        let len = count
-            .checked_mul(page)
-            .and_then(|bytes| bytes.checked_sub(offset))
-            .ok_or(bad_length)?;
+        let len = count.checked_mul(page).and_then(|bytes| bytes.checked_sub(offset)).ok_or(bad_length)?;
         let first = first_page(&input[prm::create_umem_in::LEN..], count, page)?;
         // The last page may reach past what was granted; what a queue needs is checked when it is carved.
         let start = first.checked_add(offset).ok_or(bad_length)?;
@@ -91,9 +83,7 @@ impl Objects {
     }
 
     pub(super) fn umem(&self, id: u32) -> Result<&UmemOwner, Refusal> {
-        self.umems
-            .get(&id)
-            .ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownUmem))
+        self.umems.get(&id).ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownUmem))
     }
 
     pub(super) fn destroy_umem(&mut self, input: &[u8]) -> Done {
@@ -117,12 +107,7 @@ impl EmulatedHca {
         Ok(Touched::new(ObjectKind::Pd, pd.get()))
     }
 
-    pub(super) fn create_mkey(
-        &self,
-        objects: &mut Objects,
-        input: &[u8],
-        output: &mut [u8],
-    ) -> Done {
+    pub(super) fn create_mkey(&self, objects: &mut Objects, input: &[u8], output: &mut [u8]) -> Done {
         use prm::mkc;
         let context = prm::part(input, prm::create_mkey_in::MEMORY_KEY_MKEY_ENTRY);
         let pd = objects.pd(get32(context, mkc::PD))?;
@@ -137,23 +122,16 @@ impl EmulatedHca {
             return Err(refuse(Status::BadParam, CommandSyndrome::BadPages));
         }
         let page = 1 << log_page;
-        let (start, len) = (
-            prm::get(context, mkc::START_ADDR),
-            prm::get(context, mkc::REGION_LEN),
-        );
+        let (start, len) = (prm::get(context, mkc::START_ADDR), prm::get(context, mkc::REGION_LEN));
         // Two translations of 8 bytes stand in an octword.
         let octwords = get32(input, prm::create_mkey_in::TRANSLATIONS_OCTWORD_ACTUAL_SIZE);
         let offset = start & (page - 1);
-        let count = offset
-            .checked_add(len)
-            .map_or(u64::MAX, |bytes| bytes.div_ceil(page));
+        let count = offset.checked_add(len).map_or(u64::MAX, |bytes| bytes.div_ceil(page));
         if len == 0 || count > u64::from(octwords) * 2 || start.checked_add(len).is_none() {
             return Err(refuse(Status::BadParam, CommandSyndrome::BadLength));
         }
         let first = first_page(&input[prm::create_mkey_in::LEN..], count, page)?;
-        let memory = first
-            .checked_add(offset)
-            .and_then(|start| objects.iommu.span(start, len));
+        let memory = first.checked_add(offset).and_then(|start| objects.iommu.span(start, len));
         let memory = memory.ok_or(refuse(Status::BadParam, CommandSyndrome::BadPages))?;
         let flag = |field| prm::get(context, field) == 1;
         let access = Access {
@@ -163,13 +141,7 @@ impl EmulatedHca {
             remote_atomic: flag(mkc::A),
         };
         let key = get8(context, mkc::MKEY_7_0).into();
-        let entry = MkeyEntry {
-            key,
-            pd,
-            access,
-            start,
-            memory,
-        };
+        let entry = MkeyEntry { key, pd, access, start, memory };
         let index = self.keys.write().insert(entry);
         let index = index.ok_or(refuse(Status::NoRes, CommandSyndrome::TableFull))?;
         prm::set(output, prm::create_mkey_out::MKEY_INDEX, index.into());
@@ -191,9 +163,7 @@ impl EmulatedHca {
 
     pub(super) fn alloc_uar(&self, objects: &mut Objects, output: &mut [u8]) -> Done {
         let mut pages = self.uars.lock();
-        let free = pages
-            .iter()
-            .find(|page| !objects.uars.contains_key(&page.idx.get()));
+        let free = pages.iter().find(|page| !objects.uars.contains_key(&page.idx.get()));
         let uar = match free {
             Some(uar) => Arc::clone(uar),
             None if pages.len() >= OBJECTS_MAX => {

@@ -38,9 +38,7 @@ mod optional {
 
 impl Objects {
     fn cq(&self, num: u32) -> Result<&Arc<Cq>, Refusal> {
-        self.cqs
-            .get(&num)
-            .ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownCq))
+        self.cqs.get(&num).ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownCq))
     }
 }
 
@@ -70,39 +68,21 @@ impl EmulatedHca {
         }
         // The receive ring comes first, the send ring follows it.
         let sq_len = (WQEBB as u64) << log_sq;
-        let (umem, at) = (
-            get32(input, cmd::WQ_UMEM_ID),
-            prm::get(input, cmd::WQ_UMEM_OFFSET),
-        );
+        let (umem, at) = (get32(input, cmd::WQ_UMEM_ID), prm::get(input, cmd::WQ_UMEM_OFFSET));
         let (rings, ring_hold) = objects.carve(umem, at, rq_len + sq_len, 64)?;
         let record_umem = get32(context, qpc::DBR_UMEM_ID);
         let record_at = prm::get(context, qpc::DBR_ADDR);
-        let (record, record_hold) =
-            objects.carve(record_umem, record_at, RECORD_LEN, RECORD_LEN)?;
+        let (record, record_hold) = objects.carve(record_umem, record_at, RECORD_LEN, RECORD_LEN)?;
         let carved = refuse(Status::BadParam, CommandSyndrome::OutsideUmem);
         let sq = rings.slice(rq_len, sq_len).ok_or(carved)?;
         let rq_memory = rings.slice(0, rq_len).filter(|_| rq_len != 0);
-        let rq = rq_memory.map(|memory| RecvRing {
-            memory,
-            log_size: log_rq,
-            stride,
-        });
+        let rq = rq_memory.map(|memory| RecvRing { memory, log_size: log_rq, stride });
         let taken = |num| existing.iter().any(|qp| qp.num().get() == num);
         let number = next_number(&mut objects.next_qp, super::FIRST_QPN, taken);
         send_cq.users.fetch_add(1, Ordering::AcqRel);
         recv_cq.users.fetch_add(1, Ordering::AcqRel);
         let (num, user_index) = (QpNum::new(number), get32(context, qpc::USER_INDEX));
-        let layout = QpLayout {
-            num,
-            pd,
-            user_index,
-            sq,
-            rq,
-            record,
-            send_cq,
-            recv_cq,
-            uar,
-        };
+        let layout = QpLayout { num, pd, user_index, sq, rq, record, send_cq, recv_cq, uar };
         self.publish_qp(Qp::new(layout, vec![ring_hold, record_hold]));
         prm::set(output, prm::create_qp_out::QPN, number.into());
         Ok(Touched::new(ObjectKind::Qp, number))
@@ -110,8 +90,7 @@ impl EmulatedHca {
 
     fn named_qp(&self, input: &[u8]) -> Result<Arc<Qp>, Refusal> {
         let num = QpNum::new(get32(input, prm::qp_2err_in::QPN));
-        self.find_qp(num)
-            .ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownQp))
+        self.find_qp(num).ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownQp))
     }
 
     pub(super) fn destroy_qp(&self, input: &[u8]) -> Done {
@@ -140,10 +119,7 @@ impl EmulatedHca {
             syndrome: CommandSyndrome::IllegalTransition,
             qp_state: Some(before),
         })?;
-        let in_state = |refusal| Refusal {
-            qp_state: Some(before),
-            ..refusal
-        };
+        let in_state = |refusal| Refusal { qp_state: Some(before), ..refusal };
         if transition != QpTransition::ToErr {
             let context = prm::part(input, prm::rst2init_qp_in::QPC);
             let mask = get32(input, prm::rst2init_qp_in::OPT_PARAM_MASK);
@@ -183,8 +159,7 @@ impl EmulatedHca {
         responder: &mut Responder,
     ) -> Result<(), Refusal> {
         use prm::qpc;
-        let mtu =
-            PathMtu::from_code(prm::get(context, qpc::MTU)).filter(|mtu| *mtu <= self.port.mtu);
+        let mtu = PathMtu::from_code(prm::get(context, qpc::MTU)).filter(|mtu| *mtu <= self.port.mtu);
         let mtu = mtu.ok_or(refuse(Status::BadParam, CommandSyndrome::BadMtu))?;
         let to = self.path_of(prm::part(context, qpc::PRIMARY_ADDRESS_PATH))?;
         let log_msg_max = get8(context, qpc::LOG_MSG_MAX);
@@ -196,12 +171,7 @@ impl EmulatedHca {
         responder.expected = Psn::new(get32(context, qpc::NEXT_RCV_PSN));
         responder.min_rnr_nak = get8(context, qpc::MIN_RNR_NAK);
         responder.log_max_reads = get8(context, qpc::LOG_RRA_MAX);
-        requester.connection = Some(Connection {
-            to,
-            remote_qpn,
-            mtu: Mtu(mtu),
-            log_msg_max,
-        });
+        requester.connection = Some(Connection { to, remote_qpn, mtu: Mtu(mtu), log_msg_max });
         Ok(())
     }
 
@@ -212,9 +182,7 @@ impl EmulatedHca {
         match self.port.link {
             LinkLayer::Ib => match get32(path, ads::RLID) {
                 // CAST: a 16-bit field.
-                rlid if rlid != 0 => Ok(PathAddress::Ib {
-                    rlid: Lid(rlid as u16),
-                }),
+                rlid if rlid != 0 => Ok(PathAddress::Ib { rlid: Lid(rlid as u16) }),
                 _ => Err(bad),
             },
             LinkLayer::Roce => {
@@ -227,16 +195,8 @@ impl EmulatedHca {
                 // CAST: 16-bit fields.
                 let high = get32(path, ads::RMAC_47_32) as u16;
                 let rmac = Mac::join(high, get32(path, ads::RMAC_31_0));
-                let (tclass, udp_sport) =
-                    (get8(path, ads::TCLASS), get32(path, ads::UDP_SPORT) as u16);
-                Ok(PathAddress::Roce {
-                    rgid,
-                    rmac,
-                    sgid_index,
-                    hop_limit,
-                    tclass,
-                    udp_sport,
-                })
+                let (tclass, udp_sport) = (get8(path, ads::TCLASS), get32(path, ads::UDP_SPORT) as u16);
+                Ok(PathAddress::Roce { rgid, rmac, sgid_index, hop_limit, tclass, udp_sport })
             }
         }
     }
@@ -289,19 +249,13 @@ fn recv_size(context: &[u8], rq_type: u64) -> Result<(u64, u8, u64), Refusal> {
     if rq_type == RQ_NONE {
         return Ok((0, 0, 0));
     }
-    let (log_size, log_stride) = (
-        get8(context, prm::qpc::LOG_RQ_SIZE),
-        get8(context, prm::qpc::LOG_RQ_STRIDE),
-    );
+    let (log_size, log_stride) =
+        (get8(context, prm::qpc::LOG_RQ_SIZE), get8(context, prm::qpc::LOG_RQ_STRIDE));
     let stride = 16_u64 << log_stride;
     if stride > RECV_WQE_MAX as u64 {
         return Err(refuse(Status::BadParam, CommandSyndrome::BadQueueSize));
     }
-    Ok((
-        (stride << log_size).next_multiple_of(WQEBB as u64),
-        log_size,
-        stride,
-    ))
+    Ok(((stride << log_size).next_multiple_of(WQEBB as u64), log_size, stride))
 }
 
 fn rights(context: &[u8]) -> Access {

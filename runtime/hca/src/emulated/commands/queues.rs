@@ -58,31 +58,16 @@ impl Objects {
         }
         self.uar(get32(context, cqc::UAR_PAGE))?;
         let collapsed = prm::get(context, cqc::CC) == 1;
-        let len = if collapsed {
-            stride
-        } else {
-            stride << log_size
-        };
+        let len = if collapsed { stride } else { stride << log_size };
         let ring_umem = get32(input, cmd::CQ_UMEM_ID);
-        let (ring, ring_hold) =
-            self.carve(ring_umem, prm::get(input, cmd::CQ_UMEM_OFFSET), len, 64)?;
+        let (ring, ring_hold) = self.carve(ring_umem, prm::get(input, cmd::CQ_UMEM_OFFSET), len, 64)?;
         let record_umem = get32(context, cqc::DBR_UMEM_ID);
         let record_at = prm::get(context, cqc::DBR_ADDR);
         let (record, record_hold) = self.carve(record_umem, record_at, RECORD_LEN, RECORD_LEN)?;
         let overrun_ignore = prm::get(context, cqc::OI) == 1;
         let num = next_number(&mut self.next_cq, 1, |cq| self.cqs.contains_key(&cq));
-        let layout = CqLayout {
-            ring,
-            record,
-            log_size,
-            stride,
-            collapsed,
-            overrun_ignore,
-        };
-        self.cqs.insert(
-            num,
-            Cq::new(CqNum::new(num), layout, vec![ring_hold, record_hold]),
-        );
+        let layout = CqLayout { ring, record, log_size, stride, collapsed, overrun_ignore };
+        self.cqs.insert(num, Cq::new(CqNum::new(num), layout, vec![ring_hold, record_hold]));
         prm::set(output, prm::create_cq_out::CQN, num.into());
         Ok(Touched::new(ObjectKind::Cq, num))
     }

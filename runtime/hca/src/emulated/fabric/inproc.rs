@@ -23,23 +23,14 @@ pub(in crate::emulated) struct KeyGuards<'a> {
 impl<'a> KeyGuards<'a> {
     pub(in crate::emulated) fn lock(near: &'a EmulatedHca, far: Option<&'a EmulatedHca>) -> Self {
         match far.filter(|far| far.port_id() != near.port_id()) {
-            None => Self {
-                near: near.keys.read(),
-                far: None,
-            },
+            None => Self { near: near.keys.read(), far: None },
             Some(far) if far.port_id() < near.port_id() => {
                 let far = far.keys.read();
-                Self {
-                    near: near.keys.read(),
-                    far: Some(far),
-                }
+                Self { near: near.keys.read(), far: Some(far) }
             }
             Some(far) => {
                 let near = near.keys.read();
-                Self {
-                    near,
-                    far: Some(far.keys.read()),
-                }
+                Self { near, far: Some(far.keys.read()) }
             }
         }
     }
@@ -92,13 +83,7 @@ impl<'a> Link<'a> {
                 hears_us: from.is_some_and(|(to, _)| port.answers_to(to)),
                 answers_us: from.is_some_and(|(_, remote)| *remote == qpn),
                 responder,
-                around: Surroundings {
-                    device,
-                    qp,
-                    keys: keys.far(),
-                    placement,
-                    now,
-                },
+                around: Surroundings { device, qp, keys: keys.far(), placement, now },
             }
         });
         Self { port, port_id, far }
@@ -125,12 +110,7 @@ impl Wire for Link<'_> {
             return false;
         };
         let connected = far.hears_us && far.answers_us;
-        let open =
-            self.port.passes(far.port, far.port_id) && far.port.passes(self.port, self.port_id);
-        connected
-            && open
-            && far
-                .responder
-                .write_plain(&far.around, psn, packets, to, source)
+        let open = self.port.passes(far.port, far.port_id) && far.port.passes(self.port, self.port_id);
+        connected && open && far.responder.write_plain(&far.around, psn, packets, to, source)
     }
 }

@@ -61,11 +61,7 @@ pub struct FabricConfig {
 
 impl Default for FabricConfig {
     fn default() -> Self {
-        Self {
-            seed: 1,
-            placement: Placement::InOrder,
-            mtu: PathMtu::B4096,
-        }
+        Self { seed: 1, placement: Placement::InOrder, mtu: PathMtu::B4096 }
     }
 }
 
@@ -104,10 +100,7 @@ impl Fabric {
     /// A fabric within this process: requests execute by direct calls between devices.
     #[must_use]
     pub fn inproc(config: FabricConfig) -> Arc<Self> {
-        Arc::new(Self {
-            config,
-            ports: RwLock::default(),
-        })
+        Arc::new(Self { config, ports: RwLock::default() })
     }
 
     /// What the fabric was made with.
@@ -182,11 +175,7 @@ impl Fabric {
     /// The device that an address vector leads to.
     pub(super) fn locate(&self, to: &PathAddress) -> Option<Arc<EmulatedHca>> {
         let ports = self.ports.read();
-        ports
-            .iter()
-            .find(|port| port.answers_to(to))?
-            .device
-            .upgrade()
+        ports.iter().find(|port| port.answers_to(to))?.device.upgrade()
     }
 
     /// The addresses of the `id`-th port.
@@ -240,13 +229,7 @@ impl Port {
     /// A port on no fabric, for a device that could not be attached.
     pub(super) fn detached(info: PortInfo) -> (PortId, Arc<Self>) {
         let (dead, any_cut) = (AtomicBool::new(true), AtomicBool::new(false));
-        let port = Self {
-            device: Weak::new(),
-            info,
-            dead,
-            cut: RwLock::default(),
-            any_cut,
-        };
+        let port = Self { device: Weak::new(), info, dead, cut: RwLock::default(), any_cut };
         (PortId(u16::MAX), Arc::new(port))
     }
 }

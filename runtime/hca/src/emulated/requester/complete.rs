@@ -29,10 +29,8 @@ impl Failure {
         Self { syndrome, vendor }
     }
 
-    pub(super) const BAD_INDEX: Self = Self {
-        syndrome: Syndrome::LOCAL_QP_OP,
-        vendor: VendorSyndrome::WQE_INDEX,
-    };
+    pub(super) const BAD_INDEX: Self =
+        Self { syndrome: Syndrome::LOCAL_QP_OP, vendor: VendorSyndrome::WQE_INDEX };
 
     /// SPEC: IBTA vol. 1 §9.9.3: what a negative acknowledgement means to the requester.
     pub(super) const fn of_nak(nak: Nak) -> Self {
@@ -46,12 +44,7 @@ impl Failure {
 
 impl Requester {
     /// Completes the messages at the head that are done; how many.
-    pub(in crate::emulated) fn retire(
-        &mut self,
-        device: &EmulatedHca,
-        qp: &Qp,
-        now: Nanos,
-    ) -> usize {
+    pub(in crate::emulated) fn retire(&mut self, device: &EmulatedHca, qp: &Qp, now: Nanos) -> usize {
         let mut retired = 0;
         while self.outstanding.front().is_some_and(Outstanding::is_done) {
             retired += usize::from(self.retire_one(device, qp, now));
@@ -60,12 +53,7 @@ impl Requester {
     }
 
     /// Completes the message at the head if it is done.
-    pub(in crate::emulated) fn retire_one(
-        &mut self,
-        device: &EmulatedHca,
-        qp: &Qp,
-        now: Nanos,
-    ) -> bool {
+    pub(in crate::emulated) fn retire_one(&mut self, device: &EmulatedHca, qp: &Qp, now: Nanos) -> bool {
         match self.outstanding.pop_front() {
             Some(entry) if entry.is_done() => {
                 self.progressed(now);
@@ -124,23 +112,13 @@ impl Requester {
     }
 
     /// Flushes up to `limit` WQEs of a queue pair in ERR; how many it flushed.
-    pub(in crate::emulated) fn flush(
-        &mut self,
-        device: &EmulatedHca,
-        qp: &Qp,
-        limit: usize,
-    ) -> usize {
+    pub(in crate::emulated) fn flush(&mut self, device: &EmulatedHca, qp: &Qp, limit: usize) -> usize {
         let mut flushed = 0;
         while flushed < limit {
             let Some(entry) = self.outstanding.pop_front() else {
                 break;
             };
-            let Work {
-                idx,
-                opcode,
-                update,
-                ..
-            } = entry.work;
+            let Work { idx, opcode, update, .. } = entry.work;
             flush_one(device, qp, idx, opcode, update);
             flushed += 1;
         }
@@ -149,11 +127,9 @@ impl Requester {
             qp.read_block(self.next, &mut block);
             // What stands in the queue need not be a WQE any more; it still advances by one block.
             let (blocks, opcode, update) = match CtrlSeg::ref_from_prefix(&block) {
-                Ok((ctrl, _)) if ctrl.wqe_idx() == self.next => (
-                    ctrl.num_wqebbs().max(1),
-                    ctrl.opcode_byte(),
-                    ctrl.flags().completion(),
-                ),
+                Ok((ctrl, _)) if ctrl.wqe_idx() == self.next => {
+                    (ctrl.num_wqebbs().max(1), ctrl.opcode_byte(), ctrl.flags().completion())
+                }
                 _ => (1, Opcode::Nop.byte(), CqUpdate::Always),
             };
             flush_one(device, qp, self.next, opcode, update);
@@ -193,14 +169,6 @@ fn write_error(device: &EmulatedHca, qp: &Qp, idx: u16, opcode: u8, failure: Fai
     let mut cqe = ErrorCqe::new(syndrome, vendor, opcode, qp.num(), idx, op_own);
     cqe.srqn_uidx = U32::new(qp.layout.user_index);
     let (syndrome, vendor) = (syndrome.0, vendor.0);
-    device.note_error(
-        qp,
-        FirstError {
-            qpn: qp.num(),
-            wqe_counter: idx,
-            syndrome,
-            vendor,
-        },
-    );
+    device.note_error(qp, FirstError { qpn: qp.num(), wqe_counter: idx, syndrome, vendor });
     device.complete(qp, &qp.layout.send_cq, cqe);
 }

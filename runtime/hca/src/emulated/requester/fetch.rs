@@ -36,11 +36,7 @@ pub(in crate::emulated) enum Fetch<'a> {
     /// Nothing on the wire.
     Nothing,
     /// A message, and where the old value of an atomic goes.
-    Message {
-        request: Request,
-        payload: Payload<'a>,
-        result: Option<&'a DataSeg>,
-    },
+    Message { request: Request, payload: Payload<'a>, result: Option<&'a DataSeg> },
 }
 
 /// A linear copy of one WQE.
@@ -80,8 +76,7 @@ impl Local<'_> {
             return Err((work, bad_op));
         }
         for extra in 1..work.blocks {
-            self.qp
-                .read_block(idx.wrapping_add(extra), &mut blocks[usize::from(extra)]);
+            self.qp.read_block(idx.wrapping_add(extra), &mut blocks[usize::from(extra)]);
         }
         let Some(fence) = ctrl.flags().fence() else {
             return Err((work, bad_op));
@@ -103,13 +98,7 @@ impl Local<'_> {
         view: &WqeView<'a>,
         work: &mut Work,
     ) -> Result<Fetch<'a>, Failure> {
-        let Some(Parts {
-            op,
-            payload,
-            result,
-            len,
-        }) = self.parts(view)?
-        else {
+        let Some(Parts { op, payload, result, len }) = self.parts(view)? else {
             return Ok(Fetch::Nothing);
         };
         let Some(connection) = connection else {
@@ -124,30 +113,15 @@ impl Local<'_> {
         work.has_response = op.has_response();
         let (psn, packets) = (work.psn, work.packets);
         let solicited = view.ctrl.flags().is_solicited();
-        let request = Request {
-            psn,
-            packets,
-            len,
-            op,
-            solicited,
-            resent: false,
-        };
-        Ok(Fetch::Message {
-            request,
-            payload,
-            result,
-        })
+        let request = Request { psn, packets, len, op, solicited, resent: false };
+        Ok(Fetch::Message { request, payload, result })
     }
 
     /// Reads the segments and checks their local keys; `None` if nothing goes on the wire.
     #[inline]
     fn parts<'a>(&'a self, view: &WqeView<'a>) -> Result<Option<Parts<'a>>, Failure> {
         let (keys, pd) = (self.keys, self.qp.layout.pd);
-        let payload_of = |segments| Payload {
-            segments: Some(segments),
-            keys,
-            pd,
-        };
+        let payload_of = |segments| Payload { segments: Some(segments), keys, pd };
         let imm = view.ctrl.imm.get();
         let (op, payload, want) = match view.request {
             RequestView::Nop => return Ok(None),
@@ -157,72 +131,36 @@ impl Local<'_> {
             }
             RequestView::Write { remote, payload } => {
                 let imm = (view.opcode == Opcode::RdmaWriteImm).then_some(imm);
-                (
-                    RequestOp::Write {
-                        to: target(remote),
-                        imm,
-                    },
-                    payload_of(payload),
-                    Want::LocalRead,
-                )
+                (RequestOp::Write { to: target(remote), imm }, payload_of(payload), Want::LocalRead)
             }
             RequestView::Send { payload } => {
                 if view.opcode == Opcode::SendInval {
                     return Err(Failure::new(Syndrome::LOCAL_QP_OP));
                 }
                 let imm = (view.opcode == Opcode::SendImm).then_some(imm);
-                (
-                    RequestOp::Send { imm },
-                    payload_of(payload),
-                    Want::LocalRead,
-                )
+                (RequestOp::Send { imm }, payload_of(payload), Want::LocalRead)
             }
-            RequestView::Read { remote, scatter } => (
-                RequestOp::Read {
-                    from: target(remote),
-                },
-                payload_of(scatter),
-                Want::LocalWrite,
-            ),
+            RequestView::Read { remote, scatter } => {
+                (RequestOp::Read { from: target(remote) }, payload_of(scatter), Want::LocalWrite)
+            }
             RequestView::Atomic { remote, op, result } => {
                 let len = u64::from(op.operand_len());
                 if result.byte_len() != len {
                     return Err(Failure::new(Syndrome::LOCAL_LENGTH));
                 }
                 self.result_memory(result).map_err(local)?;
-                let (op, result) = (
-                    RequestOp::Atomic {
-                        on: target(remote),
-                        op,
-                    },
-                    Some(result),
-                );
-                return Ok(Some(Parts {
-                    op,
-                    payload: Payload {
-                        segments: None,
-                        keys,
-                        pd,
-                    },
-                    result,
-                    len,
-                }));
+                let (op, result) = (RequestOp::Atomic { on: target(remote), op }, Some(result));
+                return Ok(Some(Parts { op, payload: Payload { segments: None, keys, pd }, result, len }));
             }
         };
         let len = payload.check(want).map_err(local)?;
-        Ok(Some(Parts {
-            op,
-            payload,
-            result: None,
-            len,
-        }))
+        Ok(Some(Parts { op, payload, result: None, len }))
     }
 
     /// Where an atomic's old value goes.
     pub(in crate::emulated) fn result_memory(&self, seg: &DataSeg) -> Result<Span, KeyFault> {
         let (key, va) = (seg.lkey.get(), seg.addr.get());
-        self.keys
-            .reach(self.qp.layout.pd, key, va, seg.byte_len(), Want::LocalWrite)
+        self.keys.reach(self.qp.layout.pd, key, va, seg.byte_len(), Want::LocalWrite)
     }
 }
 
@@ -231,15 +169,9 @@ const fn local(fault: KeyFault) -> Failure {
         KeyFault::OutOfRange => VendorSyndrome::LOCAL_PROT,
         KeyFault::Unknown | KeyFault::WrongPd | KeyFault::Denied => VendorSyndrome::LOCAL_PROT_KEY,
     };
-    Failure {
-        syndrome: Syndrome::LOCAL_PROT,
-        vendor,
-    }
+    Failure { syndrome: Syndrome::LOCAL_PROT, vendor }
 }
 
 fn target(remote: &RaddrSeg) -> Target {
-    Target {
-        va: remote.raddr.get(),
-        rkey: remote.rkey.get(),
-    }
+    Target { va: remote.raddr.get(), rkey: remote.rkey.get() }
 }

@@ -73,8 +73,10 @@ impl Requester {
             if !matches!(entry.progress, Progress::Unsent | Progress::Placing) {
                 continue;
             }
-            (0..entry.missing.len()).for_each(|chunk| offer(SendPiece::Place { pos, chunk }));
-            if first && entry.missing.is_empty() {
+            // What a READ misses comes back only after it was accepted.
+            let to_place = if entry.work.has_response { 0 } else { entry.missing.len() };
+            (0..to_place).for_each(|chunk| offer(SendPiece::Place { pos, chunk }));
+            if first && to_place == 0 {
                 offer(SendPiece::End { pos });
             }
             // Only writes may be overtaken, and only by writes.
@@ -82,11 +84,7 @@ impl Requester {
                 return;
             }
             first = false;
-            if self
-                .outstanding
-                .get(pos + 1)
-                .is_some_and(|next| !next.is_write())
-            {
+            if self.outstanding.get(pos + 1).is_some_and(|next| !next.is_write()) {
                 return;
             }
         }
@@ -139,7 +137,7 @@ impl Requester {
         let mut entry = Outstanding::new(fetched.work, Progress::Done);
         if let Fetch::Message { request, .. } = &fetched.what {
             entry.progress = Progress::Unsent;
-            if matches!(request.op, RequestOp::Write { .. } | RequestOp::Send { .. }) {
+            if !matches!(request.op, RequestOp::Atomic { .. }) {
                 entry.missing = chunks(&fetched.work);
             }
         }
@@ -150,16 +148,9 @@ impl Requester {
     }
 
     /// Reads the WQE at `pos` again and calls `then` with the message.
-    fn with_message(
-        &mut self,
-        local: &Local<'_>,
-        pos: usize,
-        then: impl FnOnce(&mut Self, &Fetch<'_>),
-    ) {
+    fn with_message(&mut self, local: &Local<'_>, pos: usize, then: impl FnOnce(&mut Self, &Fetch<'_>)) {
         let mut buf: WqeBuf = [0; WQE_BYTES_MAX];
-        let Work {
-            idx, blocks, psn, ..
-        } = self.outstanding[pos].work;
+        let Work { idx, blocks, psn, .. } = self.outstanding[pos].work;
         let connection = self.connection.clone();
         match local.fetch(connection.as_ref(), psn, &mut buf, idx, blocks) {
             Ok(fetched) => then(self, &fetched.what),
@@ -174,12 +165,7 @@ impl Requester {
         };
         let mtu = u64::from(connection.mtu.0.bytes());
         self.with_message(local, pos, |this, message| {
-            let Fetch::Message {
-                request,
-                payload,
-                result,
-            } = message
-            else {
+            let Fetch::Message { request, payload, result } = message else {
                 return;
             };
             let entry = &mut this.outstanding[pos];
@@ -222,22 +208,16 @@ impl Requester {
     /// Lets the responder execute the message; its chunks have been placed.
     fn end_message(&mut self, local: &Local<'_>, wire: &mut impl Wire, pos: usize) {
         self.with_message(local, pos, |this, message| {
-            let Fetch::Message {
-                mut request,
-                payload,
-                result,
-            } = *message
-            else {
+            let Fetch::Message { mut request, payload, result } = *message else {
                 return;
             };
             let entry = &mut this.outstanding[pos];
             request.resent = entry.resent;
             add(&local.device.counters.retransmissions, entry.resent.into());
-            let first = !std::mem::replace(&mut entry.resent, true);
-            entry.progress = Progress::Unanswered;
+            (entry.resent, entry.progress) = (true, Progress::Unanswered);
             let reply = wire.carry(&request, payload, Piece::End);
             match (request.op, reply) {
-                (RequestOp::Read { .. }, Some(Reply::Ack { .. })) => this.accept_read(pos, first),
+                (RequestOp::Read { .. }, Some(Reply::Ack { .. })) => this.accept_read(pos),
                 _ => {
                     this.after_carry(local, pos, reply, payload, result);
                 }
@@ -246,11 +226,8 @@ impl Requester {
     }
 
     /// A READ was accepted: its response may arrive from now on.
-    fn accept_read(&mut self, pos: usize, first: bool) {
+    fn accept_read(&mut self, pos: usize) {
         let entry = &mut self.outstanding[pos];
-        if first {
-            entry.missing = chunks(&entry.work);
-        }
         entry.progress = match entry.missing.is_empty() {
             true => Progress::Done,
             false => Progress::Arriving,
@@ -262,18 +239,11 @@ impl Outstanding {
     /// Whether this is an RDMA WRITE, with or without immediate.
     fn is_write(&self) -> bool {
         use ibex_abi::wqe::Opcode;
-        matches!(
-            Opcode::from_byte(self.work.opcode),
-            Some(Opcode::RdmaWrite | Opcode::RdmaWriteImm)
-        )
+        matches!(Opcode::from_byte(self.work.opcode), Some(Opcode::RdmaWrite | Opcode::RdmaWriteImm))
     }
 }
 
 /// The packets of a message that carry payload.
 fn chunks(work: &Work) -> Vec<u32> {
-    if work.len == 0 {
-        Vec::new()
-    } else {
-        (0..work.packets).collect()
-    }
+    if work.len == 0 { Vec::new() } else { (0..work.packets).collect() }
 }

@@ -61,11 +61,7 @@ impl Requester {
     ///
     /// Nothing may be outstanding.
     #[inline]
-    pub(in crate::emulated) fn send_plain(
-        &mut self,
-        local: &Local<'_>,
-        wire: &mut impl Wire,
-    ) -> Option<u64> {
+    pub(in crate::emulated) fn send_plain(&mut self, local: &Local<'_>, wire: &mut impl Wire) -> Option<u64> {
         let mut block = [0; WQEBB];
         local.qp.read_block(self.next, &mut block);
         let flags = block[0x0b];
@@ -82,12 +78,7 @@ impl Requester {
                 return None;
             }
             let pd = local.qp.layout.pd;
-            Source::Memory(
-                local
-                    .keys
-                    .reach(pd, key, va, first.into(), Want::LocalRead)
-                    .ok()?,
-            )
+            Source::Memory(local.keys.reach(pd, key, va, first.into(), Want::LocalRead).ok()?)
         } else {
             // CAST: 31 bits fit usize on 64-bit hosts.
             let len = (first & !InlineHeader::FLAG) as usize;
@@ -101,10 +92,7 @@ impl Requester {
         if len > 1 << connection.log_msg_max {
             return None;
         }
-        let to = Target {
-            va: be64(&block, SEG),
-            rkey: be32(&block, SEG + 8),
-        };
+        let to = Target { va: be64(&block, SEG), rkey: be32(&block, SEG + 8) };
         // CAST: at most 2^30 bytes.
         let packets = connection.mtu.packets(len as u32);
         if !wire.write_plain(self.psn, packets, to, source) {
@@ -114,16 +102,7 @@ impl Requester {
         if !matches!(update, CqUpdate::OnError | CqUpdate::OnFirstError) {
             let opcode = Opcode::RdmaWrite.byte();
             let (psn, len, has_response) = (self.psn, len as u32, false);
-            let work = Work {
-                idx,
-                blocks: 1,
-                opcode,
-                update,
-                has_response,
-                psn,
-                packets,
-                len,
-            };
+            let work = Work { idx, blocks: 1, opcode, update, has_response, psn, packets, len };
             complete(local.device, local.qp, &work, local.now);
         }
         self.next = idx.wrapping_add(1);

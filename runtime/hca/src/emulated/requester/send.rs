@@ -55,19 +55,12 @@ impl Requester {
         if self.not_ready_until.is_some_and(|until| until <= local.now) {
             self.not_ready_until = None;
         }
-        if self
-            .ack_deadline
-            .is_none_or(|deadline| deadline > local.now)
-        {
+        if self.ack_deadline.is_none_or(|deadline| deadline > local.now) {
             return true;
         }
         if self.timeouts >= self.patience.retry_count {
             let failure = Failure::new(Syndrome::TRANSPORT_RETRY_EXC);
-            let oldest = self
-                .outstanding
-                .iter()
-                .position(|entry| !entry.is_done())
-                .unwrap_or(0);
+            let oldest = self.outstanding.iter().position(|entry| !entry.is_done()).unwrap_or(0);
             self.fail(local.device, local.qp, oldest, failure, local.now);
             return false;
         }
@@ -95,10 +88,7 @@ impl Requester {
             self.ack_deadline = None;
         }
         let failed = local.qp.state() == QpState::Err;
-        Turn {
-            did_work: failed || did.sent + retired != 0,
-            deadline: self.deadline(),
-        }
+        Turn { did_work: failed || did.sent + retired != 0, deadline: self.deadline() }
     }
 
     fn send_all(&mut self, local: &Local<'_>, wire: &mut impl Wire, did: &mut Tally) {
@@ -170,20 +160,13 @@ impl Requester {
         pos: usize,
         did: &mut Tally,
     ) -> Sent {
-        let Work {
-            idx, blocks, psn, ..
-        } = self.outstanding[pos].work;
+        let Work { idx, blocks, psn, .. } = self.outstanding[pos].work;
         let fetched = match local.fetch(self.connection.as_ref(), psn, buf, idx, blocks) {
             Ok(fetched) => fetched,
             Err((_, failure)) => return self.fail_at(local, pos, failure),
         };
         let entry = &mut self.outstanding[pos];
-        let Fetch::Message {
-            mut request,
-            payload,
-            result,
-        } = fetched.what
-        else {
+        let Fetch::Message { mut request, payload, result } = fetched.what else {
             entry.progress = Progress::Done;
             return Sent::Bytes(0);
         };
@@ -195,12 +178,7 @@ impl Requester {
     }
 
     /// A WQE that fails its checks fails after everything before it.
-    pub(super) fn fail_fetched(
-        &mut self,
-        local: &Local<'_>,
-        work: &Work,
-        failure: Failure,
-    ) -> Sent {
+    pub(super) fn fail_fetched(&mut self, local: &Local<'_>, work: &Work, failure: Failure) -> Sent {
         self.retire(local.device, local.qp, local.now);
         if self.outstanding.is_empty() {
             self.next = self.next.wrapping_add(work.blocks.max(1));
@@ -227,21 +205,10 @@ impl Requester {
     }
 
     #[inline]
-    fn send_fetched(
-        &mut self,
-        local: &Local<'_>,
-        wire: &mut impl Wire,
-        fetched: &Fetched<'_>,
-    ) -> Sent {
+    fn send_fetched(&mut self, local: &Local<'_>, wire: &mut impl Wire, fetched: &Fetched<'_>) -> Sent {
         let work = &fetched.work;
-        let Fetch::Message {
-            request,
-            payload,
-            result,
-        } = &fetched.what
-        else {
-            self.outstanding
-                .push_back(Outstanding::new(*work, Progress::Done));
+        let Fetch::Message { request, payload, result } = &fetched.what else {
+            self.outstanding.push_back(Outstanding::new(*work, Progress::Done));
             return Sent::Bytes(0);
         };
         let reply = wire.carry(request, *payload, Piece::Whole);
