@@ -11,6 +11,8 @@ use std::process::Command;
 use ibex::gpu::image;
 use ibex::gpu::pool::kernel_name;
 
+mod rig;
+
 /// The SASS of the image, or why there is none to look at.
 fn sass() -> Result<String, String> {
     if image::bytes().is_empty() {
@@ -39,7 +41,7 @@ fn every_kernel_is_in_the_image_and_reads_coherently() {
     let sass = match sass() {
         Ok(sass) => sass,
         Err(why) => {
-            println!("SKIPPED: no SASS to look at: {why}");
+            rig::say_skipped(&format!("no SASS to look at: {why}"));
             return;
         }
     };

@@ -19,7 +19,7 @@ fn rig() -> Option<&'static PathBuf> {
     match RIG.get_or_init(|| rig::build(rig::Flavor::ThreadSanitizer)) {
         Ok(path) => Some(path),
         Err(why) => {
-            println!("SKIPPED: no ThreadSanitizer here: {why}");
+            rig::say_skipped(&format!("no ThreadSanitizer here: {why}"));
             None
         }
     }

@@ -7,9 +7,15 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::SystemTime;
+
+/// Says why a test skipped, straight to stderr: the runner hides what a passing test prints.
+pub(crate) fn say_skipped(why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
+}
 
 /// How the rig is compiled.
 #[derive(Clone, Copy)]

@@ -54,7 +54,7 @@ fn lane_fibers_give_what_warp_fibers_give() {
     let rig = match rig::build(rig::Flavor::Plain) {
         Ok(rig) => rig,
         Err(why) => {
-            println!("SKIPPED: no C++ compiler at test time: {why}");
+            rig::say_skipped(&format!("no C++ compiler at test time: {why}"));
             return;
         }
     };
