@@ -143,7 +143,7 @@ fn rates(doorbells: Doorbells) -> Result<(), Box<dyn Error>> {
             continue;
         }
         let mut bench = bench(doorbells)?;
-        let blocks = if inline { (32 + 4 + bytes as u64).div_ceil(64) } else { 1 };
+        let blocks = if inline { (32 + 4 + bytes).div_ceil(64) } else { 1 };
         let count = ((1_u64 << LOG_SQ) / blocks).min(4 * BUFFER / bytes);
         bench.execute(count, bytes, inline)?;
         bench.floor(count, bytes);

@@ -1,5 +1,6 @@
 //! The contract suite over every provider there is: the emulated device on both link layers, strict and
 //! by record, and the same behind a fault injector that injects nothing.
+#![allow(clippy::unwrap_used, reason = "in a test a failed expectation is the message")]
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
 //! What the fabric can do to a connection: cut either direction, heal, kill a port.
+#![allow(clippy::unwrap_used, reason = "in a test a failed expectation is the message")]
 
 mod rig;
 

@@ -1,4 +1,5 @@
 //! Any command may fail at any step: nothing is left behind, the others run, a retry works.
+#![allow(clippy::unwrap_used, reason = "in a test a failed expectation is the message")]
 
 mod rig;
 

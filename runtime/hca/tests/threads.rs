@@ -1,4 +1,5 @@
 //! Several threads: stepping, commanding and reading memory at the same time.
+#![allow(clippy::unwrap_used, reason = "in a test a failed expectation is the message")]
 
 mod rig;
 

@@ -238,5 +238,5 @@ fn page_list(addr: u64, len: u64, log_page: u32) -> Vec<u8> {
     let page = 1_u64 << log_page;
     let first = addr & !(page - 1);
     let count = (addr + len - first).div_ceil(page);
-    (0..count).flat_map(|idx| (first + idx * page | 3).to_be_bytes()).collect()
+    (0..count).flat_map(|idx| ((first + idx * page) | 3).to_be_bytes()).collect()
 }

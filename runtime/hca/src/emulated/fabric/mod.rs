@@ -221,7 +221,8 @@ impl Port {
 
     fn passes(&self, to: &Self, dst: PortId) -> bool {
         let dead = self.dead.load(Ordering::Acquire) || to.dead.load(Ordering::Acquire);
-        !dead && !(self.any_cut.load(Ordering::Acquire) && self.cut.read().contains(&dst))
+        let cut = self.any_cut.load(Ordering::Acquire) && self.cut.read().contains(&dst);
+        !dead && !cut
     }
 }
 
