@@ -2,6 +2,8 @@
 //!
 //! Runs are small: what they measure is not the point here, that they are honest is.
 
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -28,10 +30,7 @@ const SMALL: [&str; 16] = [
 ];
 
 fn ibex(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_ibex"))
-        .args(args)
-        .output()
-        .unwrap()
+    Command::new(env!("CARGO_BIN_EXE_ibex")).args(args).output().unwrap()
 }
 
 fn exit_code(output: &Output) -> i32 {
@@ -66,23 +65,12 @@ fn bench_ep(name: &str, flags: &[&'static str]) -> Value {
     let mut args = small_with(flags);
     args.extend(["--json", file.to_str().unwrap()]);
     let output = ibex(&args);
-    assert_eq!(
-        exit_code(&output),
-        0,
-        "{name}: {}{}",
-        text(&output.stdout),
-        text(&output.stderr)
-    );
+    assert_eq!(exit_code(&output), 0, "{name}: {}{}", text(&output.stdout), text(&output.stderr));
     serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap()
 }
 
 fn keys(value: &Value) -> Vec<&str> {
-    let mut keys: Vec<&str> = value
-        .as_object()
-        .unwrap()
-        .keys()
-        .map(String::as_str)
-        .collect();
+    let mut keys: Vec<&str> = value.as_object().unwrap().keys().map(String::as_str).collect();
     keys.sort_unstable();
     keys
 }
@@ -94,57 +82,29 @@ fn refused(args: &[&str], words: &[&str]) {
     assert_eq!(exit_code(&output), 2, "{args:?}: {complaint}");
     assert_eq!(complaint.lines().count(), 1, "{args:?}: {complaint}");
     for word in words {
-        assert!(
-            complaint.contains(word),
-            "{args:?}: {complaint:?} lacks {word:?}"
-        );
+        assert!(complaint.contains(word), "{args:?}: {complaint:?} lacks {word:?}");
     }
-    assert!(
-        output.stdout.is_empty(),
-        "{args:?}: a refused run prints nothing"
-    );
+    assert!(output.stdout.is_empty(), "{args:?}: a refused run prints nothing");
 }
 
 #[test]
 fn shapes_that_do_not_exist_are_refused() {
     let ep = |flags: &[&'static str]| [&["bench", "ep"], flags].concat();
     refused(&ep(&["--topk", "33"]), &["max_topk", "33", "1..=32"]);
-    refused(
-        &ep(&["--topk", "9", "--experts", "8"]),
-        &["max_topk", "9", "num_experts = 8"],
-    );
-    refused(
-        &ep(&["--routing", "group-limited", "--experts", "252"]),
-        &["num_experts", "252", "8"],
-    );
-    refused(
-        &ep(&[
-            "--routing",
-            "group-limited",
-            "--experts",
-            "8",
-            "--topk",
-            "5",
-        ]),
-        &["max_topk", "5", "4"],
-    );
+    refused(&ep(&["--topk", "9", "--experts", "8"]), &["max_topk", "9", "num_experts = 8"]);
+    refused(&ep(&["--routing", "group-limited", "--experts", "252"]), &["num_experts", "252", "8"]);
+    refused(&ep(&["--routing", "group-limited", "--experts", "8", "--topk", "5"]), &["max_topk", "5", "4"]);
     refused(&ep(&["--ranks", "0"]), &["num_ranks", "1..=512"]);
     refused(&ep(&["--ranks", "513"]), &["num_ranks", "513"]);
     refused(&ep(&["--tokens", "65536"]), &["max_tokens", "65536"]);
-    refused(
-        &ep(&["--hidden", "7176"]),
-        &["hidden", "7176", "multiple of 16"],
-    );
+    refused(&ep(&["--hidden", "7176"]), &["hidden", "7176", "multiple of 16"]);
     refused(&ep(&["--experts", "0"]), &["num_experts"]);
     refused(&ep(&["--ring", "9"]), &["ring", "9", "1..=8"]);
     refused(&ep(&["--lanes", "0"]), &["lanes"]);
     refused(&ep(&["--channels", "17"]), &["channels", "17"]);
     refused(&ep(&["--detect-ms", "0"]), &["detect_ms"]);
     refused(&ep(&["--stall-ms", "5"]), &["stall_ms", "detect_ms = 100"]);
-    refused(
-        &ep(&["--dtype", "bf16", "--scales", "pow2"]),
-        &["--scales", "bf16"],
-    );
+    refused(&ep(&["--dtype", "bf16", "--scales", "pow2"]), &["--scales", "bf16"]);
 }
 
 #[test]
@@ -170,10 +130,7 @@ fn what_is_not_built_yet_is_refused_and_says_what_is() {
             (&["--hosts", "netns"], "local"),
             (&["--store", "tcp://127.0.0.1:7"], "store"),
         ] {
-            refused(
-                &[&["bench", bench], flags].concat(),
-                &[flags[0], "not built yet", built],
-            );
+            refused(&[&["bench", bench], flags].concat(), &[flags[0], "not built yet", built]);
         }
     }
     refused(&["bench", "post", "--fabric", "sim"], &["--fabric sim"]);
@@ -184,22 +141,14 @@ fn a_report_that_cannot_be_written_is_refused_before_the_run() {
     let nowhere = scratch("no-such-directory/report.json");
     let nowhere = nowhere.to_str().unwrap();
     for bench in ["ep", "post"] {
-        refused(
-            &["bench", bench, "--json", nowhere],
-            &["cannot write", "report.json"],
-        );
+        refused(&["bench", bench, "--json", nowhere], &["cannot write", "report.json"]);
     }
     refused(&["bench", "ep", "--plot", nowhere], &["cannot write"]);
 }
 
 #[test]
 fn help_and_version_are_no_errors() {
-    for args in [
-        &["--help"][..],
-        &["--version"],
-        &["bench", "ep", "--help"],
-        &["bench", "post", "--help"],
-    ] {
+    for args in [&["--help"][..], &["--version"], &["bench", "ep", "--help"], &["bench", "post", "--help"]] {
         let output = ibex(args);
         assert_eq!(exit_code(&output), 0);
         assert!(!output.stdout.is_empty() && output.stderr.is_empty());
@@ -233,10 +182,7 @@ fn a_checked_run_reports_every_key() {
     assert_eq!(keys(&report), expected);
     for operation in ["dispatch_us", "combine_us"] {
         assert_eq!(keys(&report[operation]), ["p50", "p90", "p99", "p999"]);
-        let (p50, p999) = (
-            report[operation]["p50"].as_f64(),
-            report[operation]["p999"].as_f64(),
-        );
+        let (p50, p999) = (report[operation]["p50"].as_f64(), report[operation]["p999"].as_f64());
         assert!(p50.unwrap() > 0.0 && p50 <= p999);
     }
     for pair in ["memcpy_floor_us", "floor_ratio"] {
@@ -252,10 +198,7 @@ fn a_checked_run_reports_every_key() {
     }
     assert!(report["bytes"]["rdma"].as_u64().unwrap() > 0);
     let config = &report["config"];
-    assert_eq!(
-        (&config["ranks"], &config["tokens"], &config["check"]),
-        (&2.into(), &9.into(), &true.into())
-    );
+    assert_eq!((&config["ranks"], &config["tokens"], &config["check"]), (&2.into(), &9.into(), &true.into()));
     let names = ["provider", "gpu", "fabric"].map(|key| report[key].as_str().unwrap());
     assert_eq!(names, ["emulated", "host", "inproc"]);
     assert_eq!(report["seed"], 5);
@@ -267,10 +210,7 @@ fn every_mode_runs_and_is_right() {
         ("bf16", &["--dtype", "bf16"]),
         ("pow2", &["--scales", "pow2", "--routing", "zipf"]),
         ("ue8m0", &["--scales", "ue8m0", "--routing", "khot"]),
-        (
-            "reduced",
-            &["--combine", "reduced", "--routing", "group-limited"],
-        ),
+        ("reduced", &["--combine", "reduced", "--routing", "group-limited"]),
         ("fetch-add", &["--signal", "fetch-add", "--link", "ib"]),
         ("graph", &["--graph"]),
         ("hooks", &["--hooks", "--ring", "1"]),
@@ -289,9 +229,7 @@ fn every_mode_runs_and_is_right() {
 #[test]
 fn no_tokens_is_a_valid_run_without_a_ratio() {
     let report = bench_ep("no-tokens", &["--tokens", "0", "--check"]);
-    assert!(
-        report["floor_ratio"]["dispatch"].is_null() && report["floor_ratio"]["combine"].is_null()
-    );
+    assert!(report["floor_ratio"]["dispatch"].is_null() && report["floor_ratio"]["combine"].is_null());
 }
 
 #[test]
@@ -319,43 +257,14 @@ fn info_reports_memory_without_a_run() {
 #[test]
 fn posted_wqes_are_all_checked_and_reported() {
     let file = scratch("post.json");
-    let output = ibex(&[
-        "bench",
-        "post",
-        "--iters",
-        "1",
-        "--warmup",
-        "0",
-        "--json",
-        file.to_str().unwrap(),
-    ]);
-    assert_eq!(
-        exit_code(&output),
-        0,
-        "{}{}",
-        text(&output.stdout),
-        text(&output.stderr)
-    );
+    let output = ibex(&["bench", "post", "--iters", "1", "--warmup", "0", "--json", file.to_str().unwrap()]);
+    assert_eq!(exit_code(&output), 0, "{}{}", text(&output.stdout), text(&output.stderr));
     let report: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
     let rows = report["rows"].as_array().unwrap();
-    let expected = [
-        "bytes",
-        "bytes_per_s",
-        "inline",
-        "latency_us",
-        "memcpy_bytes_per_s",
-        "qps",
-        "ratio",
-        "wqe_per_s",
-    ];
+    let expected =
+        ["bytes", "bytes_per_s", "inline", "latency_us", "memcpy_bytes_per_s", "qps", "ratio", "wqe_per_s"];
     assert!(rows.iter().all(|row| keys(row) == expected));
-    let has = |bytes: u64, inline: bool| {
-        rows.iter()
-            .any(|r| r["bytes"] == bytes && r["inline"] == inline)
-    };
+    let has = |bytes: u64, inline: bool| rows.iter().any(|r| r["bytes"] == bytes && r["inline"] == inline);
     assert!(has(7168, false) && has(28, true));
-    assert_eq!(
-        (&report["wrong"], &report["unrung_wqes"]),
-        (&0.into(), &0.into())
-    );
+    assert_eq!((&report["wrong"], &report["unrung_wqes"]), (&0.into(), &0.into()));
 }

@@ -3,10 +3,8 @@
 //! Both host forms are judged: what kernels use in this build, and the lane regions that CUDA and the lane
 //! fibers run. Oracle: `ibex::reference::numerics`, written from the definitions.
 
-#![expect(
-    unsafe_code,
-    reason = "calls the kernels' C entry points with slices of checked lengths"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
+#![expect(unsafe_code, reason = "calls the kernels' C entry points with slices of checked lengths")]
 
 use ibex::config::ScaleKind;
 use ibex::reference::numerics;
@@ -56,12 +54,7 @@ struct Row(Vec<Unit>);
 impl Row {
     fn new(values: &[u16]) -> Self {
         assert!(values.len().is_multiple_of(8));
-        Self(
-            values
-                .chunks_exact(8)
-                .map(|unit| Unit(unit.try_into().unwrap()))
-                .collect(),
-        )
+        Self(values.chunks_exact(8).map(|unit| Unit(unit.try_into().unwrap())).collect())
     }
 
     fn zeros(hidden: usize) -> Self {
@@ -86,10 +79,7 @@ impl Row {
 }
 
 fn code_of(kind: ScaleKind) -> u32 {
-    ScaleKind::ALL
-        .iter()
-        .position(|&other| other == kind)
-        .unwrap() as u32
+    ScaleKind::ALL.iter().position(|&other| other == kind).unwrap() as u32
 }
 
 /// Casts into buffers of 0xa5 with a guard behind them.
@@ -106,14 +96,8 @@ fn cast(variant: u32, x: &Row, kind: ScaleKind) -> (Vec<u8>, Vec<u8>) {
     let payload: Vec<u8> = payload.iter().flat_map(|word| word.to_le_bytes()).collect();
     let scales: Vec<u8> = scales.iter().flat_map(|word| word.to_le_bytes()).collect();
     let scales_len = hidden.div_ceil(128) * numerics::scale_len(kind);
-    assert!(
-        payload[hidden..].iter().all(|&byte| byte == 0xa5),
-        "wrote behind the payload"
-    );
-    assert!(
-        scales[scales_len..].iter().all(|&byte| byte == 0xa5),
-        "wrote behind the scales"
-    );
+    assert!(payload[hidden..].iter().all(|&byte| byte == 0xa5), "wrote behind the payload");
+    assert!(scales[scales_len..].iter().all(|&byte| byte == 0xa5), "wrote behind the scales");
     (payload[..hidden].to_vec(), scales[..scales_len].to_vec())
 }
 
@@ -123,10 +107,7 @@ fn check_cast(x: &[u16], what: &str) {
         let (payload, scales) = numerics::cast_row(x, kind);
         for variant in VARIANTS {
             let (got_payload, got_scales) = cast(variant, &row, kind);
-            assert_eq!(
-                got_scales, scales,
-                "{what}, {kind} scales, variant {variant}"
-            );
+            assert_eq!(got_scales, scales, "{what}, {kind} scales, variant {variant}");
             if let Some(at) = (0..x.len()).find(|&i| got_payload[i] != payload[i]) {
                 panic!(
                     "{what}, {kind}, variant {variant}: element {at} of {:#06x} is {:#04x}, not {:#04x}",
@@ -141,14 +122,9 @@ fn check_cast(x: &[u16], what: &str) {
 #[test]
 fn every_bf16_is_cast_alike_at_several_scales() {
     // amax floor, 2^-10, 1, 448 x 2^k exactly and just above, the e4m3 boundary, the largest finite bf16.
-    for leader in [
-        0x0000, 0x3a80, 0x3f80, 0x43e0, 0x43e1, 0x4260, 0x4261, 0x43e8, 0x7f7f, 0xc560,
-    ] {
+    for leader in [0x0000, 0x3a80, 0x3f80, 0x43e0, 0x43e1, 0x4260, 0x4261, 0x43e8, 0x7f7f, 0xc560] {
         for values in (0..=u16::MAX).collect::<Vec<_>>().chunks(127 * 16) {
-            let mut row: Vec<u16> = values
-                .chunks(127)
-                .flat_map(|part| [&[leader], part].concat())
-                .collect();
+            let mut row: Vec<u16> = values.chunks(127).flat_map(|part| [&[leader], part].concat()).collect();
             row.resize(row.len().next_multiple_of(16), 0);
             check_cast(&row, &format!("beside {leader:#06x}"));
         }
@@ -158,17 +134,14 @@ fn every_bf16_is_cast_alike_at_several_scales() {
 #[test]
 fn edge_blocks_are_cast_alike() {
     let nan = |sign: u16| sign | 0x7fc1;
-    let blocks: [(&str, fn(usize) -> u16); 7] = [
+    type Value = fn(usize) -> u16;
+    let blocks: [(&str, Value); 7] = [
         ("zeros of both signs", |i| (i as u16 % 2) << 15),
         ("denormals", |i| i as u16 | (i as u16 % 2) << 15),
         ("only NaN", |_| 0xffff),
         ("only infinities", |i| 0x7f80 | (i as u16 % 2) << 15),
-        ("infinities and NaN", |i| {
-            if i % 3 == 0 { 0xff80 } else { 0x7f81 }
-        }),
-        ("the boundary", |i| {
-            [0x43e0, 0xc3e0, 0x43e8, 0x43e7, 0x43e9, 0xc3e8][i % 6]
-        }),
+        ("infinities and NaN", |i| if i % 3 == 0 { 0xff80 } else { 0x7f81 }),
+        ("the boundary", |i| [0x43e0, 0xc3e0, 0x43e8, 0x43e7, 0x43e9, 0xc3e8][i % 6]),
         ("the largest", |i| 0x7f7f | (i as u16 % 2) << 15),
     ];
     for (what, value) in blocks {
@@ -207,14 +180,8 @@ fn moderate_values(seed: u64, count: usize) -> Vec<u16> {
 fn rows_of_any_width_are_cast_alike() {
     for hidden in (16..=320).step_by(16).chain([2880, 3584, 6400, 7168, 7680]) {
         for seed in 0..3 {
-            check_cast(
-                &random_values(seed + 7, hidden),
-                &format!("hidden {hidden}, seed {seed}"),
-            );
-            check_cast(
-                &moderate_values(seed + 70, hidden),
-                &format!("moderate {hidden}, seed {seed}"),
-            );
+            check_cast(&random_values(seed + 7, hidden), &format!("hidden {hidden}, seed {seed}"));
+            check_cast(&moderate_values(seed + 70, hidden), &format!("moderate {hidden}, seed {seed}"));
         }
     }
 }
@@ -237,8 +204,7 @@ fn sums_are_fused_in_order_and_rounded_once() {
         for num_rows in [0, 1, 2, 8, 32] {
             for make in [moderate_values, random_values] {
                 let values: Vec<Vec<u16>> = (0..num_rows).map(|k| make(k + 3, hidden)).collect();
-                let weights: Vec<f32> =
-                    (0..num_rows).map(|k| 0.3 / (k + 1) as f32 - 0.01).collect();
+                let weights: Vec<f32> = (0..num_rows).map(|k| 0.3 / (k + 1) as f32 - 0.01).collect();
                 let (mut fused, mut plain) = (vec![0.0; hidden], vec![0.0; hidden]);
                 for (row, &weight) in values.iter().zip(&weights) {
                     numerics::add_weighted(&mut fused, row, weight);
@@ -264,18 +230,10 @@ fn sums_are_fused_in_order_and_rounded_once() {
 fn the_sums_of_the_test_depend_on_fusing() {
     let values = moderate_values(3, 7168);
     let weight = 0.3f32;
-    let fused: Vec<u32> = values
-        .iter()
-        .map(|&bits| {
-            weight
-                .mul_add(numerics::bf16_to_f32(bits), 1.0f32)
-                .to_bits()
-        })
-        .collect();
-    let unfused: Vec<u32> = values
-        .iter()
-        .map(|&bits| (weight * numerics::bf16_to_f32(bits) + 1.0).to_bits())
-        .collect();
+    let fused: Vec<u32> =
+        values.iter().map(|&bits| weight.mul_add(numerics::bf16_to_f32(bits), 1.0f32).to_bits()).collect();
+    let unfused: Vec<u32> =
+        values.iter().map(|&bits| (weight * numerics::bf16_to_f32(bits) + 1.0).to_bits()).collect();
     assert_ne!(fused, unfused);
 }
 
@@ -286,20 +244,14 @@ fn the_expert_multiplies_like_the_reference() {
             let factor = numerics::expert_factor(expert);
             let values = random_values(u64::from(expert) + 9, hidden);
             let row = Row::new(&values);
-            let wide: Vec<f32> = values
-                .iter()
-                .map(|&bits| numerics::bf16_to_f32(bits))
-                .collect();
+            let wide: Vec<f32> = values.iter().map(|&bits| numerics::bf16_to_f32(bits)).collect();
             for variant in VARIANTS {
                 let mut out = Row::zeros(hidden);
                 // SAFETY: both rows have `hidden` elements.
                 unsafe {
                     ibex_rows_scale_bf16(variant, out.ptr_mut(), row.ptr(), hidden as u32, factor);
                 }
-                assert!(
-                    out.values() == numerics::expert_row(&wide, factor),
-                    "bf16 {hidden} {expert}"
-                );
+                assert!(out.values() == numerics::expert_row(&wide, factor), "bf16 {hidden} {expert}");
                 for &kind in ScaleKind::ALL {
                     check_expert_fp8(variant, &values, kind, factor);
                 }
@@ -320,30 +272,15 @@ fn check_expert_fp8(variant: u32, values: &[u16], kind: ScaleKind, factor: f32) 
         word[..len].copy_from_slice(scale);
         spread[block * stride / 4] = u32::from_le_bytes(word);
     }
-    let aligned: Vec<u64> = payload
-        .chunks(8)
-        .map(|unit| u64::from_le_bytes(unit.try_into().unwrap()))
-        .collect();
+    let aligned: Vec<u64> =
+        payload.chunks(8).map(|unit| u64::from_le_bytes(unit.try_into().unwrap())).collect();
     let mut out = Row::zeros(values.len());
     // SAFETY: the payload has one byte per element, the output one element each, and a scale of at most four bytes
     // stands at every `stride` bytes for every block.
     unsafe {
         let (payload, scales) = (aligned.as_ptr().cast(), spread.as_ptr().cast());
         let (hidden, kind) = (values.len() as u32, code_of(kind));
-        ibex_rows_scale_fp8(
-            variant,
-            out.ptr_mut(),
-            payload,
-            scales,
-            stride as u64,
-            kind,
-            hidden,
-            factor,
-        );
+        ibex_rows_scale_fp8(variant, out.ptr_mut(), payload, scales, stride as u64, kind, hidden, factor);
     }
-    assert!(
-        out.values() == expected,
-        "fp8, {kind}, variant {variant}, {} elements",
-        values.len()
-    );
+    assert!(out.values() == expected, "fp8, {kind}, variant {variant}, {} elements", values.len());
 }
