@@ -27,32 +27,65 @@ use crate::gpu::{DeviceMemory, Gpu};
 use crate::ids::Rank;
 use crate::layout::{LINE, PAGE, Plan, SourcePlan};
 
+/// A protection domain, given back when the last object that belongs to it is gone.
+pub(crate) struct OwnedPd {
+    hca: Arc<dyn Hca>,
+    pd: Pd,
+}
+
+impl OwnedPd {
+    pub(crate) fn new(hca: &Arc<dyn Hca>) -> Result<Arc<Self>, Error> {
+        Ok(Arc::new(Self { pd: hca.alloc_pd()?, hca: Arc::clone(hca) }))
+    }
+
+    pub(crate) fn get(&self) -> Pd {
+        self.pd
+    }
+}
+
+impl Drop for OwnedPd {
+    fn drop(&mut self) {
+        // A device that refuses keeps an empty domain, which is harmless.
+        let _ = self.hca.dealloc_pd(self.pd);
+    }
+}
+
 /// A memory key that is given back on drop.
 pub(crate) struct OwnedMkey {
-    hca: Arc<dyn Hca>,
+    pd: Arc<OwnedPd>,
     key: Mkey,
+    is_live: bool,
 }
 
 impl OwnedMkey {
     /// Registers `len` bytes at `addr`, which the HCA then addresses by the same number.
     #[expect(unsafe_code, reason = "registration lets the HCA reach memory; the owner keeps it alive")]
-    fn register(hca: &Arc<dyn Hca>, pd: Pd, addr: u64, len: u64, access: Access) -> Result<Self, Error> {
+    fn register(pd: &Arc<OwnedPd>, addr: u64, len: u64, access: Access) -> Result<Self, Error> {
         let region = MemoryRegion { addr, len, kind: ibex_hca::MemoryKind::HostPtr };
         // SAFETY: every caller in this file registers memory that the same `LaneBuffers` (or `Registration`) owns
         // and drops after this key: fields drop in declaration order, keys stand before memory.
-        let key = unsafe { hca.register(pd, region, Iova(addr), access)? };
-        Ok(Self { hca: Arc::clone(hca), key })
+        let key = unsafe { pd.hca.register(pd.get(), region, Iova(addr), access)? };
+        Ok(Self { pd: Arc::clone(pd), key, is_live: true })
     }
 
     pub(crate) fn key(&self) -> &Mkey {
         &self.key
+    }
+
+    /// Gives the key back now, so that a refusal is seen; a retry is allowed.
+    fn revoke(&mut self) -> Result<(), Error> {
+        if self.is_live {
+            self.pd.hca.deregister(self.key)?;
+            self.is_live = false;
+        }
+        Ok(())
     }
 }
 
 impl Drop for OwnedMkey {
     fn drop(&mut self) {
         // A device that refuses leaves the key valid, which is safe: it reports the leak in its own counters.
-        let _ = self.hca.deregister(self.key);
+        let _ = self.revoke();
     }
 }
 
@@ -64,9 +97,9 @@ pub struct Registration {
 
 impl Registration {
     /// Allocates and registers `len` bytes for local use.
-    pub(crate) fn new(gpu: &dyn Gpu, hca: &Arc<dyn Hca>, pd: Pd, len: u64) -> Result<Self, Error> {
+    pub(crate) fn new(gpu: &dyn Gpu, pd: &Arc<OwnedPd>, len: u64) -> Result<Self, Error> {
         let memory = gpu.alloc(bytes(len), bytes(PAGE))?;
-        let mkey = OwnedMkey::register(hca, pd, memory.addr(), len, Access::LOCAL)?;
+        let mkey = OwnedMkey::register(pd, memory.addr(), len, Access::LOCAL)?;
         Ok(Self { mkey, memory })
     }
 
@@ -89,6 +122,13 @@ pub(crate) fn bytes(len: u64) -> usize {
 pub(crate) struct PeerKeys {
     pub(crate) region: OwnedMkey,
     pub(crate) combine: OwnedMkey,
+}
+
+impl PeerKeys {
+    fn revoke(&mut self) -> Result<(), Error> {
+        self.region.revoke()?;
+        self.combine.revoke()
+    }
 }
 
 /// Carves one allocation into line-aligned parts and remembers how much of it is taken.
@@ -213,8 +253,7 @@ pub(crate) struct LaneBuffers {
     // Keys stand before the memory they name: fields drop in this order.
     peer_keys: Vec<Option<PeerKeys>>,
     source_key: OwnedMkey,
-    hca: Arc<dyn Hca>,
-    pd: Pd,
+    pd: Arc<OwnedPd>,
     plan: Plan,
     source_plan: SourcePlan,
     state_plan: StatePlan,
@@ -228,7 +267,7 @@ pub(crate) struct LaneBuffers {
 
 impl LaneBuffers {
     /// Allocates and registers everything; nothing stays behind if a step fails.
-    pub(crate) fn new(gpu: &dyn Gpu, hca: &Arc<dyn Hca>, pd: Pd, plan: Plan) -> Result<Self, Error> {
+    pub(crate) fn new(gpu: &dyn Gpu, pd: &Arc<OwnedPd>, plan: Plan) -> Result<Self, Error> {
         let state_plan = StatePlan::new(&plan);
         let pinned_plan = PinnedPlan::new(&plan);
         let source_plan = plan.source();
@@ -238,12 +277,11 @@ impl LaneBuffers {
         let source = alloc(source_plan.bytes)?;
         let state = alloc(state_plan.total)?;
         let pinned = gpu.alloc_pinned(bytes(pinned_plan.total), bytes(PAGE))?;
-        let source_key = OwnedMkey::register(hca, pd, source.addr(), source_plan.bytes, Access::LOCAL)?;
+        let source_key = OwnedMkey::register(pd, source.addr(), source_plan.bytes, Access::LOCAL)?;
         let mut buffers = Self {
             peer_keys: Vec::new(),
             source_key,
-            hca: Arc::clone(hca),
-            pd,
+            pd: Arc::clone(pd),
             plan,
             source_plan,
             state_plan,
@@ -263,19 +301,23 @@ impl LaneBuffers {
 
     /// Registers what `peer` may write: its region, and the combine slab under a key of its own.
     fn register_peer(&self, peer: Rank) -> Result<PeerKeys, Error> {
-        let access = Access { local_write: true, remote_write: true, remote_read: false, remote_atomic: true };
-        let register = |addr, len| OwnedMkey::register(&self.hca, self.pd, addr, len, access);
+        let access =
+            Access { local_write: true, remote_write: true, remote_read: false, remote_atomic: true };
+        let register = |addr, len| OwnedMkey::register(&self.pd, addr, len, access);
         Ok(PeerKeys {
             region: register(self.region_addr(peer), self.plan.layout.region_bytes)?,
             combine: register(self.combine_slab.addr(), self.plan.combine_slab_bytes())?,
         })
     }
 
-    /// Retires the keys of a dead incarnation and makes fresh ones for its successor.
+    /// Retires the keys of a dead incarnation and makes fresh ones for its successor; a retry goes on where a refusal
+    /// stopped it.
     pub(crate) fn renew_peer_keys(&mut self, peer: Rank) -> Result<(), Error> {
+        if let Some(keys) = self.peer_keys[peer.index()].as_mut() {
+            keys.revoke()?;
+        }
         self.peer_keys[peer.index()] = None;
-        let keys = self.register_peer(peer)?;
-        self.peer_keys[peer.index()] = Some(keys);
+        self.peer_keys[peer.index()] = Some(self.register_peer(peer)?);
         Ok(())
     }
 
@@ -340,7 +382,9 @@ impl LaneBuffers {
     }
 
     pub(crate) fn telemetry_addr(&self, peer: Rank) -> u64 {
-        self.pinned.addr() + self.pinned_plan.telemetry + u64::from(peer.0) * size_of::<PeerTelemetry>() as u64
+        self.pinned.addr()
+            + self.pinned_plan.telemetry
+            + u64::from(peer.0) * size_of::<PeerTelemetry>() as u64
     }
 
     /// What every launch on this lane carries.

@@ -37,8 +37,6 @@ pub const WARPS_PER_BLOCK: (u32, u32) = (2, 32);
 pub const SQ_DEPTH_LOG: (u32, u32) = (4, 15);
 /// Most rows in the combine staging ring of one queue pair.
 pub const STAGING_ROWS_MAX: u32 = 65_536;
-/// Most spare regions per ring slot.
-pub const SPARE_REGIONS_MAX: u32 = 8;
 /// Longest `detect_ms`: a minute without a sign of life is an outage.
 pub const DETECT_MS_MAX: u32 = 60_000;
 /// Longest `stall_ms`: an hour.
@@ -204,8 +202,6 @@ pub struct Config {
     pub sq_depth_log: u32,
     /// Rows in the combine staging ring of one queue pair.
     pub staging_rows: u32,
-    /// Regions kept for peers whose old one is quarantined.
-    pub spare_regions: u32,
 }
 
 impl Default for Config {
@@ -233,7 +229,6 @@ impl Default for Config {
             stall_ms: None,
             sq_depth_log: 9,
             staging_rows: 32,
-            spare_regions: 1,
         }
     }
 }
@@ -289,10 +284,8 @@ impl Config {
                 self.num_sms * self.warps_per_block - 1,
             )?;
         }
-        let (min, max) = SQ_DEPTH_LOG;
-        in_range("sq_depth_log", self.sq_depth_log, min, max)?;
-        in_range("staging_rows", self.staging_rows, 1, STAGING_ROWS_MAX)?;
-        in_range("spare_regions", self.spare_regions, 0, SPARE_REGIONS_MAX)
+        in_range("sq_depth_log", self.sq_depth_log, min_sq_depth_log(self.ring), SQ_DEPTH_LOG.1)?;
+        in_range("staging_rows", self.staging_rows, 1, STAGING_ROWS_MAX)
     }
 
     fn validate_time(&self) -> Result<(), ConfigError> {
@@ -314,6 +307,15 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// Smallest send queue for a ring: beside one row it must hold what a step always keeps room for, a credit per slot of
+/// both operations, a trailer, a signal and LOST (`reserved_wqebbs` in kernels/include/ibex/send.h).
+#[must_use]
+pub const fn min_sq_depth_log(ring: u32) -> u32 {
+    let wqebbs: u32 = 2 * ring + 3 + 1;
+    let log = wqebbs.next_power_of_two().ilog2();
+    if log > SQ_DEPTH_LOG.0 { log } else { SQ_DEPTH_LOG.0 }
 }
 
 impl WireDtype {
@@ -602,13 +604,6 @@ mod tests {
         "staging_rows",
         1,
         65_536
-    );
-    range_test!(
-        spare_regions_is_bounded,
-        spare_regions,
-        "spare_regions",
-        0,
-        8
     );
     range_test!(detect_ms_is_bounded, detect_ms, "detect_ms", 1, 60_000);
     // 2 x 12 warps, one of which must cast.

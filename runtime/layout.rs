@@ -242,6 +242,7 @@ impl Plan {
             expert_out: self.packed_rows() * u64::from(self.layout.row_bytes),
             out: u64::from(s.max_tokens) * u64::from(self.layout.row_bytes),
             lost_topk: u64::from(s.max_tokens) * 4,
+            expert_ids: u64::from(s.max_local_experts) * 4,
         }
     }
 }
@@ -275,6 +276,7 @@ pub struct TensorPlan {
     pub expert_out: u64,
     pub out: u64,
     pub lost_topk: u64,
+    pub expert_ids: u64,
 }
 
 impl TensorPlan {
@@ -293,6 +295,7 @@ impl TensorPlan {
             + self.expert_out
             + self.out
             + self.lost_topk
+            + self.expert_ids
             + 4
     }
 }

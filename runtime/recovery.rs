@@ -1,54 +1,48 @@
-//! The queue pairs to each peer: created, connected, fenced and recreated in place.
+//! Recreating the queue pairs to a peer in place: masked, fenced, offered, connected, activated.
 //!
 //! Connecting for the first time and recreating are one path: recreate from empty. A slot keeps its index, the
 //! address of its `QpDeviceCtx` and its doorbell register for the life of the session; ring, record and CQ are data in
-//! the context, the same at equal depth and carved anew otherwise.
+//! the context, the same at equal depth and carved anew otherwise. [`queues`] owns them.
 //!
 //! ```text
-//! offer    alloc blocks -> CREATE_CQ -> CREATE_QP -> RST2INIT                  slot masked
-//! connect  INIT2RTR -> RTR2RTS -> write contexts -> state Active (release)     slot usable
-//! fence    state Fenced -> 2ERR -> grace period -> 2RST -> destroy -> zero words -> free blocks
+//! mask      state Fenced, peer suspected                                        no half posts or waits
+//! fence     mask -> 2ERR -> grace period -> 2RST -> destroy -> keys renewed -> zero words -> blocks free
+//! offer     alloc blocks -> CREATE_CQ -> CREATE_QP -> RST2INIT                  slot masked
+//! connect   INIT2RTR -> RTR2RTS -> write contexts                               slot masked
+//! activate  state Active (release), suspicion cleared                           slot usable
 //! ```
+//!
+//! Both ends connect before either activates: a kernel never posts to a queue pair whose other end cannot answer.
 //!
 //! Invariants:
 //! - Only the slots of the one peer are touched; whatever command fails, they stay masked, the others run, the heap
 //!   is as before, and a retry works.
 //! - Blocks are given back only after 2RST completed: until then the device may still touch them.
 
-use std::sync::Arc;
-
 use core::sync::atomic::{Ordering, fence};
 use core::time::Duration;
 
-use ibex_abi::device_ctx::{
-    DeviceFault, LaneHostWords, LaneState, LifeWords, PeerCtx, QpDeviceCtx, code,
-};
-use ibex_abi::types::{CqNum, Eqn, Pd, Psn, QpNum};
-use ibex_hca::objects::{self, CqSpec, InitSpec, Place, QpSpec, RtrSpec, RtsSpec};
-use ibex_hca::control_region::{Carved, ControlRegion};
-use ibex_hca::{Access, DoorbellPage, Hca, MemoryKind, MemoryRegion, PortInfo};
+use ibex_abi::device_ctx::{DeviceFault, LaneHostWords, LaneState, LifeWords, PeerCtx, QpDeviceCtx, code};
+use ibex_abi::types::{Psn, QpNum};
+use ibex_hca::PortInfo;
 use zerocopy::FromBytes;
 
 use crate::buffer::{LaneBuffers, bytes};
-use crate::config::{RcTimers, RoutePolicy, ValidConfig};
-use crate::error::{Error, Violation};
-use crate::gpu::{DeviceMemory, Gpu};
+use crate::config::RoutePolicy;
+use crate::error::{ConfigError, Error, Limit, Stale, Violation};
 use crate::ids::{Lane, Rank};
-use crate::layout::{LINE, PAGE, Plan, qp_slot};
+use crate::layout::qp_slot;
 use crate::session::Session;
 use crate::time::{Deadline, sleep};
 
 mod control;
+mod queues;
 
-use control::{CONTROL_SQ_LOG, ControlQueue};
+pub(crate) use queues::PeerQueues;
 
-/// Bytes of a WQE basic block.
-const WQEBB: u64 = 64;
-/// Control memory is sized for every slot at this many times its depth, so that a deeper queue can be carved while
-/// the old ones of other slots live.
-const CONTROL_HEADROOM: u64 = 3;
-/// Timer code of a receiver-not-ready answer; nothing of ours can be not ready.
-const MIN_RNR_NAK: u8 = 12;
+use control::ControlQueue;
+use queues::Queue;
+
 /// How often a grace period looks again.
 const GRACE_POLL: Duration = Duration::from_micros(50);
 
@@ -93,270 +87,6 @@ pub struct Offer {
     pub control: QueueOffer,
 }
 
-/// A live queue pair and its blocks. Blocks are freed when this is dropped, which happens only in RST or before any
-/// QP exists.
-struct Queue {
-    qpn: QpNum,
-    cqn: CqNum,
-    psn: Psn,
-    sq_log: u8,
-    ring: Carved,
-    cqe: Carved,
-    record: Carved,
-    reset: bool,
-}
-
-/// The place a queue pair lives.
-struct Slot {
-    doorbell: DoorbellPage,
-    incarnation: u32,
-    queue: Option<Queue>,
-}
-
-/// All queue pairs of one session.
-pub(crate) struct PeerQueues {
-    slots: Vec<Slot>,
-    controls: Vec<ControlQueue>,
-    hca: Arc<dyn Hca>,
-    pd: Pd,
-    eqn: Eqn,
-    plan: Plan,
-    sq_log: u8,
-    psn_state: u64,
-    /// Rings, CQs and records of the queue pairs that kernels drive; in memory that kernels reach.
-    region: ControlRegion,
-    /// The same for the control queue pairs, which the host drives.
-    host_region: ControlRegion,
-    _memory: DeviceMemory,
-}
-
-/// Bytes of control memory that one queue takes.
-const fn queue_bytes(sq_depth: u64) -> u64 {
-    sq_depth * WQEBB + 2 * LINE
-}
-
-impl PeerQueues {
-    /// Bytes of control memory for `plan`.
-    pub(crate) fn control_bytes_for(plan: &Plan) -> u64 {
-        Self::region_bytes(plan) + Self::host_region_bytes(plan)
-    }
-
-    fn region_bytes(plan: &Plan) -> u64 {
-        let slots = u64::from(plan.lanes) * plan.num_qps() * queue_bytes(plan.sq_depth.into());
-        (CONTROL_HEADROOM * slots).next_multiple_of(PAGE)
-    }
-
-    fn host_region_bytes(plan: &Plan) -> u64 {
-        (u64::from(plan.shape.num_ranks) * queue_bytes(1 << CONTROL_SQ_LOG)).next_multiple_of(PAGE)
-    }
-
-    pub(crate) fn control_bytes(&self) -> u64 {
-        Self::control_bytes_for(&self.plan)
-    }
-
-    /// Creates control memory and a doorbell register per slot; no queue pair yet.
-    pub(crate) fn new(
-        config: &ValidConfig,
-        plan: &Plan,
-        gpu: &dyn Gpu,
-        hca: Arc<dyn Hca>,
-        pd: Pd,
-    ) -> Result<Self, Error> {
-        let len = Self::region_bytes(plan);
-        let memory = gpu.alloc(bytes(len), bytes(PAGE))?;
-        let region = register_control(&hca, &memory)?;
-        let host_region = ControlRegion::host(&hca, Self::host_region_bytes(plan))?;
-        let slot = || -> Result<Slot, Error> {
-            Ok(Slot { doorbell: hca.alloc_doorbell()?, incarnation: 0, queue: None })
-        };
-        let num_slots = u64::from(plan.lanes) * plan.num_qps();
-        let slots = (0..num_slots).map(|_| slot()).collect::<Result<Vec<_>, _>>()?;
-        let controls = (0..plan.shape.num_ranks).map(|_| ControlQueue::Empty).collect();
-        Ok(Self {
-            slots,
-            controls,
-            eqn: hca.eqn(0)?,
-            pd,
-            plan: *plan,
-            // CAST: at most 15 by the limits of Config.
-            sq_log: config.sq_depth_log as u8,
-            psn_state: 0x9e37_79b9_7f4a_7c15 ^ u64::from(plan.shape.rank) << 32 ^ u64::from(pd.get()),
-            hca,
-            region,
-            host_region,
-            _memory: memory,
-        })
-    }
-
-    /// A starting sequence number unlike those before it, so that a late packet of an old incarnation is far away.
-    fn next_psn(&mut self) -> Psn {
-        self.psn_state = self.psn_state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        // CAST: the upper 24 bits of the generator.
-        Psn::new((self.psn_state >> 40) as u32)
-    }
-
-    /// Creates one queue pair in INIT; on failure nothing stays behind.
-    fn create(
-        &mut self,
-        gpu: &dyn Gpu,
-        doorbell: DoorbellPage,
-        sq_log: u8,
-        user_index: u32,
-    ) -> Result<Queue, Error> {
-        let region = &self.region;
-        let cq_log = self.hca.caps().log_min_cq_sz;
-        let ring = region.carve_ring(WQEBB << sq_log)?;
-        let cqe = region.carve(64 << cq_log, LINE)?;
-        // One line: the QP's record, and 8 bytes for the CQ's, which nobody uses with overrun ignored.
-        let record = region.carve_record()?;
-        gpu.fill(cqe.addr(), 0xff, bytes(cqe.len()))?;
-        gpu.fill(record.addr(), 0, bytes(record.len()))?;
-        gpu.fill(ring.addr(), 0, bytes(ring.len()))?;
-        let record_place = record.place();
-        let cqn = objects::create_cq(
-            &*self.hca,
-            &CqSpec {
-                eqn: self.eqn,
-                log_size: cq_log,
-                ring: cqe.place(),
-                record: Place { offset: record_place.offset + 8, ..record_place },
-                uar: doorbell.uar,
-                collapsed: true,
-                overrun_ignore: true,
-            },
-        )?;
-        let psn = self.next_psn();
-        let spec = QpSpec {
-            pd: self.pd,
-            log_sq_size: sq_log,
-            recv: None,
-            rings: ring.place(),
-            record: record_place,
-            uar: doorbell.uar,
-            send_cq: cqn,
-            recv_cq: cqn,
-            user_index,
-        };
-        let created = objects::create_qp(&*self.hca, &spec).and_then(|qpn| {
-            let access = Access { local_write: true, remote_write: true, remote_read: true, remote_atomic: true };
-            let init = InitSpec { qpn, pkey_index: 0, port_num: self.hca.port().port_num, access };
-            objects::rst2init(&*self.hca, &init).inspect_err(|_| {
-                let _ = objects::destroy_qp(&*self.hca, qpn);
-            })?;
-            Ok(qpn)
-        });
-        match created {
-            Ok(qpn) => Ok(Queue { qpn, cqn, psn, sq_log, ring, cqe, record, reset: false }),
-            Err(error) => {
-                let _ = objects::destroy_cq(&*self.hca, cqn);
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Destroys a queue pair that is in RST, or was never connected, and frees its blocks.
-    fn destroy(&mut self, queue: &mut Option<Queue>) -> Result<(), Error> {
-        let Some(live) = queue.as_mut() else { return Ok(()) };
-        if !live.reset {
-            objects::to_reset(&*self.hca, live.qpn)?;
-            live.reset = true;
-        }
-        objects::destroy_qp(&*self.hca, live.qpn)?;
-        let cqn = live.cqn;
-        *queue = None;
-        objects::destroy_cq(&*self.hca, cqn)?;
-        Ok(())
-    }
-
-    /// The slots of all lanes and channels of `peer`.
-    fn slots_of(&self, peer: Rank) -> Vec<usize> {
-        let shape = &self.plan.shape;
-        (0..self.plan.lanes)
-            .flat_map(|lane| (0..shape.num_channels).map(move |channel| (lane, channel)))
-            .map(|(lane, channel)| qp_slot(shape, Lane(lane), peer, channel) as usize)
-            .collect()
-    }
-
-    /// Brings one queue pair to RTS.
-    fn connect_queue(&self, queue: &Queue, offer: &QueueOffer, port: &PortInfo, timers: RcTimers) -> Result<(), Error> {
-        let path = self.hca.resolve(&port.address())?;
-        let mtu = self.hca.port().mtu.min(port.mtu);
-        let depth = self.hca.caps().log_max_rd_atomic.min(4);
-        objects::init2rtr(
-            &*self.hca,
-            &RtrSpec {
-                qpn: queue.qpn,
-                remote_qpn: offer.qpn,
-                rq_psn: offer.psn,
-                path,
-                mtu,
-                min_rnr_nak: MIN_RNR_NAK,
-                log_rra_max: depth,
-            },
-        )?;
-        objects::rtr2rts(
-            &*self.hca,
-            &RtsSpec {
-                qpn: queue.qpn,
-                sq_psn: queue.psn,
-                ack_timeout: timers.ack_timeout,
-                retry_count: timers.retry_count,
-                rnr_retry: 7,
-                log_sra_max: depth,
-            },
-        )?;
-        Ok(())
-    }
-
-    fn device_ctx(&self, slot: usize, peer: Rank, channel: u32) -> Option<QpDeviceCtx> {
-        let place = &self.slots[slot];
-        let queue = place.queue.as_ref()?;
-        Some(QpDeviceCtx {
-            sq: queue.ring.addr(),
-            // The record is {receive counter, send counter}, 4 bytes each.
-            doorbell_record: queue.record.addr() + 4,
-            doorbell: place.doorbell.register,
-            cqe: queue.cqe.addr(),
-            sq_mask: (1 << queue.sq_log) - 1,
-            qpn_be: (queue.qpn.get() << 8).to_be(),
-            state: code::QP_MASKED,
-            incarnation: place.incarnation,
-            peer: peer.0.into(),
-            channel,
-            ..QpDeviceCtx::default()
-        })
-    }
-
-    /// Numbers of the queue pairs that kernels drive to `peer`; for traces and fault injection.
-    fn qpns_of(&self, peer: Rank) -> Vec<QpNum> {
-        self.slots_of(peer).into_iter().filter_map(|i| Some(self.slots[i].queue.as_ref()?.qpn)).collect()
-    }
-
-    /// Live bytes and high-water mark of control memory.
-    pub(crate) fn control_report(&self) -> ibex_memheap::StorageReport {
-        self.region.storage_report()
-    }
-}
-
-impl Drop for PeerQueues {
-    /// Best effort and bounded: never waits for a peer.
-    fn drop(&mut self) {
-        self.controls.clear();
-        for mut slot in core::mem::take(&mut self.slots) {
-            let _ = self.destroy(&mut slot.queue);
-            let _ = self.hca.free_doorbell(slot.doorbell);
-        }
-    }
-}
-
-/// Registers the memory that kernels post through.
-#[expect(unsafe_code, reason = "registration lets the HCA reach memory; the queues keep it alive")]
-fn register_control(hca: &Arc<dyn Hca>, memory: &DeviceMemory) -> Result<ControlRegion, Error> {
-    let region = MemoryRegion { addr: memory.addr(), len: memory.len() as u64, kind: MemoryKind::HostPtr };
-    // SAFETY: `PeerQueues` owns both and drops the memory last: fields drop in declaration order.
-    Ok(unsafe { ControlRegion::external(hca, region, None)? })
-}
-
 /// Tells processes apart without asking the operating system twice.
 fn process_id() -> u64 {
     std::process::id().into()
@@ -368,23 +98,31 @@ impl Session {
     /// `sq_depth_log` of `None` means the configured depth. The peer's slots must be empty: new, or fenced.
     ///
     /// # Errors
-    /// What the HCA refused, or exhausted control memory; no slot is changed then.
+    /// `Config` for a depth outside its limits; `Stale` if the slots are not empty; what the HCA refused, or exhausted
+    /// control memory. No slot is changed then.
     pub fn offer(&self, peer: Rank, sq_depth_log: Option<u8>) -> Result<Offer, Error> {
         let mut queues = self.queues.lock();
-        let sq_log = sq_depth_log.unwrap_or(queues.sq_log);
-        let mut made: Vec<(usize, Queue)> = Vec::new();
+        let sq_log = queues.checked_depth(sq_depth_log)?;
+        queues.sweep();
+        let live = queues.num_live(peer) as u64;
+        if live != 0 {
+            return Err(Error::Stale(Stale {
+                what: "queue pairs of a peer to be fenced",
+                found: live,
+                current: 0,
+            }));
+        }
+        let mut made = Vec::new();
         let control = match self.create_queues(&mut queues, peer, sq_log, &mut made) {
             Ok(control) => control,
             Err(error) => {
-                for (_, queue) in made {
-                    let _ = queues.destroy(&mut Some(queue));
-                }
+                made.into_iter().for_each(|(_, queue)| queues.discard(queue));
                 return Err(error);
             }
         };
         let control_offer = control.offer().ok_or(not_offered(peer))?;
+        let mut offers: Vec<QueueOffer> = made.iter().filter_map(|(_, queue)| queue.offer()).collect();
         queues.controls[peer.index()] = control;
-        let mut offers = made.iter().map(|(_, q)| QueueOffer { qpn: q.qpn, psn: q.psn }).collect::<Vec<_>>();
         for (index, queue) in made {
             queues.slots[index].queue = Some(queue);
             queues.slots[index].incarnation += 1;
@@ -393,7 +131,11 @@ impl Session {
         let mut lanes = Vec::new();
         for runtime in &self.lanes {
             let rest = offers.split_off(self.plan.shape.num_channels as usize);
-            lanes.push(self.lane_offer(&runtime.buffers.read(), peer, core::mem::replace(&mut offers, rest))?);
+            lanes.push(self.lane_offer(
+                &runtime.buffers.read(),
+                peer,
+                core::mem::replace(&mut offers, rest),
+            )?);
         }
         Ok(Offer {
             from: self.rank,
@@ -413,16 +155,18 @@ impl Session {
         made: &mut Vec<(usize, Queue)>,
     ) -> Result<ControlQueue, Error> {
         for index in queues.slots_of(peer) {
-            let doorbell = queues.slots[index].doorbell;
-            // CAST: slots number at most lanes x ranks x channels = 8 * 512 * 16.
-            let queue = queues.create(&*self.gpu, doorbell, sq_log, index as u32)?;
-            made.push((index, queue));
+            made.push((index, queues.create(&*self.gpu, index, sq_log)?));
         }
         let psn = queues.next_psn();
-        Ok(ControlQueue::offered(&queues.host_region, queues.pd, peer, psn)?)
+        ControlQueue::offered(&queues.host_region, queues.pd.get(), peer, psn)
     }
 
-    fn lane_offer(&self, buffers: &LaneBuffers, peer: Rank, queues: Vec<QueueOffer>) -> Result<LaneOffer, Error> {
+    fn lane_offer(
+        &self,
+        buffers: &LaneBuffers,
+        peer: Rank,
+        queues: Vec<QueueOffer>,
+    ) -> Result<LaneOffer, Error> {
         let keys = buffers.peer_keys(peer).ok_or(Violation {
             from: peer,
             check: "memory keys",
@@ -438,53 +182,67 @@ impl Session {
         })
     }
 
-    /// Connects this side's queue pairs to what `offer` says and lets kernels use them.
+    /// Connects this side's queue pairs to what `offer` says; [`Session::activate`] then lets kernels use them.
     ///
-    /// `base_seq` is, per operation, the first sequence number of the new pair: older ones need no credit.
+    /// `base_seq` is, per lane and operation, the first sequence number of the new pair: older ones need no credit.
     ///
     /// # Errors
     /// `Protocol` for an offer that is not meant for this rank or has another shape; what the HCA refused. The slots
-    /// stay masked then, and [`Session::fence`] makes them empty again.
-    pub fn connect(&self, offer: &Offer, base_seq: [u64; 2]) -> Result<(), Error> {
-        self.check_offer(offer)?;
+    /// stay masked, and [`Session::fence`] makes them empty again.
+    pub fn connect(&self, offer: &Offer, base_seq: &[[u64; 2]]) -> Result<(), Error> {
+        self.check_offer(offer, base_seq)?;
         let peer = offer.from;
         let mut queues = self.queues.lock();
         let timers = self.config.rc_timers();
         for (runtime, lane) in self.lanes.iter().zip(&offer.lanes) {
             for (channel, remote) in (0..).zip(&lane.queues) {
                 let index = qp_slot(&self.plan.shape, runtime.lane(), peer, channel) as usize;
-                let queue = queues.slots[index].queue.as_ref().ok_or(not_offered(peer))?;
-                queues.connect_queue(queue, remote, &offer.port, timers)?;
+                queues.connect_slot(index, remote, &offer.port, timers)?.ok_or(not_offered(peer))?;
             }
         }
         queues.controls[peer.index()].connect(offer, self.plan.layout.life_off, timers)?;
-        for (runtime, lane) in self.lanes.iter().zip(&offer.lanes) {
+        for ((runtime, lane), base_seq) in self.lanes.iter().zip(&offer.lanes).zip(base_seq) {
             let buffers = runtime.buffers.read();
-            self.gpu.store_u32(buffers.suspect_addr(peer), 0)?;
-            self.write_peer_ctx(&buffers, peer, offer.process, lane, base_seq)?;
+            self.write_peer_ctx(&buffers, peer, offer.process, lane, *base_seq)?;
             for channel in 0..self.plan.shape.num_channels {
                 let index = qp_slot(&self.plan.shape, runtime.lane(), peer, channel) as usize;
                 let ctx = queues.device_ctx(index, peer, channel).ok_or(not_offered(peer))?;
-                let addr = buffers.qp_ctx_addr(peer, channel);
-                LaneBuffers::write(&*self.gpu, addr, &ctx)?;
+                LaneBuffers::write(&*self.gpu, buffers.qp_ctx_addr(peer, channel), &ctx)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets kernels use the slots of a peer that is connected at both ends.
+    ///
+    /// # Errors
+    /// `Protocol` if the slots are not connected; `Gpu` if the state cannot be written.
+    pub fn activate(&self, peer: Rank) -> Result<(), Error> {
+        if !self.queues.lock().controls[peer.index()].is_live() {
+            return Err(not_offered(peer));
+        }
+        for runtime in &self.lanes {
+            let buffers = runtime.buffers.read();
+            self.gpu.store_u32(buffers.suspect_addr(peer), 0)?;
+            for channel in 0..self.plan.shape.num_channels {
                 // ORDER(16): every field of the contexts -> state Active. Release at sys.
-                self.gpu.store_u32(addr + STATE_OFF, code::QP_ACTIVE)?;
+                self.gpu.store_u32(buffers.qp_ctx_addr(peer, channel) + STATE_OFF, code::QP_ACTIVE)?;
             }
         }
         Ok(())
     }
 
     /// Lets kernels reach this rank itself by local copies; no queue pair is involved.
-    pub(crate) fn connect_self(&self, base_seq: [u64; 2]) -> Result<(), Error> {
-        for runtime in &self.lanes {
+    pub(crate) fn connect_self(&self, base_seq: &[[u64; 2]]) -> Result<(), Error> {
+        for (runtime, base_seq) in self.lanes.iter().zip(base_seq) {
             let buffers = runtime.buffers.read();
             let lane = self.lane_offer(&buffers, self.rank, Vec::new())?;
-            self.write_peer_ctx(&buffers, self.rank, process_id(), &lane, base_seq)?;
+            self.write_peer_ctx(&buffers, self.rank, process_id(), &lane, *base_seq)?;
         }
         Ok(())
     }
 
-    fn check_offer(&self, offer: &Offer) -> Result<(), Error> {
+    fn check_offer(&self, offer: &Offer, base_seq: &[[u64; 2]]) -> Result<(), Error> {
         let expect = |check, found: u64, expected: u64| {
             if found == expected {
                 return Ok(());
@@ -493,6 +251,7 @@ impl Session {
         };
         expect("offer.to", offer.to.0.into(), self.rank.0.into())?;
         expect("offer.lanes", offer.lanes.len() as u64, self.lanes.len() as u64)?;
+        expect("base_seq lanes", base_seq.len() as u64, self.lanes.len() as u64)?;
         for lane in &offer.lanes {
             expect("offer.channels", lane.queues.len() as u64, self.plan.shape.num_channels.into())?;
         }
@@ -529,30 +288,40 @@ impl Session {
         LaneBuffers::write(&*self.gpu, buffers.peer_ctx_addr(peer), &ctx)
     }
 
-    /// Takes `peer`'s slots out of use and makes them empty: no kernel posts to them, no device executes from them,
+    /// Takes `peer`'s slots out of use: from here on no half that enters posts to the peer or waits for it.
+    ///
+    /// # Errors
+    /// `Gpu` if the state cannot be written; no command is involved.
+    pub fn mask(&self, peer: Rank) -> Result<(), Error> {
+        for runtime in &self.lanes {
+            let buffers = runtime.buffers.read();
+            self.gpu.store_u32(buffers.suspect_addr(peer), 1)?;
+            for channel in 0..self.plan.shape.num_channels {
+                self.gpu.store_u32(buffers.qp_ctx_addr(peer, channel) + STATE_OFF, code::QP_FENCED)?;
+            }
+        }
+        // ORDER(9): mark -> read entered, the other side of the kernels' Dekker pair.
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Masks `peer`'s slots and makes them empty: no device executes from them, the dead incarnation's keys are gone,
     /// and every word that the peer has written or is owed is zero.
     ///
     /// # Errors
-    /// What the HCA refused, or `PeerLost`-free timeouts of the grace period; a retry goes on where this stopped.
+    /// What the HCA refused, or `Protocol` if a half outlives every limit; the slots stay masked, and a retry goes on
+    /// where this stopped.
     pub fn fence(&self, peer: Rank) -> Result<(), Error> {
-        self.mark_fenced(peer)?;
+        self.mask(peer)?;
         let entered = self.entered_halves()?;
-        let mut queues = self.queues.lock();
-        let slots = queues.slots_of(peer);
-        for index in &slots {
-            if let Some(queue) = queues.slots[*index].queue.as_ref().filter(|q| !q.reset) {
-                objects::to_err(&*self.hca, queue.qpn)?;
-            }
+        {
+            let mut queues = self.queues.lock();
+            queues.sweep();
+            queues.fail_slots(peer)?;
         }
+        // Without the lock: signs of life go on, and they may be sent by the thread that runs the half we wait for.
         self.grace_period(&entered)?;
-        for index in slots {
-            let mut queue = queues.slots[index].queue.take();
-            let result = queues.destroy(&mut queue);
-            queues.slots[index].queue = queue;
-            result?;
-        }
-        queues.controls[peer.index()] = ControlQueue::Empty;
-        drop(queues);
+        self.queues.lock().empty_slots(peer)?;
         for runtime in &self.lanes {
             // The dead incarnation's keys go with its queue pairs; nobody else's are touched.
             runtime.buffers.write().renew_peer_keys(peer)?;
@@ -601,20 +370,6 @@ impl Session {
         })
     }
 
-    /// From here on no half that enters posts to the peer or waits for it. ORDER(9): mark -> read entered, the other side of the
-    /// kernels' Dekker pair.
-    fn mark_fenced(&self, peer: Rank) -> Result<(), Error> {
-        for runtime in &self.lanes {
-            let buffers = runtime.buffers.read();
-            self.gpu.store_u32(buffers.suspect_addr(peer), 1)?;
-            for channel in 0..self.plan.shape.num_channels {
-                self.gpu.store_u32(buffers.qp_ctx_addr(peer, channel) + STATE_OFF, code::QP_FENCED)?;
-            }
-        }
-        fence(Ordering::SeqCst);
-        Ok(())
-    }
-
     /// Halves that have entered so far, per lane.
     fn entered_halves(&self) -> Result<Vec<u64>, Error> {
         self.lanes
@@ -652,11 +407,16 @@ impl Session {
         let l = &self.plan.layout;
         let region = buffers.region_addr(peer);
         self.gpu.fill(region + l.counts_off, 0, bytes(l.region_bytes - l.counts_off))?;
-        debug_assert!(l.counts_off <= l.signals_off && l.life_off + size_of::<LifeWords>() as u64 <= l.region_bytes);
+        debug_assert!(
+            l.counts_off <= l.signals_off && l.life_off + size_of::<LifeWords>() as u64 <= l.region_bytes
+        );
         for channel in 0..self.plan.shape.num_channels {
             let empty = QpDeviceCtx { state: code::QP_MASKED, ..QpDeviceCtx::default() };
             LaneBuffers::write(&*self.gpu, buffers.qp_ctx_addr(peer, channel), &empty)?;
         }
+        // A mapped peer is reached without a queue pair; without a mapping, the masked queue pair is in the way.
+        let unreachable = PeerCtx { route: code::ROUTE_IBGDA, my_region: region, ..PeerCtx::default() };
+        LaneBuffers::write(&*self.gpu, buffers.peer_ctx_addr(peer), &unreachable)?;
         let (rows, len) = buffers.row_staging_pi(peer);
         self.gpu.fill(rows, 0, bytes(len))?;
         self.gpu.fill(buffers.fault_addr(peer), 0, size_of::<DeviceFault>())?;
@@ -675,14 +435,54 @@ impl Session {
         Ok(state.next)
     }
 
-    /// Lets a fresh session start at the sequence numbers of its group.
+    /// [`Session::next_seq`] of every lane.
     ///
     /// # Errors
-    /// As [`Session::next_seq`].
-    pub fn start_at(&self, lane: Lane, next: [u64; 2]) -> Result<(), Error> {
-        let runtime = self.lane(lane)?;
-        let state = LaneState { next, credited: next.map(|n| n - 1), ..LaneState::default() };
-        LaneBuffers::write(&*self.gpu, runtime.buffers.read().state_addr(), &state)
+    /// `Gpu` if the state cannot be read.
+    pub fn next_seqs(&self) -> Result<Vec<[u64; 2]>, Error> {
+        self.lanes.iter().map(|runtime| self.next_seq(runtime.lane())).collect()
+    }
+
+    /// Refuses a depth that [`Session::offer`] would refuse.
+    ///
+    /// # Errors
+    /// `Config` with the limits.
+    pub fn check_depth(&self, sq_depth_log: Option<u8>) -> Result<(), Error> {
+        self.queues.lock().checked_depth(sq_depth_log).map(|_| ())
+    }
+
+    /// Lets a session that runs nothing start at the sequence numbers of its group, per lane and operation.
+    ///
+    /// Credits count as given up to there. The session's own slots follow; those of its peers follow by
+    /// [`Session::connect`].
+    ///
+    /// # Errors
+    /// `Config` for a number of lanes that is not the session's or a sequence number of 0; `Gpu` if the state cannot
+    /// be written.
+    pub fn start_at(&self, next: &[[u64; 2]]) -> Result<(), Error> {
+        self.check_start(next)?;
+        for (runtime, next) in self.lanes.iter().zip(next) {
+            let state = LaneState { next: *next, credited: next.map(|n| n - 1), ..LaneState::default() };
+            LaneBuffers::write(&*self.gpu, runtime.buffers.read().state_addr(), &state)?;
+        }
+        self.connect_self(next)
+    }
+
+    fn check_start(&self, next: &[[u64; 2]]) -> Result<(), Error> {
+        let refuse =
+            |field, value: u64, limit| Err(Error::Config(ConfigError { field, value: value.into(), limit }));
+        let lanes = self.lanes.len() as u64;
+        if next.len() as u64 != lanes {
+            return refuse(
+                "lanes to start",
+                next.len() as u64,
+                Limit::Exactly { field: "lanes", value: lanes },
+            );
+        }
+        if next.iter().flatten().any(|seq| *seq == 0) {
+            return refuse("first sequence number", 0, Limit::Range { min: 1, max: u64::MAX });
+        }
+        Ok(())
     }
 }
 

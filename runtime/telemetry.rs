@@ -116,7 +116,7 @@ impl Fault {
 }
 
 impl Session {
-    fn ranks(&self) -> impl Iterator<Item = Rank> {
+    pub(crate) fn ranks(&self) -> impl Iterator<Item = Rank> {
         // CAST: at most 512 ranks.
         (0..self.config.num_ranks).map(|rank| Rank(rank as u16))
     }

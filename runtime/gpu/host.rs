@@ -339,6 +339,15 @@ impl Gpu for HostGpu {
             .unwrap_or(0)
     }
 
+    fn captured_args(&self, graph: &Graph) -> Result<Vec<Vec<u8>>, GpuError> {
+        let plan = &graph.of::<HostGraph>(self.device.id)?.plan;
+        Ok(plan.nodes.iter().map(|node| node.launch.args.to_vec()).collect())
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        self.device.allocations.live_bytes()
+    }
+
     fn captures(&self) -> u64 {
         self.device.queues.lock().captures.begun()
     }

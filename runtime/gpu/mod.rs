@@ -214,6 +214,15 @@ pub trait Gpu: Send + Sync {
     /// Most blocks of `warps_per_block` warps that run at the same time; 0 if not even one block fits.
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32;
 
+    /// The argument bytes of every launch in a graph, in the order of their capture: what each replay passes.
+    ///
+    /// # Errors
+    /// `ForeignHandle`.
+    fn captured_args(&self, graph: &Graph) -> Result<Vec<Vec<u8>>, GpuError>;
+
+    /// Bytes of all allocations that have not been dropped, pinned ones included.
+    fn allocated_bytes(&self) -> u64;
+
     /// Captures begun since this GPU was made: a caller that must not capture again can prove it.
     fn captures(&self) -> u64;
 }

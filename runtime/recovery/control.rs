@@ -6,9 +6,9 @@
 use ibex_abi::device_ctx::LifeWords;
 use ibex_abi::types::{Iova, Pd, Psn, Rkey};
 use ibex_abi::wqe::{CtrlFlags, Remote, Request, SegmentBuf};
+use ibex_hca::Access;
 use ibex_hca::control_region::ControlRegion;
 use ibex_hca::host_qp::{ConnectSpec, Endpoint, HostQp, HostQpSpec, Init, Rts};
-use ibex_hca::Access;
 use zerocopy::IntoBytes;
 
 use super::{Offer, QueueOffer};
@@ -20,7 +20,8 @@ use crate::ids::Rank;
 pub(super) const CONTROL_SQ_LOG: u8 = 7;
 
 /// What the remote end may do through a control queue pair: write our region, nothing else.
-const ACCESS: Access = Access { local_write: true, remote_write: true, remote_read: false, remote_atomic: false };
+const ACCESS: Access =
+    Access { local_write: true, remote_write: true, remote_read: false, remote_atomic: false };
 
 /// The control queue pair to one peer.
 pub(super) enum ControlQueue {
@@ -35,9 +36,29 @@ pub(super) enum ControlQueue {
 impl ControlQueue {
     /// Creates a queue pair in INIT.
     pub(super) fn offered(region: &ControlRegion, pd: Pd, peer: Rank, psn: Psn) -> Result<Self, Error> {
-        let spec = HostQpSpec { log_sq_size: CONTROL_SQ_LOG, user_index: u32::from(peer.0), ..HostQpSpec::default() };
+        let spec = HostQpSpec {
+            log_sq_size: CONTROL_SQ_LOG,
+            user_index: u32::from(peer.0),
+            ..HostQpSpec::default()
+        };
         let qp = HostQp::create(region, pd, spec)?.to_init(ACCESS)?;
         Ok(Self::Offered(qp, psn))
+    }
+
+    /// Whether it is connected.
+    pub(super) fn is_live(&self) -> bool {
+        matches!(self, Self::Live(..))
+    }
+
+    /// Destroys the queue pair, if there is one; a retry goes on where this stopped.
+    pub(super) fn close(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Empty => {}
+            Self::Offered(qp, _) => qp.destroy()?,
+            Self::Live(qp, _) => qp.destroy()?,
+        }
+        *self = Self::Empty;
+        Ok(())
     }
 
     /// What the peer must know of it; `None` unless it is offered.
@@ -51,7 +72,8 @@ impl ControlQueue {
     /// Connects it to what `offer` says. On an error no queue pair is left.
     pub(super) fn connect(&mut self, offer: &Offer, life_off: u64, timers: RcTimers) -> Result<(), Error> {
         let Self::Offered(qp, psn) = core::mem::replace(self, Self::Empty) else { return Ok(()) };
-        let remote = Endpoint { address: offer.port.address(), qpn: offer.control.qpn, psn: offer.control.psn };
+        let remote =
+            Endpoint { address: offer.port.address(), qpn: offer.control.qpn, psn: offer.control.psn };
         let spec = ConnectSpec {
             psn,
             access: ACCESS,

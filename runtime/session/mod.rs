@@ -12,12 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use ibex_abi::device_ctx::{LaneArgs, LaneState, Limits, MemberTable, UNPLACED};
-use ibex_abi::types::Pd;
 use ibex_hca::Hca;
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard, RwLock};
-use zerocopy::FromZeros;
+use zerocopy::{FromZeros, IntoBytes};
 
-use crate::buffer::LaneBuffers;
+use crate::buffer::{LaneBuffers, OwnedPd};
 use crate::config::ValidConfig;
 use crate::error::{ConfigError, Error, Exhausted, Limit, Resource};
 use crate::gpu::{Gpu, Graph, Stream};
@@ -78,6 +77,13 @@ pub struct SessionGraph {
     steps: Vec<[u64; 2]>,
 }
 
+impl SessionGraph {
+    /// The captured graph itself.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+}
+
 /// One rank's side of a group. See the module documentation.
 pub struct Session {
     // Drop order: queue pairs before the memory they work on.
@@ -90,7 +96,7 @@ pub struct Session {
     pub(crate) plan: Plan,
     pub(crate) config: ValidConfig,
     pub(crate) rank: Rank,
-    pub(crate) pd: Pd,
+    pub(crate) pd: Arc<OwnedPd>,
     pub(crate) hca: Arc<dyn Hca>,
     pub(crate) gpu: Arc<dyn Gpu>,
 }
@@ -116,10 +122,10 @@ impl Session {
         }
         check_grid(config, &*gpu)?;
         let plan = Plan::new(config, rank);
-        let pd = hca.alloc_pd()?;
+        let pd = OwnedPd::new(&hca)?;
         let mut lanes = Vec::new();
         for lane in 0..config.lanes {
-            let buffers = LaneBuffers::new(&*gpu, &hca, pd, plan)?;
+            let buffers = LaneBuffers::new(&*gpu, &pd, plan)?;
             lanes.push(LaneRuntime {
                 buffers: RwLock::new(buffers),
                 order: Mutex::new(LaneOrder::new(config.ring)),
@@ -129,7 +135,7 @@ impl Session {
                 qp_slot_base: qp_slot(&plan.shape, Lane(lane), Rank(0), 0),
             });
         }
-        let queues = PeerQueues::new(config, &plan, &*gpu, Arc::clone(&hca), pd)?;
+        let queues = PeerQueues::new(config, &plan, &*gpu, &hca, &pd)?;
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let session = Self {
             queues: Mutex::new(queues),
@@ -226,7 +232,7 @@ impl Session {
     /// # Errors
     /// What the GPU or the HCA refused.
     pub fn tensors(&self) -> Result<Tensors, Error> {
-        let t = Tensors::new(&*self.gpu, &self.hca, self.pd, &self.plan)?;
+        let t = Tensors::new(&*self.gpu, &self.pd, &self.plan)?;
         let first = self.config.first_expert(self.rank);
         let ids: Vec<u8> =
             (0..self.config.max_local_experts()).flat_map(|local| (first + local).to_le_bytes()).collect();
@@ -239,6 +245,28 @@ impl Session {
     pub fn buffer_bytes(&self) -> u64 {
         let lanes: u64 = self.lanes.iter().map(|l| l.buffers.read().allocated_bytes()).sum();
         lanes + self.queues.lock().control_bytes()
+    }
+
+    /// What launches carry, and where kernels find queue pairs and peers, in bytes that no recovery may change: the
+    /// arguments of every lane, the arrays of every handle and ticket, the address of every context.
+    pub fn frozen_bytes(&self) -> Vec<u8> {
+        let mut frozen = Vec::new();
+        for runtime in &self.lanes {
+            let buffers = runtime.buffers.read();
+            frozen.extend_from_slice(runtime.args(&buffers).as_bytes());
+            for index in 0..self.plan.handles as usize {
+                frozen.extend_from_slice(buffers.handle(index).as_bytes());
+                let (ticket, verdicts) = buffers.ticket(index);
+                frozen.extend_from_slice([ticket, verdicts].as_bytes());
+            }
+            for peer in self.ranks() {
+                frozen.extend_from_slice(buffers.peer_ctx_addr(peer).as_bytes());
+                for channel in 0..self.plan.shape.num_channels {
+                    frozen.extend_from_slice(buffers.qp_ctx_addr(peer, channel).as_bytes());
+                }
+            }
+        }
+        frozen
     }
 
     /// Bytes of one full set of caller tensors.

@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use ibex_abi::types::Pd;
-use ibex_hca::Hca;
-
-use crate::buffer::{Registration, bytes};
+use crate::buffer::{OwnedPd, Registration, bytes};
 use crate::error::{ConfigError, Error, Limit};
 use crate::gpu::{DeviceMemory, Gpu};
 use crate::layout::{PAGE, Plan};
@@ -47,7 +44,7 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    pub(crate) fn new(gpu: &dyn Gpu, hca: &Arc<dyn Hca>, pd: Pd, plan: &Plan) -> Result<Self, Error> {
+    pub(crate) fn new(gpu: &dyn Gpu, pd: &Arc<OwnedPd>, plan: &Plan) -> Result<Self, Error> {
         let t = plan.tensors();
         let alloc = |len: u64| gpu.alloc(bytes(len), bytes(PAGE));
         Ok(Self {
@@ -61,10 +58,10 @@ impl Tensors {
             expert_counts: alloc(t.expert_counts)?,
             layout_ranges: alloc(t.layout_ranges)?,
             source_ok: alloc(t.source_ok)?,
-            expert_out: Registration::new(gpu, hca, pd, t.expert_out)?,
+            expert_out: Registration::new(gpu, pd, t.expert_out)?,
             out: alloc(t.out)?,
             lost_topk: alloc(t.lost_topk)?,
-            expert_ids: alloc(u64::from(plan.shape.max_local_experts) * 4)?,
+            expert_ids: alloc(t.expert_ids)?,
             max_tokens: plan.shape.max_tokens,
         })
     }

@@ -6,6 +6,7 @@
 //! Workers that run kernels also step the devices and send the signs of life whenever their fibers wait, so there is
 //! no thread beside them; a simulation does all of it on the caller's thread.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -17,10 +18,10 @@ use parking_lot::RwLock;
 
 use super::Session;
 use crate::config::{Config, Link, ValidConfig};
-use crate::error::{Error, Violation};
+use crate::error::{ConfigError, Error, Limit, Violation};
 use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
 use crate::gpu::{Gpu, HostGpu};
-use crate::ids::{Lane, Rank};
+use crate::ids::Rank;
 
 /// How a [`World`] runs.
 #[derive(Clone, Debug)]
@@ -33,11 +34,48 @@ pub struct WorldOptions {
     pub simulation: Option<u64>,
     /// How the fabric places the writes of one queue pair.
     pub placement: Placement,
+    /// The first sequence number of every lane and operation, from 1.
+    pub first_seq: u64,
+    /// What stands between a session and its device.
+    pub devices: DeviceWrapper,
+}
+
+/// Puts something between each session and its device: scripted faults, a recorder.
+#[derive(Clone, Default)]
+pub struct DeviceWrapper(Option<Arc<WrapDevice>>);
+
+type WrapDevice = dyn Fn(Rank, Arc<EmulatedHca>) -> Arc<dyn Hca> + Send + Sync;
+
+impl DeviceWrapper {
+    /// Sessions are given what `wrap` makes of their devices.
+    pub fn new(wrap: impl Fn(Rank, Arc<EmulatedHca>) -> Arc<dyn Hca> + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(wrap)))
+    }
+
+    fn wrap(&self, rank: Rank, device: &Arc<EmulatedHca>) -> Arc<dyn Hca> {
+        match &self.0 {
+            Some(wrap) => wrap(rank, Arc::clone(device)),
+            None => Arc::clone(device) as _,
+        }
+    }
+}
+
+impl fmt::Debug for DeviceWrapper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "DeviceWrapper(..)" } else { "DeviceWrapper(none)" })
+    }
 }
 
 impl Default for WorldOptions {
     fn default() -> Self {
-        Self { workers: None, doorbells: Doorbells::Strict, simulation: None, placement: Placement::InOrder }
+        Self {
+            workers: None,
+            doorbells: Doorbells::Strict,
+            simulation: None,
+            placement: Placement::InOrder,
+            first_seq: 1,
+            devices: DeviceWrapper::default(),
+        }
     }
 }
 
@@ -153,34 +191,46 @@ impl World {
             None => PoolConfig::real_time(options.workers.unwrap_or_else(default_workers)),
         };
         let progress: Arc<dyn Progress> = Arc::clone(&agents) as _;
-        let pool = Arc::new(Pool::new(pool_config.with_progress(progress)).map_err(crate::gpu::GpuError::from)?);
+        let pool =
+            Arc::new(Pool::new(pool_config.with_progress(progress)).map_err(crate::gpu::GpuError::from)?);
         let mut sessions = Vec::new();
         for rank in 0..config.num_ranks {
             let gpu: Arc<dyn Gpu> = Arc::new(HostGpu::new(Arc::clone(&pool), rank));
-            let hca: Arc<dyn Hca> = Arc::clone(&agents.devices[rank as usize]) as _;
+            let hca = options.devices.wrap(Rank(rank as u16), &agents.devices[rank as usize]);
             sessions.push(Arc::new(Session::new(&config, Rank(rank as u16), gpu, hca)?));
         }
         *agents.sessions.write() = sessions.iter().map(Arc::downgrade).collect();
         let world = Self { sessions, agents, fabric, pool };
-        for one in 0..config.num_ranks {
-            for other in one..config.num_ranks {
-                world.join(Rank(one as u16), Rank(other as u16), Replacement::default(), [1; 2])?;
+        let base_seq = vec![[options.first_seq; 2]; config.lanes as usize];
+        let ranks = || (0..config.num_ranks).map(|rank| Rank(rank as u16));
+        for rank in ranks() {
+            world.session(rank).start_at(&base_seq)?;
+            for peer in ranks().skip(rank.index() + 1) {
+                world.connect_pair(rank, peer, Replacement::default(), &base_seq)?;
+                world.activate_pair(rank, peer)?;
             }
         }
         Ok(world)
     }
 
-    /// Connects two ranks whose slots for each other are empty.
-    fn join(&self, one: Rank, other: Rank, change: Replacement, base_seq: [u64; 2]) -> Result<(), Error> {
-        let (a, b) = (&self.sessions[one.index()], &self.sessions[other.index()]);
-        if one == other {
-            // A rank reaches itself by a local copy; its slots exist so that every peer is treated alike.
-            return a.connect_self(base_seq);
-        }
+    /// Connects two ranks whose slots for each other are empty; they stay masked.
+    fn connect_pair(
+        &self,
+        one: Rank,
+        other: Rank,
+        change: Replacement,
+        base_seq: &[[u64; 2]],
+    ) -> Result<(), Error> {
+        let (a, b) = (self.session(one), self.session(other));
         let from_a = a.offer(other, change.sq_depth_log)?;
         let from_b = b.offer(one, change.sq_depth_log)?;
         b.connect(&from_a, base_seq)?;
         a.connect(&from_b, base_seq)
+    }
+
+    fn activate_pair(&self, one: Rank, other: Rank) -> Result<(), Error> {
+        self.session(one).activate(other)?;
+        self.session(other).activate(one)
     }
 
     /// The ranks, in order.
@@ -213,44 +263,65 @@ impl World {
         self.agents.silent[rank.index()].store(silent, Ordering::Relaxed);
     }
 
-    /// Recreates the queue pairs between `rank` and every other rank, in place, between two steps.
+    /// Recreates the queue pairs between `rank` and every other rank, in place, between two steps, and lets `rank`
+    /// go on where the others are if it has missed steps.
     ///
     /// Captured graphs stay valid: nothing but `rank`'s slots changes, at its peers and at `rank` itself.
     ///
     /// # Errors
-    /// `Protocol` if the ranks are not at the same step; what a device refused. A retry goes on where this stopped.
+    /// `Config` for a depth outside its limits, before anything is changed; `Protocol` if the other ranks are not at
+    /// the same step; what a device refused. Then `rank` stays masked everywhere, the others serve on without it, and
+    /// a retry goes on where this stopped.
     pub fn replace_peer(&self, rank: Rank, change: Replacement) -> Result<(), Error> {
-        let base_seq = self.common_next_seq()?;
+        let session = self.replaceable(rank)?;
+        session.check_depth(change.sq_depth_log)?;
+        let base_seq = self.common_next_seq(rank)?;
         let peers = || (0..self.sessions.len() as u16).map(Rank).filter(|peer| *peer != rank);
+        // All of them before the first command: whatever is refused, nobody waits for one half of a pair.
         for peer in peers() {
-            self.sessions[peer.index()].fence(rank)?;
-            self.sessions[rank.index()].fence(peer)?;
+            self.session(peer).mask(rank)?;
+            session.mask(peer)?;
         }
         for peer in peers() {
-            self.join(rank, peer, change, base_seq)?;
+            self.session(peer).fence(rank)?;
+            session.fence(peer)?;
         }
-        Ok(())
+        if session.next_seqs()? != base_seq {
+            session.start_at(&base_seq)?;
+        }
+        for peer in peers() {
+            self.connect_pair(rank, peer, change, &base_seq)?;
+        }
+        peers().try_for_each(|peer| self.activate_pair(rank, peer))
     }
 
-    /// The next sequence numbers, which are the same on every rank and lane between two steps.
-    fn common_next_seq(&self) -> Result<[u64; 2], Error> {
-        let first = self.sessions[0].next_seq(Lane(0))?;
-        for session in &self.sessions {
-            for lane in 0..session.config().lanes {
-                let next = session.next_seq(Lane(lane))?;
+    fn replaceable(&self, rank: Rank) -> Result<&Arc<Session>, Error> {
+        self.sessions.get(rank.index()).ok_or_else(|| {
+            Error::Config(ConfigError {
+                field: "rank",
+                value: u32::from(rank.0).into(),
+                limit: Limit::Range { min: 0, max: self.sessions.len() as u64 - 1 },
+            })
+        })
+    }
+
+    /// The next sequence numbers per lane, which between two steps are the same on every rank but the `replaced` one.
+    fn common_next_seq(&self, replaced: Rank) -> Result<Vec<[u64; 2]>, Error> {
+        let mut others = self.sessions.iter().filter(|s| s.rank() != replaced);
+        // A rank alone has nobody to follow.
+        let Some(first) = others.next() else { return self.session(replaced).next_seqs() };
+        let expected = first.next_seqs()?;
+        for session in others {
+            for (found, expected) in session.next_seqs()?.iter().zip(&expected) {
                 for (op, check) in ["next dispatch", "next combine"].into_iter().enumerate() {
-                    if next[op] != first[op] {
-                        return Err(Error::Protocol(Violation {
-                            from: session.rank(),
-                            check,
-                            found: next[op],
-                            expected: first[op],
-                        }));
+                    if found[op] != expected[op] {
+                        let (from, found, expected) = (session.rank(), found[op], expected[op]);
+                        return Err(Error::Protocol(Violation { from, check, found, expected }));
                     }
                 }
             }
         }
-        Ok(first)
+        Ok(expected)
     }
 }
 

@@ -129,6 +129,11 @@ impl Allocations {
         core::mem::take(&mut *self.retired.lock())
     }
 
+    /// Bytes of all live ranges.
+    pub(super) fn live_bytes(&self) -> u64 {
+        self.live.read().values().map(|len| *len as u64).sum()
+    }
+
     #[cfg(test)]
     pub(super) fn num_retired(&self) -> usize {
         self.retired.lock().len()
