@@ -45,6 +45,8 @@ Agent* tsan_create_agent(bool (*step)(void* ctx), void* ctx) {
   return agent.release();
 }
 
+void tsan_start_agent(Agent* agent) { tsan_edge_release(&agent->started); }
+
 bool tsan_step_agent(Agent* agent) {
   // Once: the thread's own beginnings, which have set up its thread-local memory.
   if (!agent->started) tsan_edge_release(&agent->started);

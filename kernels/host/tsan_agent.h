@@ -9,8 +9,9 @@ namespace ibex::host {
 #if defined(IBEX_TSAN)
 
 struct Agent;
-/// `step(ctx)` happens after this call, and on one thread only from its first time on.
+/// `step(ctx)` happens after this call; its first time also after `tsan_start_agent`. One thread steps an agent.
 Agent* tsan_create_agent(bool (*step)(void* ctx), void* ctx);
+void tsan_start_agent(Agent* agent);
 /// Returns what the agent's step returns.
 bool tsan_step_agent(Agent* agent);
 /// Everything the agent has done happens before what the caller does next.
@@ -25,6 +26,7 @@ struct Agent {
 };
 inline Agent* tsan_create_agent(bool (*step)(void* ctx), void* ctx) { return new Agent{step, ctx}; }
 inline bool tsan_step_agent(Agent* agent) { return agent->step(agent->ctx); }
+inline void tsan_start_agent(Agent*) {}
 inline void tsan_join_agent(Agent*) {}
 inline void tsan_destroy_agent(Agent* agent) { delete agent; }
 

@@ -452,7 +452,8 @@ IBEX_DEV bool send_half(const DispatchArgs& d, BlockRange blocks) {
 IBEX_DEV void reserve_ranges(const DispatchArgs& d, const HalfContext& h, uint32_t source) {
   const LaneArgs& a = d.lane;
   const bool lost = await_signal(a, h, d.handle.verdicts, source, 0) == kCountLost;
-  const uint32_t* counts = reinterpret_cast<const uint32_t*>(a.peers[source].my_region + counts_offset(a, h.slot));
+  const uint32_t* counts = nullptr;
+  if (!lost) counts = reinterpret_cast<const uint32_t*>(a.peers[source].my_region + counts_offset(a, h.slot));
   for (uint32_t base = 0; base < a.shape.max_local_experts; base += kWarpSize) {
     EACH_LANE(l) {
       const uint32_t le = base + l;

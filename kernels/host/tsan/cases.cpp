@@ -7,6 +7,7 @@ int run_selftest(const Options& options);
 int run_pair(const Options& options);
 int run_fence_pair(const Options& options);
 int run_golden(const Options& options);
+int run_recreate(const Options& options);
 int run_ep_ibgda(const Options& options);
 int run_ep_mapped(const Options& options);
 int run_ep_staged(const Options& options);
@@ -19,6 +20,7 @@ const NamedCase kCases[] = {
     {"pair", run_pair},
     {"fence-pair", run_fence_pair},
     {"golden", run_golden},
+    {"recreate", run_recreate},
     {"ep-ibgda", run_ep_ibgda},
     {"ep-mapped", run_ep_mapped},
     {"ep-staged", run_ep_staged},

@@ -122,7 +122,8 @@ Violations Queue::violations() const {
   uint32_t unrung = record_behind_.load(std::memory_order_relaxed);
   const uint64_t doorbell = ld_acquire_sys(config_.doorbell);
   const uint32_t record = bswap32(ld_acquire_sys(config_.record));
-  if (is_before(doorbell != 0 ? rung_index(doorbell) : config_.first_idx, record)) ++unrung;
+  const bool retired = retired_.load(std::memory_order_relaxed);
+  if (!retired && is_before(doorbell != 0 ? rung_index(doorbell) : config_.first_idx, record)) ++unrung;
   return {bad_wqes_.load(std::memory_order_relaxed), unrung};
 }
 

@@ -101,12 +101,28 @@ class Queue {
   /// did something. One thread at a time.
   bool step();
 
-  /// As 2ERR: everything outstanding and everything posted from now on is flushed. Any thread.
-  void fail() { failing_.store(true, std::memory_order_relaxed); }
+  /// As RTS: what the caller has set up is there when the queue first looks. Before this it does nothing.
+  void start() {
+    host::tsan_start_agent(agent_);
+    frozen_.store(false, std::memory_order_relaxed);
+  }
   /// A peer that is gone: nothing happens any more, completions included. Any thread.
-  void freeze(bool frozen) { frozen_.store(frozen, std::memory_order_relaxed); }
-  /// Exact once no thread steps the queue.
+  void freeze() { frozen_.store(true, std::memory_order_relaxed); }
+  /// As 2ERR: everything outstanding and everything posted from now on is flushed. Any thread.
+  void fail() {
+    failing_.store(true, std::memory_order_relaxed);
+    frozen_.store(false, std::memory_order_relaxed);
+  }
+  /// As 2RST, on either end: the queue has done its last, and all of that happens before what the caller does next.
+  /// Not while another thread steps the queue.
+  void reset() {
+    freeze();
+    host::tsan_join_agent(agent_);
+    retired_.store(true, std::memory_order_relaxed);
+  }
+  /// Exact once no thread steps the queue. Of a queue that was reset only what it saw while it lived.
   Violations violations() const;
+  const QueueConfig& config() const { return config_; }
   uint64_t executed() const { return executed_.load(std::memory_order_relaxed); }
 
  private:
@@ -129,7 +145,7 @@ class Queue {
   uint8_t bytes_[kWqeBytesMax];
   ParsedWqe wqe_;
   std::array<uint8_t, 64 << 10> scratch_;
-  std::atomic<bool> failing_{false}, frozen_{false};
+  std::atomic<bool> failing_{false}, frozen_{true}, retired_{false};
   std::atomic<uint32_t> bad_wqes_{0}, record_behind_{0};
   std::atomic<uint64_t> executed_{0};
   /// Created last: all of the above happens before its first step.

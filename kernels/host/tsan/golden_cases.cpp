@@ -96,6 +96,7 @@ struct Bench {
       std::memcpy(&doorbell, wqe->bytes.data(), sizeof(doorbell));
     }
     Queue queue({file.qpn, ring, kRingWqebbs, &record, &doorbell, cqe, &keys, &keys, (*wqes.begin())->idx()}, 1);
+    queue.start();
     for (int i = 0; i < kStepsUntilIdle; ++i) queue.step();
     violations = queue.violations();
     executed = queue.executed();

@@ -8,13 +8,14 @@
 #include "ibex/cast.h"
 #include "ibex/layout.h"
 #include "ibex/ptx.h"
+#include "ibex/wqe.h"
 
 namespace ibex::rig {
 
 namespace {
 
 constexpr uint64_t kMs = 1'000'000;
-constexpr uint64_t kBeatNs = 2 * kMs;
+constexpr uint64_t kBeatNs = kMs / 2;
 constexpr uint32_t kRecordWords = 16;
 constexpr uint32_t kDoorbellWords = 8;
 constexpr uint32_t kCqeBytes = 64;
@@ -82,7 +83,8 @@ World::World(const EpConfig& config, const Options& options) : config_(config), 
     make_tensors(*ranks_[r]);
   }
   for (uint32_t from = 0; from < config.num_ranks; ++from) {
-    for (uint32_t to = 0; to < config.num_ranks; ++to) connect(from, to);
+    make_slots(from);
+    for (uint32_t to = 0; to < config.num_ranks; ++to) connect(from, to, {1, 1});
   }
 }
 
@@ -133,7 +135,7 @@ void World::make_buffers(Rank& r) {
   add_key(r.keys, source_key(s.rank), a.row_staging, rows);
   add_key(r.keys, source_key(s.rank), a.atomic_result, num_qps * sizeof(uint64_t));
   a.lkey_be = bswap32(source_key(s.rank));
-  r.rings = memory_.take<uint8_t>(uint64_t{num_qps} * config_.sq_wqebbs * 64);
+  r.rings = memory_.take<uint8_t>(uint64_t{num_qps} * config_.sq_wqebbs * kWqebbBytes);
   r.cqes = memory_.take<uint8_t>(uint64_t{num_qps} * kCqeBytes);
   r.records = memory_.take<uint32_t>(uint64_t{num_qps} * kRecordWords);
   r.doorbells = memory_.take<uint64_t>(uint64_t{num_qps} * kDoorbellWords);
@@ -158,9 +160,10 @@ void World::make_state(Rank& r) {
   a.staging_ready = memory_.take<uint32_t>(uint64_t{2} * s.ring * s.max_tokens);
   a.row_staging_pi = memory_.take<uint32_t>(uint64_t{num_qps} * s.staging_rows);
   // A planted bug may take what peers wait for; it must not take the test's time as well.
+  const uint64_t detect_ns = config_.detect_ms * kMs;
   const bool planted = options_.plant != host::Plant::none;
   *limits = planted ? Limits{400 * kMs, 800 * kMs, 1600 * kMs, 16, 0}
-                    : Limits{10'000 * kMs, 20'000 * kMs, 40'000 * kMs, 16, 0};
+                    : Limits{detect_ns, 2 * detect_ns, 4 * detect_ns, 16, 0};
   for (uint32_t op = 0; op < kNumOps; ++op) a.state->next[op] = 1;
   for (uint32_t t = 0; t < 2; ++t) {
     MemberTable& table = a.tables[t];
@@ -231,13 +234,11 @@ uint32_t World::route(uint32_t from, uint32_t to) const {
   return mapped ? kRouteMapped : kRouteIbgda;
 }
 
-/// One direction: `from` may write to `to`, through one queue per channel where the route needs it.
-void World::connect(uint32_t from, uint32_t to) {
+void World::connect(uint32_t from, uint32_t to, const uint64_t (&base_seq)[kNumOps]) {
   Rank& r = *ranks_[from];
-  Rank& peer = *ranks_[to];
-  PeerCtx& p = r.lane.peers[to];
-  uint8_t* region = peer.regions[from];
-  p.region_va = address(region);
+  const Rank& peer = *ranks_[to];
+  PeerCtx p{};
+  p.region_va = address(peer.regions[from]);
   p.combine_va = address(peer.lane.combine_slab);
   p.route = route(from, to);
   p.region_ptr = p.route != kRouteIbgda ? p.region_va : 0;
@@ -245,31 +246,92 @@ void World::connect(uint32_t from, uint32_t to) {
   p.region_rkey_be = bswap32(region_key(to, from));
   p.combine_rkey_be = bswap32(combine_key(to, from));
   p.my_region = address(r.regions[to]);
-  for (uint32_t op = 0; op < kNumOps; ++op) p.base_seq[op] = 1;
+  for (uint32_t op = 0; op < kNumOps; ++op) p.base_seq[op] = base_seq[op];
+  r.lane.peers[to] = p;
   for (uint32_t c = 0; c < config_.num_channels; ++c) {
-    const uint32_t q = to * config_.num_channels + c;
-    r.queues.emplace_back();
-    if (p.route != kRouteIbgda) continue;
-    QpDeviceCtx& qp = r.lane.qps[q];
-    const uint32_t qpn = 0x100 * (from + 1) + q;
-    uint8_t* ring = r.rings + uint64_t{q} * config_.sq_wqebbs * 64;
-    uint8_t* cqe = r.cqes + uint64_t{q} * kCqeBytes;
-    uint32_t* record = r.records + uint64_t{q} * kRecordWords + 1;
-    uint64_t* doorbell = r.doorbells + uint64_t{q} * kDoorbellWords;
-    std::memset(cqe, 0xff, kCqeBytes);
-    qp.sq = address(ring);
-    qp.doorbell_record = address(record);
-    qp.doorbell = address(doorbell);
-    qp.cqe = address(cqe);
-    qp.sq_mask = config_.sq_wqebbs - 1;
-    qp.qpn_be = bswap32(qpn << 8);
-    qp.peer = to;
-    qp.channel = c;
-    const QueueConfig queue{qpn, ring, config_.sq_wqebbs, record, doorbell, cqe, &r.keys, &peer.keys};
-    r.queues[q] = std::make_unique<Queue>(queue, options_.seed ^ qpn);
-    // ORDER(16): every field of the context -> state Active. Release at sys.
-    st_release_sys(&qp.state, static_cast<uint32_t>(kQpActive));
+    if (p.route == kRouteIbgda) connect_queue(from, to, c);
   }
+}
+
+Slot& World::slot(uint32_t from, uint32_t to, uint32_t channel) {
+  return ranks_[from]->slots[qp_index(ranks_[from]->lane.shape, to, channel)];
+}
+
+void World::make_slots(uint32_t from) {
+  Rank& r = *ranks_[from];
+  const uint32_t num_qps = config_.num_ranks * config_.num_channels;
+  r.slots.resize(num_qps);
+  for (uint32_t q = 0; q < num_qps; ++q) {
+    const uint32_t to = q / config_.num_channels;
+    for (uint32_t i = 0; i < Slot::kIncarnations && route(from, to) == kRouteIbgda; ++i) {
+      const uint32_t qpn = 0x1000 * (i + 1) + 0x100 * from + q;
+      const QueueConfig queue{qpn,
+                              r.rings + uint64_t{q} * config_.sq_wqebbs * kWqebbBytes,
+                              config_.sq_wqebbs,
+                              r.records + uint64_t{q} * kRecordWords + 1,
+                              r.doorbells + uint64_t{q} * kDoorbellWords,
+                              r.cqes + uint64_t{q} * kCqeBytes,
+                              &r.keys,
+                              &ranks_[to]->keys};
+      r.slots[q].queues[i] = std::make_unique<Queue>(queue, options_.seed ^ qpn);
+    }
+  }
+}
+
+void World::connect_queue(uint32_t from, uint32_t to, uint32_t channel) {
+  Slot& s = slot(from, to, channel);
+  Queue& queue = *s.queues[s.num_started++];
+  const QueueConfig& c = queue.config();
+  QpDeviceCtx& qp = ranks_[from]->lane.qps[qp_index(ranks_[from]->lane.shape, to, channel)];
+  std::memset(const_cast<uint32_t*>(c.record), 0, sizeof(*c.record));
+  std::memset(const_cast<uint64_t*>(c.doorbell), 0, sizeof(*c.doorbell));
+  std::memset(c.cqe, 0xff, kCqeBytes);
+  qp.sq = address(c.sq);
+  qp.doorbell_record = address(c.record);
+  qp.doorbell = address(c.doorbell);
+  qp.cqe = address(c.cqe);
+  qp.sq_mask = c.num_wqebbs - 1;
+  qp.qpn_be = bswap32(c.qpn << 8);
+  qp.incarnation = s.num_started;
+  qp.peer = to;
+  qp.channel = channel;
+  queue.start();
+  // ORDER(16): every field of the context -> state Active. Release at sys.
+  st_release_sys(&qp.state, static_cast<uint32_t>(kQpActive));
+}
+
+void World::kill(uint32_t rank) {
+  ranks_[rank]->alive = false;
+  for (auto& r : ranks_) {
+    for (uint32_t q = 0; q < r->slots.size(); ++q) {
+      const bool gone = r.get() == ranks_[rank].get() || q / config_.num_channels == rank;
+      if (gone && r->slots[q].current() != nullptr) r->slots[q].current()->freeze();
+    }
+  }
+}
+
+/// As `zero_words` of runtime/recovery.rs. A half that enters later still reads whether a queue holds staged rows;
+/// those words, and no others, are stored atomically.
+void World::forget(uint32_t from, uint32_t to) {
+  Rank& r = *ranks_[from];
+  const Layout& l = r.lane.layout;
+  const Shape& s = r.lane.shape;
+  std::memset(r.regions[to] + l.counts_off, 0, l.region_bytes - l.counts_off);
+  for (uint32_t c = 0; c < s.num_channels; ++c) {
+    const uint32_t q = qp_index(s, to, c);
+    QpDeviceCtx& qp = r.lane.qps[q];
+    qp.sq = qp.doorbell_record = qp.doorbell = qp.cqe = 0;
+    qp.producer_idx = qp.syndrome = 0;
+    qp.ring_head = 0;
+    std::memset(qp.signal_last, 0, sizeof(qp.signal_last));
+    st_relaxed_sys(&qp.staged_valid, 0u);
+    st_relaxed_sys(&qp.consumer_idx, 0u);
+    for (uint32_t& pi : qp.staging_pi) st_relaxed_sys(&pi, 0u);
+    std::memset(r.lane.row_staging_pi + uint64_t{q} * s.staging_rows, 0, s.staging_rows * sizeof(uint32_t));
+    st_release_sys(&qp.state, static_cast<uint32_t>(kQpMasked));
+  }
+  std::memset(&r.lane.faults[to], 0, sizeof(DeviceFault));
+  st_relaxed_sys(&r.lane.suspects[to], 0u);
 }
 
 void World::plant() const {
@@ -286,9 +348,11 @@ void World::plant() const {
       {"messages", region, l.counts_off},
       {"signals", region + l.signals_off, l.consumed_off - l.signals_off},
       {"consumed", region + l.consumed_off, l.life_off - l.consumed_off},
-      {"rings", writer.rings, uint64_t{num_qps} * config_.sq_wqebbs * 64},
+      {"rings", writer.rings, uint64_t{num_qps} * config_.sq_wqebbs * kWqebbBytes},
       {"records", writer.records, uint64_t{num_qps} * kRecordWords * 4},
       {"ready", writer.lane.staging_ready, uint64_t{2} * config_.ring * config_.max_tokens * 4},
+      {"states", writer.lane.qps, num_qps * sizeof(QpDeviceCtx)},
+      {"left", &writer.lane.host_words->left, sizeof(uint64_t)},
       {"verdicts", writer.handles[0].dispatch.verdicts, uint64_t{num_qps} * 8},
   };
   for (const auto& place : places) {
@@ -379,6 +443,12 @@ void World::write_life(uint32_t rank) {
   }
 }
 
+/// A host takes its turn now and then: it is slow, compared with kernels and devices.
+bool World::step_hosts(uint32_t worker, uint64_t random) {
+  Rank& r = *ranks_[(worker + random / 64 * turns_.size()) % config_.num_ranks];
+  return r.host != nullptr && random % 64 == 0 && host::tsan_step_agent(r.host);
+}
+
 bool World::step_queues(uint32_t worker, uint64_t random) {
   const uint32_t num_qps = config_.num_ranks * config_.num_channels;
   const uint64_t total = uint64_t{config_.num_ranks} * num_qps;
@@ -386,10 +456,13 @@ bool World::step_queues(uint32_t worker, uint64_t random) {
   const uint64_t first = random != 0 ? random : turn.next_queue;
   for (uint64_t i = 0; i < total; ++i) {
     const uint64_t index = (first + i) % total;
-    Queue* queue = ranks_[index / num_qps]->queues[index % num_qps].get();
-    if (queue == nullptr || index / num_qps % turns_.size() != worker || !queue->step()) continue;
-    turn.next_queue = index + 1;
-    return true;
+    if (index / num_qps % turns_.size() != worker) continue;
+    // Every incarnation: a queue that is not started, or is reset, does nothing.
+    for (const auto& queue : ranks_[index / num_qps]->slots[index % num_qps].queues) {
+      if (queue == nullptr || !queue->step()) continue;
+      turn.next_queue = index + 1;
+      return true;
+    }
   }
   return false;
 }
@@ -401,7 +474,7 @@ uint64_t World::progress(void* self, uint32_t worker, uint64_t now_ns, uint64_t 
     turn.next_beat_ns = now_ns + kBeatNs;
     for (uint32_t r = worker; r < w.config_.num_ranks; r += static_cast<uint32_t>(w.turns_.size())) w.write_life(r);
   }
-  bool worked = w.step_queues(worker, random);
+  bool worked = w.step_hosts(worker, random) || w.step_queues(worker, random);
   for (uint32_t i = 1; random == 0 && worked && i < kPiecesPerTurn; ++i) worked = w.step_queues(worker, 0);
   return worked ? IBEX_PROGRESS_WORKED : turn.next_beat_ns;
 }
@@ -409,13 +482,14 @@ uint64_t World::progress(void* self, uint32_t worker, uint64_t now_ns, uint64_t 
 bool World::queues_are_clean() const {
   bool clean = true;
   for (const auto& rank : ranks_) {
-    for (uint32_t q = 0; q < rank->queues.size(); ++q) {
-      if (rank->queues[q] == nullptr) continue;
-      const Violations v = rank->queues[q]->violations();
-      if (v.bad_wqes == 0 && v.unrung == 0) continue;
-      std::fprintf(stderr, "%s: rank %u queue %u: %u bad WQEs, %u doorbells missed\n", config_.name,
-                   rank->lane.shape.rank, q, v.bad_wqes, v.unrung);
-      clean = false;
+    for (uint32_t q = 0; q < rank->slots.size(); ++q) {
+      for (uint32_t i = 0; i < rank->slots[q].num_started; ++i) {
+        const Violations v = rank->slots[q].queues[i]->violations();
+        if (v.bad_wqes == 0 && v.unrung == 0) continue;
+        std::fprintf(stderr, "%s: rank %u queue %u: %u bad WQEs, %u doorbells missed\n", config_.name,
+                     rank->lane.shape.rank, q, v.bad_wqes, v.unrung);
+        clean = false;
+      }
     }
   }
   return clean;

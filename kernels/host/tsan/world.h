@@ -27,6 +27,7 @@ struct EpConfig {
   bool zero_copy = true;
   uint32_t staging_rows = 4, sq_wqebbs = 32, num_owner_warps = 2;
   uint32_t num_steps = 5;
+  uint32_t detect_ms = 10'000;
   bool split = false;  ///< send and receive halves on two streams, so that steps overlap
 };
 
@@ -66,6 +67,15 @@ struct Handle {
   uint64_t* verdicts;
 };
 
+/// The queues that a slot has in turn: made with the world, started when their contexts stand.
+struct Slot {
+  static constexpr uint32_t kIncarnations = 2;
+  std::unique_ptr<Queue> queues[kIncarnations];  ///< null where the route needs none
+  uint32_t num_started = 0;
+
+  Queue* current() const { return num_started == 0 ? nullptr : queues[num_started - 1].get(); }
+};
+
 /// One rank: its memory as kernels see it, and its queues as the device sees them.
 struct Rank {
   LaneArgs lane;
@@ -79,8 +89,9 @@ struct Rank {
   uint8_t *rings, *cqes;
   uint32_t* records;    ///< 16 words apart: {receive, send} counters
   uint64_t* doorbells;  ///< 8 words apart
-  std::vector<std::unique_ptr<Queue>> queues;  ///< null where a route needs none
-  bool alive = true;    ///< writes its sign of life
+  std::vector<Slot> slots;
+  bool alive = true;           ///< writes its sign of life
+  host::Agent* host = nullptr; ///< what its host does while kernels run, if anything
 };
 
 class World {
@@ -90,12 +101,21 @@ class World {
   const EpConfig& config() const { return config_; }
   Rank& rank(uint32_t r) { return *ranks_[r]; }
   uint32_t route(uint32_t from, uint32_t to) const;
+  Slot& slot(uint32_t from, uint32_t to, uint32_t channel);
   /// Aims the options' plant at the object of rank 0, or of rank 1 as rank 0 writes it, that `--at` names.
   void plant() const;
 
   DispatchArgs dispatch_args(uint32_t rank, uint32_t step, uint32_t halves, uint32_t nonce) const;
   ExpertArgs expert_args(uint32_t rank, uint32_t step) const;
   CombineArgs combine_args(uint32_t rank, uint32_t step, uint32_t halves, uint32_t nonce) const;
+
+  /// Ends a rank without a word: no sign of life, no completion. Nobody steps the device meanwhile.
+  void kill(uint32_t rank);
+  /// As the recreation of one end in RST: `from` forgets its queues to `to` and what `to` has written here.
+  void forget(uint32_t from, uint32_t to);
+  /// One direction: `from` may write to `to` from `base_seq` on, through one queue per channel where the route needs
+  /// it. Contexts first, then Active.
+  void connect(uint32_t from, uint32_t to, const uint64_t (&base_seq)[kNumOps]);
 
   /// The device and the hosts' signs of life, as the pool's progress.
   static uint64_t progress(void* world, uint32_t worker, uint64_t now_ns, uint64_t random);
@@ -108,8 +128,10 @@ class World {
   void make_buffers(Rank& r);
   void make_handles(Rank& r);
   void make_tensors(Rank& r);
-  void connect(uint32_t from, uint32_t to);
+  void make_slots(uint32_t from);
+  void connect_queue(uint32_t from, uint32_t to, uint32_t channel);
   void write_life(uint32_t rank);
+  bool step_hosts(uint32_t worker, uint64_t random);
   bool step_queues(uint32_t worker, uint64_t random);
 
   const EpConfig config_;

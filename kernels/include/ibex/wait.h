@@ -158,8 +158,6 @@ IBEX_DEV Reading read_signal(const uint64_t* word, uint32_t generation) {
 IBEX_DEV uint32_t await_signal(const LaneArgs& a, const HalfContext& h, uint64_t* verdicts, uint32_t peer,
                                uint32_t channel) {
   uint64_t* verdict = &verdicts[qp_index(a.shape, peer, channel)];
-  const uint64_t* word = reinterpret_cast<const uint64_t*>(
-      a.peers[peer].my_region + signal_offset(a, h.op, h.slot, channel));
   const uint32_t count = warp::one_lane([&]() -> uint32_t {
     WaitClock clock;
     start_clock(clock, clock_ns());
@@ -167,6 +165,9 @@ IBEX_DEV uint32_t await_signal(const LaneArgs& a, const HalfContext& h, uint64_t
       const uint64_t seen = ld_acquire_gpu(verdict);
       if (signal_generation(seen) == h.generation) return signal_count(seen);
       if (!is_alive(*h.table, peer)) return settle_lost(a, h, verdict, seen, peer, kFaultNone, Evidence{});
+      // Only a member's context may be read: the host rewrites those of others.
+      const uint64_t* word = reinterpret_cast<const uint64_t*>(
+          a.peers[peer].my_region + signal_offset(a, h.op, h.slot, channel));
       const Reading r = read_signal(word, h.generation);
       if (r.arrived) {
         if (clock.polls != 0) add_relaxed_sys(&a.telemetry[peer].receive_wait_ns, waited(clock));
