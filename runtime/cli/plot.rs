@@ -68,9 +68,7 @@ fn panel(svg: &mut String, series: &Series<'_>, axis: &Axis, top: f64, colour: &
         let x = axis.x(tick);
         line(
             svg,
-            format_args!(
-                "<path d=\"M{x:.1} {top:.1}V{base:.1}\" stroke=\"#e6e8eb\" stroke-width=\"1\"/>"
-            ),
+            format_args!("<path d=\"M{x:.1} {top:.1}V{base:.1}\" stroke=\"#e6e8eb\" stroke-width=\"1\"/>"),
         );
         line(
             svg,
@@ -96,12 +94,7 @@ fn panel(svg: &mut String, series: &Series<'_>, axis: &Axis, top: f64, colour: &
         );
     }
     let right = WIDTH - RIGHT;
-    line(
-        svg,
-        format_args!(
-            "<path d=\"M{LEFT} {base:.1}H{right}\" stroke=\"#8c959f\" stroke-width=\"1\"/>"
-        ),
-    );
+    line(svg, format_args!("<path d=\"M{LEFT} {base:.1}H{right}\" stroke=\"#8c959f\" stroke-width=\"1\"/>"));
     let most = LEFT - 8.0;
     line(
         svg,
@@ -155,18 +148,8 @@ struct Unit {
     digits: usize,
 }
 
-const MICROSECONDS: Unit = Unit {
-    name: "microseconds",
-    short: "us",
-    us: 1.0,
-    digits: 0,
-};
-const MILLISECONDS: Unit = Unit {
-    name: "milliseconds",
-    short: "ms",
-    us: 1e3,
-    digits: 2,
-};
+const MICROSECONDS: Unit = Unit { name: "microseconds", short: "us", us: 1.0, digits: 0 };
+const MILLISECONDS: Unit = Unit { name: "milliseconds", short: "ms", us: 1e3, digits: 2 };
 
 impl Unit {
     fn of(&self, us: f64) -> String {
@@ -186,28 +169,14 @@ struct Axis {
 impl Axis {
     fn over(samples: impl Iterator<Item = f64>) -> Self {
         let finite = samples.filter(|sample| sample.is_finite());
-        let (low, high) = finite.fold((f64::INFINITY, 0.0f64), |(low, high), sample| {
-            (low.min(sample), high.max(sample))
-        });
-        let (low, high) = if low.is_finite() {
-            (low, high)
-        } else {
-            (0.0, 1.0)
-        };
+        let (low, high) =
+            finite.fold((f64::INFINITY, 0.0f64), |(low, high), sample| (low.min(sample), high.max(sample)));
+        let (low, high) = if low.is_finite() { (low, high) } else { (0.0, 1.0) };
         let step = round_step((high - low).max(high * 0.02).max(1e-3) / 6.0);
         let min = (low / step).floor() * step;
         let max = ((high / step).ceil() * step).max(min + step);
-        let unit = if max >= 10_000.0 {
-            MILLISECONDS
-        } else {
-            MICROSECONDS
-        };
-        Self {
-            min,
-            max,
-            step,
-            unit,
-        }
+        let unit = if max >= 10_000.0 { MILLISECONDS } else { MICROSECONDS };
+        Self { min, max, step, unit }
     }
 
     fn x(&self, value: f64) -> f64 {
@@ -222,11 +191,10 @@ impl Axis {
     }
 
     fn label(&self, tick: f64) -> String {
-        if self.step >= 1.0 {
-            format!("{tick:.0}")
-        } else {
-            format!("{tick:.2}")
-        }
+        let (tick, step) = (tick / self.unit.us, self.step / self.unit.us);
+        // CAST: a few digits, as many as tell one tick from the next.
+        let digits = (-step.log10().floor()).max(0.0) as usize;
+        format!("{tick:.digits$}")
     }
 
     fn bins(&self, samples: &[f64]) -> Vec<usize> {
@@ -244,17 +212,12 @@ impl Axis {
 /// The next of 1, 2, 5 times a power of ten.
 fn round_step(step: f64) -> f64 {
     let power = 10f64.powf(step.log10().floor());
-    let nice = [1.0, 2.0, 5.0]
-        .into_iter()
-        .find(|nice| nice * power >= step * 0.999);
+    let nice = [1.0, 2.0, 5.0].into_iter().find(|nice| nice * power >= step * 0.999);
     nice.unwrap_or(10.0) * power
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -262,10 +225,7 @@ mod tests {
     use super::*;
 
     fn draw(samples: &[f64]) -> String {
-        let series = [Series {
-            name: "dispatch",
-            samples_us: samples,
-        }];
+        let series = [Series { name: "dispatch", samples_us: samples }];
         histogram("a < b", ["one", "two"], &series)
     }
 
@@ -293,18 +253,13 @@ mod tests {
     #[test]
     fn long_times_are_shown_in_milliseconds() {
         let svg = draw(&[12_340.0, 15_000.0, 11_000.0]);
-        assert!(
-            svg.contains("milliseconds") && svg.contains("p50 12.34 ms"),
-            "{svg}"
-        );
+        assert!(svg.contains("milliseconds") && svg.contains("p50 12.34 ms"), "{svg}");
+        assert!(svg.contains(">12<") && !svg.contains(">12000<"), "{svg}");
         assert!(draw(&[900.0]).contains("p50 900 us"));
     }
 
     #[test]
     fn steps_are_round() {
-        assert_eq!(
-            [round_step(0.9), round_step(1.3), round_step(21.0)],
-            [1.0, 2.0, 50.0]
-        );
+        assert_eq!([round_step(0.9), round_step(1.3), round_step(21.0)], [1.0, 2.0, 50.0]);
     }
 }
