@@ -67,11 +67,7 @@ impl Epoch {
     /// PANIC: after 2^32 - 1 changes of membership, which one process cannot live to see.
     #[must_use]
     pub fn next(self) -> Self {
-        Self(
-            self.0
-                .checked_add(1)
-                .expect("fewer than 2^32 membership changes"),
-        )
+        Self(self.0.checked_add(1).expect("fewer than 2^32 membership changes"))
     }
 }
 
@@ -122,20 +118,9 @@ mod tests {
 
     #[test]
     fn a_generation_is_never_zero_and_differs_from_its_neighbours() {
-        for seq in [
-            0,
-            1,
-            0xffff_fffd,
-            0xffff_fffe,
-            0xffff_ffff,
-            1 << 32,
-            u64::MAX - 1,
-        ] {
+        for seq in [0, 1, 0xffff_fffd, 0xffff_fffe, 0xffff_ffff, 1 << 32, u64::MAX - 1] {
             let (now, next) = (Generation::of_seq(seq), Generation::of_seq(seq + 1));
-            assert!(
-                now.get() != 0 && next.is_after(now) && !now.is_after(next),
-                "{seq}"
-            );
+            assert!(now.get() != 0 && next.is_after(now) && !now.is_after(next), "{seq}");
             assert!(!now.is_after(now));
         }
         assert_eq!(Generation::of_seq(0xffff_fffe).get(), u32::MAX);

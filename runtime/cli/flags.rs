@@ -6,9 +6,7 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use ibex::config::{
-    CombineMode, Config, Link, RoutePolicy, ScaleKind, SignalMode, ValidConfig, WireDtype,
-};
+use ibex::config::{CombineMode, Config, Link, RoutePolicy, ScaleKind, SignalMode, ValidConfig, WireDtype};
 use ibex::error::ConfigError;
 use ibex::reference::routing::Routing;
 use serde::Serialize;
@@ -79,13 +77,7 @@ impl Machine {
     /// # Errors
     /// The first such flag.
     pub(super) fn validate(&self) -> Result<(), CliError> {
-        let refuse = |flag, value, available| {
-            Err(CliError::NotBuilt {
-                flag,
-                value,
-                available,
-            })
-        };
+        let refuse = |flag, value, available| Err(CliError::NotBuilt { flag, value, available });
         if self.provider == Provider::Mlx5 {
             return refuse("--provider", "mlx5", "the emulated device");
         }
@@ -98,11 +90,7 @@ impl Machine {
             FabricKind::Udp => return refuse("--fabric", "udp", "inproc and sim"),
         }
         if self.procs {
-            return refuse(
-                "--procs",
-                "(one process per rank)",
-                "all ranks in one process",
-            );
+            return refuse("--procs", "(one process per rank)", "all ranks in one process");
         }
         if self.hosts == Hosts::Netns {
             return refuse("--hosts", "netns", "local ranks");
@@ -239,11 +227,7 @@ impl Shared {
         self.machine.validate()?;
         if self.scales != ScaleKind::F32 && self.dtype == WireDtype::Bf16 {
             let because = "bf16 rows have no scales";
-            return Err(CliError::Conflict {
-                one: "--scales",
-                other: "--dtype bf16",
-                because,
-            });
+            return Err(CliError::Conflict { one: "--scales", other: "--dtype bf16", because });
         }
         let config = Config {
             num_ranks: self.ranks,
@@ -351,9 +335,7 @@ mod tests {
     }
 
     fn flags(args: &[&str]) -> Shared {
-        Probe::try_parse_from(["probe"].iter().chain(args))
-            .unwrap()
-            .shared
+        Probe::try_parse_from(["probe"].iter().chain(args)).unwrap().shared
     }
 
     #[test]
@@ -377,10 +359,7 @@ mod tests {
             &["--store", "tcp://127.0.0.1:1"],
         ] {
             let error = flags(args).config().unwrap_err();
-            assert!(
-                matches!(error, CliError::NotBuilt { flag, .. } if flag == args[0]),
-                "{error}"
-            );
+            assert!(matches!(error, CliError::NotBuilt { flag, .. } if flag == args[0]), "{error}");
             assert_eq!(error.exit_code(), 2);
         }
     }
@@ -388,18 +367,9 @@ mod tests {
     #[test]
     fn shapes_are_refused_by_the_library_and_exit_with_2() {
         for (args, message) in [
-            (
-                &["--topk", "33"][..],
-                "max_topk = 33 is refused: it must be in 1..=32",
-            ),
-            (
-                &["--topk", "8", "--experts", "4"],
-                "at most num_experts = 4",
-            ),
-            (
-                &["--routing", "group-limited", "--experts", "250"],
-                "a multiple of 8",
-            ),
+            (&["--topk", "33"][..], "max_topk = 33 is refused: it must be in 1..=32"),
+            (&["--topk", "8", "--experts", "4"], "at most num_experts = 4"),
+            (&["--routing", "group-limited", "--experts", "250"], "a multiple of 8"),
             (&["--hidden", "7170"], "a multiple of 16"),
             (&["--stall-ms", "3"], "at least detect_ms = 100"),
         ] {
@@ -411,9 +381,7 @@ mod tests {
 
     #[test]
     fn scales_without_fp8_are_refused() {
-        let error = flags(&["--scales", "pow2", "--dtype", "bf16"])
-            .config()
-            .unwrap_err();
+        let error = flags(&["--scales", "pow2", "--dtype", "bf16"]).config().unwrap_err();
         assert!(matches!(error, CliError::Conflict { .. }), "{error}");
     }
 

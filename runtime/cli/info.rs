@@ -34,15 +34,8 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         // CAST: at most 512 ranks.
         Rank(rank as u16)
     });
-    let buffers = ranks
-        .clone()
-        .map(|rank| buffer_bytes(&config, rank))
-        .max()
-        .unwrap_or(0);
-    let tensors = ranks
-        .map(|rank| Plan::new(&config, rank).tensors().total())
-        .max()
-        .unwrap_or(0);
+    let buffers = ranks.clone().map(|rank| buffer_bytes(&config, rank)).max().unwrap_or(0);
+    let tensors = ranks.map(|rank| Plan::new(&config, rank).tensors().total()).max().unwrap_or(0);
     println!();
     println!(
         "shape       {} ranks x {} tokens x hidden {}, top-{} of {} experts, {}, combine {}",
@@ -68,11 +61,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         config.stall_ms(),
         config.rc_timers().total_ns() / 1_000_000
     );
-    println!(
-        "buffers     {} per rank, ring {}",
-        table::bytes(buffers),
-        config.ring
-    );
+    println!("buffers     {} per rank, ring {}", table::bytes(buffers), config.ring);
     println!("tensors     {} per rank", table::bytes(tensors));
     Ok(Outcome::Good)
 }

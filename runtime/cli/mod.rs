@@ -49,24 +49,13 @@ enum Outcome {
 enum CliError {
     /// A flag's value exists in the interface but not in this build.
     #[error("{flag} {value} is not built yet: this version has {available}")]
-    NotBuilt {
-        flag: &'static str,
-        value: &'static str,
-        available: &'static str,
-    },
+    NotBuilt { flag: &'static str, value: &'static str, available: &'static str },
     /// Two flags that exclude each other.
     #[error("{one} cannot be combined with {other}: {because}")]
-    Conflict {
-        one: &'static str,
-        other: &'static str,
-        because: &'static str,
-    },
+    Conflict { one: &'static str, other: &'static str, because: &'static str },
     /// A report file that cannot be written; found out before the run.
     #[error("cannot write {}: {source}", .path.display())]
-    Output {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Output { path: PathBuf, source: std::io::Error },
     /// The runtime refused or failed.
     #[error(transparent)]
     Runtime(#[from] Error),
@@ -127,15 +116,11 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim);
-    let useful: Vec<&str> = lines
-        .take_while(|line| !line.starts_with("Usage:"))
-        .filter(|line| !line.is_empty())
-        .collect();
+    let useful: Vec<&str> =
+        lines.take_while(|line| !line.starts_with("Usage:")).filter(|line| !line.is_empty()).collect();
     let line = useful.join(" ");
     let line = line.strip_prefix("error: ").unwrap_or(&line);
-    let line = line
-        .strip_suffix("For more information, try '--help'.")
-        .unwrap_or(line);
+    let line = line.strip_suffix("For more information, try '--help'.").unwrap_or(line);
     format!("ibex: {}", line.trim_end())
 }
 
@@ -146,10 +131,7 @@ fn claim_output(path: Option<&Path>) -> Result<(), CliError> {
 }
 
 fn write_output(path: &Path, text: &str) -> Result<(), CliError> {
-    std::fs::write(path, text).map_err(|source| CliError::Output {
-        path: path.into(),
-        source,
-    })
+    std::fs::write(path, text).map_err(|source| CliError::Output { path: path.into(), source })
 }
 
 #[cfg(test)]
@@ -169,10 +151,7 @@ mod tests {
             Err(error) => one_line(&error),
         };
         let line = complaint(&["ibex", "bench", "ep", "--dtype", "fp4"]);
-        assert!(
-            !line.contains('\n') && line.contains("'fp4'") && line.contains("bf16, fp8"),
-            "{line}"
-        );
+        assert!(!line.contains('\n') && line.contains("'fp4'") && line.contains("bf16, fp8"), "{line}");
         let line = complaint(&["ibex", "bench", "ep", "--tokens", "-1"]);
         assert!(!line.contains('\n') && line.contains("-1"), "{line}");
         let line = complaint(&["ibex", "launch"]);
@@ -181,20 +160,10 @@ mod tests {
 
     #[test]
     fn refusals_exit_with_2_and_failures_with_1() {
-        let not_built = CliError::NotBuilt {
-            flag: "--gpu",
-            value: "cuda",
-            available: "host",
-        };
+        let not_built = CliError::NotBuilt { flag: "--gpu", value: "cuda", available: "host" };
         assert_eq!(not_built.exit_code(), 2);
-        assert_eq!(
-            not_built.to_string(),
-            "--gpu cuda is not built yet: this version has host"
-        );
-        let os = ibex::error::OsError {
-            call: "mmap",
-            errno: 12,
-        };
+        assert_eq!(not_built.to_string(), "--gpu cuda is not built yet: this version has host");
+        let os = ibex::error::OsError { call: "mmap", errno: 12 };
         assert_eq!(CliError::from(Error::from(os)).exit_code(), 1);
     }
 }

@@ -25,14 +25,7 @@ impl Progress {
     /// Starts counting to `total`.
     pub(super) fn new(what: &'static str, total: u32) -> Self {
         let is_terminal = std::io::stderr().is_terminal();
-        Self {
-            what,
-            total,
-            watch: Stopwatch::start(),
-            last_ns: 0,
-            shown: false,
-            is_terminal,
-        }
+        Self { what, total, watch: Stopwatch::start(), last_ns: 0, shown: false, is_terminal }
     }
 
     /// Notes that `done` steps are done.
@@ -43,12 +36,9 @@ impl Progress {
         }
         self.last_ns = now_ns;
         self.shown = true;
-        let left_s = now_ns / u64::from(done.max(1)) * u64::from(self.total - done.min(self.total))
-            / 1_000_000_000;
-        eprint!(
-            "\r\x1b[K{} {done}/{}, about {left_s} s left",
-            self.what, self.total
-        );
+        let left_s =
+            now_ns / u64::from(done.max(1)) * u64::from(self.total - done.min(self.total)) / 1_000_000_000;
+        eprint!("\r\x1b[K{} {done}/{}, about {left_s} s left", self.what, self.total);
         // A terminal that went away does not stop the run.
         let _ = std::io::stderr().flush();
     }

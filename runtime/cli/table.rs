@@ -12,9 +12,7 @@ pub(super) struct Table {
 impl Table {
     /// Starts a table.
     pub(super) fn new(header: &[&str]) -> Self {
-        Self {
-            rows: vec![header.iter().map(ToString::to_string).collect()],
-        }
+        Self { rows: vec![header.iter().map(ToString::to_string).collect()] }
     }
 
     /// Adds a row; missing cells are empty.
@@ -28,15 +26,9 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
-            self.rows
-                .iter()
-                .filter_map(|row| row.get(column))
-                .map(|cell| cell.chars().count())
-                .max()
+            self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
         };
-        let widths: Vec<usize> = (0..columns)
-            .map(|column| width(column).unwrap_or(0))
-            .collect();
+        let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
         for row in &self.rows {
             let mut line = String::new();
             for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
@@ -79,18 +71,12 @@ mod tests {
         let mut table = Table::new(&["us", "p50", "p99"]);
         table.row(["dispatch", "1.0", "12.0"].map(String::from));
         table.row(["combine".to_string()]);
-        assert_eq!(
-            table.to_string(),
-            "us        p50   p99\ndispatch  1.0  12.0\ncombine\n"
-        );
+        assert_eq!(table.to_string(), "us        p50   p99\ndispatch  1.0  12.0\ncombine\n");
     }
 
     #[test]
     fn units_fit_the_number() {
-        assert_eq!(
-            [bytes(0), bytes(1536), bytes(128 << 20)],
-            ["0 B", "1.5 KiB", "128.0 MiB"]
-        );
+        assert_eq!([bytes(0), bytes(1536), bytes(128 << 20)], ["0 B", "1.5 KiB", "128.0 MiB"]);
         assert_eq!([count(12.0), count(1_910_000.0)], ["12", "1.91 M"]);
     }
 }

@@ -65,20 +65,9 @@ impl PostCase {
     /// The first field outside its limit.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let range = |field, value: u32, min: u32, max: u32| {
-            let limit = Limit::Range {
-                min: min.into(),
-                max: max.into(),
-            };
-            let error = ConfigError {
-                field,
-                value: value.into(),
-                limit,
-            };
-            if (min..=max).contains(&value) {
-                Ok(())
-            } else {
-                Err(error)
-            }
+            let limit = Limit::Range { min: min.into(), max: max.into() };
+            let error = ConfigError { field, value: value.into(), limit };
+            if (min..=max).contains(&value) { Ok(()) } else { Err(error) }
         };
         match self.inline {
             true => range("bytes", self.bytes, INLINE_LEN, INLINE_LEN)?,
@@ -87,20 +76,11 @@ impl PostCase {
         range("num_qps", self.num_qps, 1, NUM_QPS_MAX)?;
         range("slots", self.slots, 1, SLOTS_MAX)?;
         range("sq_depth_log", self.sq_depth_log.into(), 0, 15)?;
-        range(
-            "batch",
-            self.batch,
-            1,
-            BATCH_MAX.min(1 << self.sq_depth_log),
-        )
+        range("batch", self.batch, 1, BATCH_MAX.min(1 << self.sq_depth_log))
     }
 
     fn stride(&self) -> u64 {
-        if self.inline {
-            INLINE_STRIDE
-        } else {
-            u64::from(self.bytes).next_multiple_of(16)
-        }
+        if self.inline { INLINE_STRIDE } else { u64::from(self.bytes).next_multiple_of(16) }
     }
 
     /// Messages of one round.
@@ -147,9 +127,7 @@ impl Progress for Devices {
             return Progressed::Worked;
         }
         let deadlines = steps.iter().filter_map(|step| step.next_deadline);
-        Progressed::Idle {
-            next_deadline_ns: deadlines.min().map(|deadline| deadline.0),
-        }
+        Progressed::Idle { next_deadline_ns: deadlines.min().map(|deadline| deadline.0) }
     }
 }
 
@@ -184,11 +162,7 @@ impl PostRig {
             Link::Roce => LinkLayer::Roce,
         };
         let fabric = Fabric::inproc(FabricConfig::default());
-        let config = EmulatedConfig {
-            link,
-            doorbells: Doorbells::Strict,
-            ..EmulatedConfig::default()
-        };
+        let config = EmulatedConfig { link, doorbells: Doorbells::Strict, ..EmulatedConfig::default() };
         let near = EmulatedHca::new(Arc::clone(&fabric), config)?;
         let far = EmulatedHca::new(fabric, config)?;
         let devices = Devices([Arc::clone(&near), Arc::clone(&far)]);
@@ -258,14 +232,8 @@ impl PostRig {
     fn connect(&mut self, index: u32, pds: [Pd; 2]) -> Result<(), Error> {
         let (near, far) = (&*self.near, &*self.far);
         let near_doorbell = near.alloc_doorbell()?;
-        let (qpn, cqn, [ring, cqe, record]) = self.create(
-            near,
-            &self._regions[0],
-            pds[0],
-            near_doorbell,
-            self.case.sq_depth_log,
-            index,
-        )?;
+        let (qpn, cqn, [ring, cqe, record]) =
+            self.create(near, &self._regions[0], pds[0], near_doorbell, self.case.sq_depth_log, index)?;
         let far_doorbell = far.alloc_doorbell()?;
         let (far_qpn, far_cqn, far_blocks) =
             self.create(far, &self._regions[1], pds[1], far_doorbell, 2, index)?;
@@ -274,15 +242,7 @@ impl PostRig {
         join(near, qpn, far_qpn, psns, far)?;
         join(far, far_qpn, qpn, [psns[1], psns[0]], near)?;
         let far = (far_qpn, far_cqn, far_doorbell, far_blocks);
-        self.queues.push(Queue {
-            qpn,
-            cqn,
-            doorbell: near_doorbell,
-            ring,
-            cqe,
-            record,
-            far,
-        });
+        self.queues.push(Queue { qpn, cqn, doorbell: near_doorbell, ring, cqe, record, far });
         Ok(())
     }
 
@@ -308,10 +268,7 @@ impl PostRig {
             eqn: hca.eqn(0)?,
             log_size: cq_log,
             ring: cqe.place(),
-            record: Place {
-                offset: place.offset + 8,
-                ..place
-            },
+            record: Place { offset: place.offset + 8, ..place },
             uar: doorbell.uar,
             collapsed: true,
             overrun_ignore: true,
@@ -351,14 +308,8 @@ impl PostRig {
                 ..PeerCtx::new_zeroed()
             };
             let place = |base: u64, len: usize| base + u64::from(index) * len as u64;
-            self.gpu.write(
-                place(self.args.qps, size_of::<QpDeviceCtx>()),
-                qp.as_bytes(),
-            )?;
-            self.gpu.write(
-                place(self.args.peers, size_of::<PeerCtx>()),
-                peer.as_bytes(),
-            )?;
+            self.gpu.write(place(self.args.qps, size_of::<QpDeviceCtx>()), qp.as_bytes())?;
+            self.gpu.write(place(self.args.peers, size_of::<PeerCtx>()), peer.as_bytes())?;
         }
         Ok(())
     }
@@ -390,24 +341,17 @@ impl PostRig {
         self.launch()?;
         self.gpu.record(&end, &self.stream)?;
         self.gpu.synchronize(&self.stream)?;
-        let mut round = PostRound {
-            elapsed_ns: self.gpu.elapsed_ns(&start, &end)?,
-            ..PostRound::default()
-        };
+        let mut round = PostRound { elapsed_ns: self.gpu.elapsed_ns(&start, &end)?, ..PostRound::default() };
         for index in 0..u64::from(self.case.num_qps) {
             let mut completed = [0; 8];
-            self.gpu
-                .read(self.result.addr() + 8 * index, &mut completed)?;
+            self.gpu.read(self.result.addr() + 8 * index, &mut completed)?;
             round.completed += u64::from_le_bytes(completed);
             round.wrong += self.count_wrong(index, &messages)?;
         }
         Ok(round)
     }
 
-    #[expect(
-        unsafe_code,
-        reason = "arguments carry addresses of memory that this rig owns"
-    )]
+    #[expect(unsafe_code, reason = "arguments carry addresses of memory that this rig owns")]
     fn launch(&self) -> Result<(), Error> {
         let launch = Launch {
             kernel: KernelId::Post,
@@ -431,9 +375,7 @@ impl PostRig {
                 true => slot,
                 // An odd multiplier gives each word of each slot and round a value of its own.
                 false => {
-                    (self.round ^ slot.rotate_left(12) ^ i.rotate_left(22))
-                        .wrapping_mul(0x9e37_79b1)
-                        | 1
+                    (self.round ^ slot.rotate_left(12) ^ i.rotate_left(22)).wrapping_mul(0x9e37_79b1) | 1
                 }
             };
             for (i, chunk) in (0u32..).zip(message.chunks_mut(4)) {
@@ -445,17 +387,12 @@ impl PostRig {
 
     fn count_wrong(&self, queue: u64, messages: &[u8]) -> Result<u64, Error> {
         let mut arrived = vec![0; messages.len()];
-        self.gpu.read(
-            self.target.addr() + queue * self.case.source_len(),
-            &mut arrived,
-        )?;
+        self.gpu.read(self.target.addr() + queue * self.case.source_len(), &mut arrived)?;
         if arrived == messages {
             return Ok(0);
         }
         let stride = size(self.case.stride());
-        let slots = arrived
-            .chunks_exact(stride)
-            .zip(messages.chunks_exact(stride));
+        let slots = arrived.chunks_exact(stride).zip(messages.chunks_exact(stride));
         Ok(slots.filter(|(there, sent)| there != sent).count() as u64)
     }
 }
@@ -483,23 +420,9 @@ impl Drop for PostRig {
 }
 
 /// RST -> RTS for `qpn` of `hca`, whose other end is `remote_qpn` at `other`. `psns`: ours, theirs.
-fn join(
-    hca: &dyn Hca,
-    qpn: QpNum,
-    remote_qpn: QpNum,
-    psns: [Psn; 2],
-    other: &dyn Hca,
-) -> Result<(), Error> {
+fn join(hca: &dyn Hca, qpn: QpNum, remote_qpn: QpNum, psns: [Psn; 2], other: &dyn Hca) -> Result<(), Error> {
     let port_num = hca.port().port_num;
-    objects::rst2init(
-        hca,
-        &InitSpec {
-            qpn,
-            pkey_index: 0,
-            port_num,
-            access: Access::ALL,
-        },
-    )?;
+    objects::rst2init(hca, &InitSpec { qpn, pkey_index: 0, port_num, access: Access::ALL })?;
     let rtr = RtrSpec {
         qpn,
         remote_qpn,
@@ -510,43 +433,21 @@ fn join(
         log_rra_max: 0,
     };
     objects::init2rtr(hca, &rtr)?;
-    let rts = RtsSpec {
-        qpn,
-        sq_psn: psns[0],
-        ack_timeout: 16,
-        retry_count: 7,
-        rnr_retry: 7,
-        log_sra_max: 0,
-    };
+    let rts = RtsSpec { qpn, sq_psn: psns[0], ack_timeout: 16, retry_count: 7, rnr_retry: 7, log_sra_max: 0 };
     Ok(objects::rtr2rts(hca, &rts)?)
 }
 
 fn region_of(memory: &DeviceMemory) -> MemoryRegion {
-    MemoryRegion {
-        addr: memory.addr(),
-        len: memory.len() as u64,
-        kind: MemoryKind::HostPtr,
-    }
+    MemoryRegion { addr: memory.addr(), len: memory.len() as u64, kind: MemoryKind::HostPtr }
 }
 
-#[expect(
-    unsafe_code,
-    reason = "registration lets the HCA reach memory; the rig keeps it alive"
-)]
-fn register(
-    hca: &Arc<dyn Hca>,
-    pd: Pd,
-    memory: &DeviceMemory,
-    access: Access,
-) -> Result<Mkey, Error> {
+#[expect(unsafe_code, reason = "registration lets the HCA reach memory; the rig keeps it alive")]
+fn register(hca: &Arc<dyn Hca>, pd: Pd, memory: &DeviceMemory, access: Access) -> Result<Mkey, Error> {
     // SAFETY: the rig owns the memory, reads it only through copies, and deregisters the key before it drops it.
     Ok(unsafe { hca.register(pd, region_of(memory), Iova(memory.addr()), access)? })
 }
 
-#[expect(
-    unsafe_code,
-    reason = "registration lets the HCA reach memory; the rig keeps it alive"
-)]
+#[expect(unsafe_code, reason = "registration lets the HCA reach memory; the rig keeps it alive")]
 fn register_control(hca: &Arc<dyn Hca>, memory: &DeviceMemory) -> Result<ControlRegion, Error> {
     // SAFETY: the rig owns both and drops the memory last: fields drop in declaration order.
     Ok(unsafe { ControlRegion::external(hca, region_of(memory), None)? })

@@ -29,12 +29,7 @@ impl Device {
     }
 
     fn payload_len(&self) -> usize {
-        self.config.hidden as usize
-            * if self.config.dtype == WireDtype::Fp8 {
-                1
-            } else {
-                2
-            }
+        self.config.hidden as usize * if self.config.dtype == WireDtype::Fp8 { 1 } else { 2 }
     }
 
     fn scale_place(&self, expert: LocalExpertIdx, row: u32, block: usize) -> usize {
@@ -45,10 +40,7 @@ impl Device {
 
     /// Runs a dispatch one pick at a time, sources in descending order: ranges may begin in any order.
     fn dispatch(config: &ValidConfig, inputs: &[RankInput], rank: Rank) -> Self {
-        let (experts, ranks) = (
-            config.max_local_experts() as usize,
-            config.num_ranks as usize,
-        );
+        let (experts, ranks) = (config.max_local_experts() as usize, config.num_ranks as usize);
         let mut device = Self {
             config: config.clone(),
             payload: Vec::new(),
@@ -88,30 +80,15 @@ impl Device {
             self.ranges[local.index() * ranks + source.index()].len += 1;
             let flat = self.row(local, row);
             let weight = input.weights(token)[k];
-            self.info[flat] = SourceInfo {
-                token,
-                source: source.0,
-                k: k as u8,
-                weight,
-                ..SourceInfo::default()
-            };
+            self.info[flat] =
+                SourceInfo { token, source: source.0, k: k as u8, weight, ..SourceInfo::default() };
             let (payload, scales) = match self.config.dtype {
                 WireDtype::Fp8 => numerics::cast_row(input.row(token), self.config.scales),
-                WireDtype::Bf16 => (
-                    input
-                        .row(token)
-                        .iter()
-                        .flat_map(|b| b.to_le_bytes())
-                        .collect(),
-                    vec![],
-                ),
+                WireDtype::Bf16 => (input.row(token).iter().flat_map(|b| b.to_le_bytes()).collect(), vec![]),
             };
             let len = self.payload_len();
             self.payload[flat * len..][..len].copy_from_slice(&payload);
-            for (block, scale) in scales
-                .chunks(numerics::scale_len(self.config.scales))
-                .enumerate()
-            {
+            for (block, scale) in scales.chunks(numerics::scale_len(self.config.scales)).enumerate() {
                 let place = self.scale_place(local, row, block);
                 self.scales[place..][..scale.len()].copy_from_slice(scale);
             }
@@ -135,10 +112,7 @@ impl PackedRows for Device {
     }
 
     fn scales(&self, expert: LocalExpertIdx, row: u32, into: &mut [u8]) {
-        for (block, scale) in into
-            .chunks_mut(numerics::scale_len(self.config.scales))
-            .enumerate()
-        {
+        for (block, scale) in into.chunks_mut(numerics::scale_len(self.config.scales)).enumerate() {
             let place = self.scale_place(expert, row, block);
             scale.copy_from_slice(&self.scales[place..][..scale.len()]);
         }
@@ -165,11 +139,7 @@ fn config(change: impl FnOnce(&mut Config)) -> ValidConfig {
 /// Inputs of all ranks; ranks differ in their number of tokens, the last has none.
 fn inputs(config: &ValidConfig) -> Vec<RankInput> {
     let draw = |rank: u32| {
-        let key = InputKey {
-            seed: 7,
-            iteration: 0,
-            rank: Rank(rank as u16),
-        };
+        let key = InputKey { seed: 7, iteration: 0, rank: Rank(rank as u16) };
         let num_tokens = config.max_tokens * (config.num_ranks - 1 - rank) / (config.num_ranks - 1);
         RankInput::generate(config, Routing::Uniform, key, num_tokens)
     };
@@ -178,9 +148,7 @@ fn inputs(config: &ValidConfig) -> Vec<RankInput> {
 
 /// All wire formats.
 fn formats() -> impl Iterator<Item = ValidConfig> {
-    let fp8 = ScaleKind::ALL
-        .iter()
-        .map(|&scales| config(|config| config.scales = scales));
+    let fp8 = ScaleKind::ALL.iter().map(|&scales| config(|config| config.scales = scales));
     fp8.chain([config(|config| config.dtype = WireDtype::Bf16)])
 }
 
@@ -193,19 +161,10 @@ fn a_right_dispatch_is_right_in_every_format() {
         for rank in (0..3).map(Rank) {
             let device = Device::dispatch(&config, &inputs, rank);
             let verdict = step.check_dispatch(rank, &device.output());
-            assert_eq!(
-                verdict,
-                Verdict {
-                    checked: verdict.checked,
-                    ..Verdict::default()
-                }
-            );
+            assert_eq!(verdict, Verdict { checked: verdict.checked, ..Verdict::default() });
             checked += verdict.checked;
         }
-        let picks = inputs
-            .iter()
-            .flat_map(|input| &input.topk_idx)
-            .filter(|&&pick| pick >= 0);
+        let picks = inputs.iter().flat_map(|input| &input.topk_idx).filter(|&&pick| pick >= 0);
         assert_eq!(checked, picks.count() as u64);
     }
 }
@@ -229,10 +188,7 @@ fn one_corrupted_byte_is_one_wrong_row() {
         step.check_dispatch(Rank(1), &device.output()).wrong
     };
     assert_eq!(wrong_after(|_, _, _| ()), 0);
-    assert_eq!(
-        wrong_after(|device, _, row| device.payload[row * 208 + 207] ^= 1),
-        1
-    );
+    assert_eq!(wrong_after(|device, _, row| device.payload[row * 208 + 207] ^= 1), 1);
     assert_eq!(
         wrong_after(|device, expert, _| {
             let at = device.scale_place(expert, 1, 1);
@@ -241,19 +197,10 @@ fn one_corrupted_byte_is_one_wrong_row() {
         1
     );
     assert_eq!(wrong_after(|device, _, row| device.info[row].token ^= 1), 1);
-    assert_eq!(
-        wrong_after(|device, _, row| device.info[row].source ^= 1),
-        1
-    );
+    assert_eq!(wrong_after(|device, _, row| device.info[row].source ^= 1), 1);
     assert_eq!(wrong_after(|device, _, row| device.info[row].k ^= 1), 1);
-    assert_eq!(
-        wrong_after(|device, _, row| device.info[row].weight += 0.5),
-        1
-    );
-    assert_eq!(
-        wrong_after(|device, expert, _| device.counts[expert.index()] += 1),
-        1
-    );
+    assert_eq!(wrong_after(|device, _, row| device.info[row].weight += 0.5), 1);
+    assert_eq!(wrong_after(|device, expert, _| device.counts[expert.index()] += 1), 1);
     assert!(wrong_after(|device, _, _| device.ranges[0].len += 1) > 0);
     assert!(wrong_after(|device, _, _| device.ranges[0].begin += 1) > 0);
     let wild = wrong_after(|device, _, _| device.ranges[0].begin = u32::MAX);
@@ -268,16 +215,10 @@ fn a_lost_source_is_counted_and_must_leave_no_rows() {
     let mut device = Device::dispatch(&config, &inputs, Rank(0));
     let rows: u32 = (0..4).map(|expert| device.ranges[expert * 3].len).sum();
     device.source_ok[0] = 0;
-    assert!(
-        step.check_dispatch(Rank(0), &device.output()).wrong > 0,
-        "its rows are still there"
-    );
+    assert!(step.check_dispatch(Rank(0), &device.output()).wrong > 0, "its rows are still there");
 
     let mut survivors = inputs.clone();
-    survivors[0] = RankInput {
-        num_topk: 4,
-        ..RankInput::default()
-    };
+    survivors[0] = RankInput { num_topk: 4, ..RankInput::default() };
     let mut device = Device::dispatch(&config, &survivors, Rank(0));
     device.source_ok[0] = 0;
     let verdict = step.check_dispatch(Rank(0), &device.output());
@@ -287,29 +228,14 @@ fn a_lost_source_is_counted_and_must_leave_no_rows() {
 #[test]
 fn a_repeated_pick_shares_its_row_and_adds_its_weight() {
     let config = config(|config| config.num_ranks = 1);
-    let mut input = RankInput::generate(
-        &config,
-        Routing::Uniform,
-        InputKey {
-            seed: 1,
-            iteration: 0,
-            rank: Rank(0),
-        },
-        1,
-    );
+    let mut input =
+        RankInput::generate(&config, Routing::Uniform, InputKey { seed: 1, iteration: 0, rank: Rank(0) }, 1);
     input.topk_idx = vec![2, 5, 2, -1];
     input.topk_weights = vec![0.5, 0.25, 0.125, 1.0];
     let inputs = [input];
     let step = Step::new(&config, &inputs);
     let rows = step.expected_rows(Rank(0), LocalExpertIdx(2), Rank(0));
-    assert_eq!(
-        rows,
-        [PackedRow {
-            token: 0,
-            k: 0,
-            weight: 0.5
-        }]
-    );
+    assert_eq!(rows, [PackedRow { token: 0, k: 0, weight: 0.5 }]);
     let device = Device::dispatch(&config, &inputs, Rank(0));
     let verdict = step.check_dispatch(Rank(0), &device.output());
     assert_eq!((verdict.checked, verdict.wrong), (2, 0));
@@ -330,11 +256,7 @@ fn a_repeated_pick_shares_its_row_and_adds_its_weight() {
 fn exact_sum(step: &Step<'_>, rank: Rank, token: u32, element: usize) -> (f64, f64) {
     let x = f64::from(step.received_values(rank, token)[element]);
     let input = &step.inputs[rank.index()];
-    let picks = input
-        .picks(token)
-        .iter()
-        .zip(input.weights(token))
-        .filter(|&(&expert, _)| expert >= 0);
+    let picks = input.picks(token).iter().zip(input.weights(token)).filter(|&(&expert, _)| expert >= 0);
     picks.fold((0.0, 0.0), |(sum, magnitudes), (&expert, &weight)| {
         let term = f64::from(weight) * x * (1.0 + 0.1 * f64::from(expert));
         (sum + term, magnitudes + term.abs())
@@ -358,10 +280,7 @@ fn both_combines_are_within_their_bound_of_the_formula() {
                 // Besides the bound: the expert's own output is rounded to bf16.
                 let bound = reduced_bound(magnitudes) + magnitudes / 255.0;
                 let error = (f64::from(numerics::bf16_to_f32(bits)) - sum).abs();
-                assert!(
-                    error <= bound,
-                    "{mode} token {token} element {element}: {error} > {bound}"
-                );
+                assert!(error <= bound, "{mode} token {token} element {element}: {error} > {bound}");
                 compared += 1;
             }
         }
@@ -375,19 +294,14 @@ fn the_two_combines_differ_somewhere() {
         let config = config(|config| config.combine = mode);
         let inputs = inputs(&config);
         let step = Step::new(&config, &inputs);
-        (0..8)
-            .flat_map(|token| step.expected_output(Rank(0), token, 0))
-            .collect::<Vec<_>>()
+        (0..8).flat_map(|token| step.expected_output(Rank(0), token, 0)).collect::<Vec<_>>()
     });
     assert_ne!(outputs[0], outputs[1]);
 }
 
 /// A right combine of rank 0 with the given losses.
 fn combined(step: &Step<'_>, lost: &[u32]) -> Vec<u16> {
-    lost.iter()
-        .zip(0..)
-        .flat_map(|(&lost, token)| step.expected_output(Rank(0), token, lost))
-        .collect()
+    lost.iter().zip(0..).flat_map(|(&lost, token)| step.expected_output(Rank(0), token, lost)).collect()
 }
 
 #[test]
@@ -398,15 +312,8 @@ fn a_combine_is_judged_given_its_losses() {
     let step = Step::new(&config, &inputs);
     let mut lost = vec![0u32; inputs[0].num_tokens as usize];
     let check = |out: &[u16], lost: &[u32], dead: Option<Rank>| {
-        let output = CombineOutput {
-            out,
-            lost_topk: lost,
-        };
-        step.check_combine(
-            Rank(0),
-            &output,
-            &[0, 1, 2].map(|rank| Some(Rank(rank)) != dead),
-        )
+        let output = CombineOutput { out, lost_topk: lost };
+        step.check_combine(Rank(0), &output, &[0, 1, 2].map(|rank| Some(Rank(rank)) != dead))
     };
     let out = combined(&step, &lost);
     let verdict = check(&out, &lost, None);
@@ -418,28 +325,17 @@ fn a_combine_is_judged_given_its_losses() {
 
     // A reported loss is taken out of the sum, counted, and excess unless the owner had left.
     lost[0] = 0b0010;
-    assert_eq!(
-        check(&out, &lost, None).wrong,
-        1,
-        "the output still contains the lost pick"
-    );
+    assert_eq!(check(&out, &lost, None).wrong, 1, "the output still contains the lost pick");
     let out = combined(&step, &lost);
     let verdict = check(&out, &lost, None);
-    assert_eq!(
-        (verdict.wrong, verdict.lost, verdict.excess_losses),
-        (0, 1, 1)
-    );
+    assert_eq!((verdict.wrong, verdict.lost, verdict.excess_losses), (0, 1, 1));
     assert_eq!(check(&out, &lost, Some(Rank(2))).excess_losses, 0);
 
     // A masked pick is never lost, nor is one beyond top-k.
     for bit in [2, 4, 31] {
         let mut lost = vec![0; lost.len()];
         lost[0] = 1 << bit;
-        assert_eq!(
-            check(&combined(&step, &lost), &lost, None).wrong,
-            1,
-            "bit {bit}"
-        );
+        assert_eq!(check(&combined(&step, &lost), &lost, None).wrong, 1, "bit {bit}");
     }
 }
 
@@ -450,17 +346,9 @@ fn an_unreported_pick_of_a_dead_owner_is_wrong() {
     let step = Step::new(&config, &inputs);
     let lost = vec![0; inputs[0].num_tokens as usize];
     let out = combined(&step, &lost);
-    let output = CombineOutput {
-        out: &out,
-        lost_topk: &lost,
-    };
+    let output = CombineOutput { out: &out, lost_topk: &lost };
     let verdict = step.check_combine(Rank(0), &output, &[true, false, true]);
-    let touched = (0..12).filter(|&token| {
-        inputs[0]
-            .picks(token)
-            .iter()
-            .any(|&pick| (4..7).contains(&pick))
-    });
+    let touched = (0..12).filter(|&token| inputs[0].picks(token).iter().any(|&pick| (4..7).contains(&pick)));
     assert_eq!(verdict.wrong, touched.count() as u64);
 }
 
@@ -468,10 +356,7 @@ fn an_unreported_pick_of_a_dead_owner_is_wrong() {
 fn ranges_must_tile_their_expert() {
     let range = |begin, len| LayoutRange { begin, len };
     assert!(is_dense(&[range(3, 2), range(0, 3), range(9, 0)], 5));
-    assert!(
-        !is_dense(&[range(3, 2), range(0, 3)], 4),
-        "the count disagrees"
-    );
+    assert!(!is_dense(&[range(3, 2), range(0, 3)], 4), "the count disagrees");
     assert!(!is_dense(&[range(2, 2), range(0, 3)], 5), "an overlap");
     assert!(!is_dense(&[range(4, 2), range(0, 3)], 5), "a gap");
     assert!(is_dense(&[], 0));

@@ -36,45 +36,16 @@ impl RankInput {
     /// # Panics
     /// PANIC: more tokens than `max_tokens`, or a routing that [`Routing::validate`] refuses.
     #[must_use]
-    pub fn generate(
-        config: &ValidConfig,
-        routing: Routing,
-        key: InputKey,
-        num_tokens: u32,
-    ) -> Self {
-        assert!(
-            num_tokens <= config.max_tokens,
-            "{num_tokens} tokens do not fit"
-        );
-        routing
-            .validate(config)
-            .expect("the caller validated the routing");
+    pub fn generate(config: &ValidConfig, routing: Routing, key: InputKey, num_tokens: u32) -> Self {
+        assert!(num_tokens <= config.max_tokens, "{num_tokens} tokens do not fit");
+        routing.validate(config).expect("the caller validated the routing");
         let num_topk = config.max_topk;
-        let mut input = Self {
-            num_tokens,
-            num_topk,
-            ..Self::default()
-        };
-        input.x = activations(
-            &mut Rng::new(key, Stream::Activations),
-            num_tokens,
-            config.hidden,
-        );
+        let mut input = Self { num_tokens, num_topk, ..Self::default() };
+        input.x = activations(&mut Rng::new(key, Stream::Activations), num_tokens, config.hidden);
         let mut rng = Rng::new(key, Stream::Routes);
-        let mut router = Router::new(
-            config.num_experts,
-            num_topk as usize,
-            routing,
-            num_tokens,
-            &mut rng,
-        );
+        let mut router = Router::new(config.num_experts, num_topk as usize, routing, num_tokens, &mut rng);
         for token in 0..num_tokens {
-            router.route(
-                token,
-                &mut rng,
-                &mut input.topk_idx,
-                &mut input.topk_weights,
-            );
+            router.route(token, &mut rng, &mut input.topk_idx, &mut input.topk_weights);
         }
         let mut masks = Rng::new(key, Stream::Masks);
         for pick in &mut input.topk_idx {
@@ -129,8 +100,7 @@ fn plain_block(rng: &mut Rng, len: u32, x: &mut Vec<u16>) {
     while x.len() < end {
         let draw = rng.next();
         // CAST: the four 16-bit parts of the draw.
-        let values =
-            [draw, draw >> 16, draw >> 32, draw >> 48].map(|part| plain_value(part as u16));
+        let values = [draw, draw >> 16, draw >> 32, draw >> 48].map(|part| plain_value(part as u16));
         x.extend_from_slice(&values[..values.len().min(end - x.len())]);
     }
 }
@@ -170,22 +140,12 @@ mod tests {
 
     fn config(num_experts: u32, max_topk: u32) -> ValidConfig {
         let dtype = WireDtype::Bf16;
-        let shape = Config {
-            hidden: 512,
-            num_experts,
-            max_topk,
-            dtype,
-            ..Config::default()
-        };
+        let shape = Config { hidden: 512, num_experts, max_topk, dtype, ..Config::default() };
         shape.validate().unwrap()
     }
 
     fn key(iteration: u64, rank: u16) -> InputKey {
-        InputKey {
-            seed: 1,
-            iteration,
-            rank: Rank(rank),
-        }
+        InputKey { seed: 1, iteration, rank: Rank(rank) }
     }
 
     #[test]
@@ -196,14 +156,7 @@ mod tests {
             let same = draw(key(3, 2));
             assert_eq!(same.topk_idx, draw(key(3, 2)).topk_idx);
             assert!(same.x == draw(key(3, 2)).x);
-            for other in [
-                key(4, 2),
-                key(3, 1),
-                InputKey {
-                    seed: 2,
-                    ..key(3, 2)
-                },
-            ] {
+            for other in [key(4, 2), key(3, 1), InputKey { seed: 2, ..key(3, 2) }] {
                 let other = draw(other);
                 assert_ne!(same.topk_idx, other.topk_idx);
                 assert_ne!(same.topk_weights, other.topk_weights);
@@ -217,13 +170,7 @@ mod tests {
         let config = config(256, 8);
         let masked: usize = (0..40)
             .map(|i| RankInput::generate(&config, Routing::Uniform, key(i, 0), 128))
-            .map(|input| {
-                input
-                    .topk_idx
-                    .iter()
-                    .filter(|&&expert| expert == -1)
-                    .count()
-            })
+            .map(|input| input.topk_idx.iter().filter(|&&expert| expert == -1).count())
             .sum();
         let share = masked as f64 / (40.0 * 1024.0);
         assert!((0.007..0.013).contains(&share), "{share}");

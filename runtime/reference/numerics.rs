@@ -52,11 +52,7 @@ static E4M3_VALUES: LazyLock<[f32; 256]> = LazyLock::new(|| {
             // CAST: a four-bit exponent.
             _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent as i32 - 7),
         };
-        if bits & 0x80 == 0 {
-            magnitude
-        } else {
-            -magnitude
-        }
+        if bits & 0x80 == 0 { magnitude } else { -magnitude }
     })
 });
 
@@ -97,25 +93,14 @@ impl BlockScale {
     /// NaN counts as nothing, an infinity as the largest finite bf16.
     #[must_use]
     pub fn of(block: &[u16], kind: ScaleKind) -> Self {
-        let magnitudes = block
-            .iter()
-            .map(|&bits| bf16_to_f32(bits).abs())
-            .filter(|m| !m.is_nan());
-        let amax = magnitudes
-            .fold(0.0, f32::max)
-            .clamp(AMAX_FLOOR, AMAX_CEILING);
+        let magnitudes = block.iter().map(|&bits| bf16_to_f32(bits).abs()).filter(|m| !m.is_nan());
+        let amax = magnitudes.fold(0.0, f32::max).clamp(AMAX_FLOOR, AMAX_CEILING);
         let stored = amax * (1.0 / FP8_MAX);
         if kind == ScaleKind::F32 {
-            return Self {
-                multiplier: FP8_MAX * (1.0 / amax),
-                stored,
-            };
+            return Self { multiplier: FP8_MAX * (1.0 / amax), stored };
         }
         let exponent = ceil_log2(stored);
-        Self {
-            multiplier: 2f32.powi(-exponent),
-            stored: 2f32.powi(exponent),
-        }
+        Self { multiplier: 2f32.powi(-exponent), stored: 2f32.powi(exponent) }
     }
 
     /// Appends the scale as it is stored: four bytes little-endian, or one with the biased exponent.
@@ -153,11 +138,9 @@ pub fn scale_len(kind: ScaleKind) -> usize {
 #[must_use]
 pub fn decode_scale(bytes: &[u8], kind: ScaleKind) -> f32 {
     match kind {
-        ScaleKind::F32 | ScaleKind::Pow2 => f32::from_le_bytes(
-            bytes
-                .try_into()
-                .expect("a stored fp32 scale has four bytes"),
-        ),
+        ScaleKind::F32 | ScaleKind::Pow2 => {
+            f32::from_le_bytes(bytes.try_into().expect("a stored fp32 scale has four bytes"))
+        }
         ScaleKind::Ue8m0 => 2f32.powi(i32::from(bytes[0]) - 127),
     }
 }
@@ -169,11 +152,7 @@ pub fn cast_row(row: &[u16], kind: ScaleKind) -> (Vec<u8>, Vec<u8>) {
     let mut scales = Vec::new();
     for block in row.chunks(SCALE_BLOCK as usize) {
         let scale = BlockScale::of(block, kind);
-        payload.extend(
-            block
-                .iter()
-                .map(|&bits| f32_to_e4m3(bf16_to_f32(bits) * scale.multiplier)),
-        );
+        payload.extend(block.iter().map(|&bits| f32_to_e4m3(bf16_to_f32(bits) * scale.multiplier)));
         scale.append_to(&mut scales, kind);
     }
     (payload, scales)
@@ -182,9 +161,7 @@ pub fn cast_row(row: &[u16], kind: ScaleKind) -> (Vec<u8>, Vec<u8>) {
 /// The fp32 values of a cast row.
 #[must_use]
 pub fn decode_row(payload: &[u8], scales: &[u8], kind: ScaleKind) -> Vec<f32> {
-    let blocks = payload
-        .chunks(SCALE_BLOCK as usize)
-        .zip(scales.chunks(scale_len(kind)));
+    let blocks = payload.chunks(SCALE_BLOCK as usize).zip(scales.chunks(scale_len(kind)));
     let mut row = Vec::with_capacity(payload.len());
     for (block, scale) in blocks {
         let scale = decode_scale(scale, kind);
@@ -202,10 +179,7 @@ pub fn expert_factor(expert: u16) -> f32 {
 /// The stand-in expert: bf16 of each value times `factor`.
 #[must_use]
 pub fn expert_row(values: &[f32], factor: f32) -> Vec<u16> {
-    values
-        .iter()
-        .map(|&value| f32_to_bf16(value * factor))
-        .collect()
+    values.iter().map(|&value| f32_to_bf16(value * factor)).collect()
 }
 
 /// Adds `weight * row` to fp32 sums, fused.
@@ -306,21 +280,12 @@ mod tests {
 
     #[test]
     fn e4m3_saturates_and_keeps_the_sign_of_nan() {
-        for (value, code) in [
-            (464.0, 0x7e),
-            (1e30, 0x7e),
-            (f32::INFINITY, 0x7e),
-            (f32::NAN, 0x7f),
-        ] {
+        for (value, code) in [(464.0, 0x7e), (1e30, 0x7e), (f32::INFINITY, 0x7e), (f32::NAN, 0x7f)] {
             assert_eq!(f32_to_e4m3(value), code);
             assert_eq!(f32_to_e4m3(-value), code | 0x80);
         }
         assert_eq!(f32_to_e4m3(-0.0), 0x80);
-        assert_eq!(
-            f32_to_e4m3(2f32.powi(-10)),
-            0,
-            "half of the smallest code ties to zero"
-        );
+        assert_eq!(f32_to_e4m3(2f32.powi(-10)), 0, "half of the smallest code ties to zero");
         assert_eq!(f32_to_e4m3(2f32.powi(-10) * 1.01), 1);
     }
 
@@ -332,21 +297,11 @@ mod tests {
         };
         let zeros = of(&[0.0; 128], ScaleKind::F32);
         assert_eq!(zeros.stored, 1e-4 * (1.0 / 448.0));
-        assert_eq!(
-            zeros,
-            of(&[f32::NAN, 1e-40], ScaleKind::F32),
-            "NaN counts as nothing"
-        );
+        assert_eq!(zeros, of(&[f32::NAN, 1e-40], ScaleKind::F32), "NaN counts as nothing");
         let infinite = of(&[f32::NEG_INFINITY, 1.0], ScaleKind::F32);
         assert_eq!(infinite, of(&[AMAX_CEILING], ScaleKind::F32));
         assert!(infinite.multiplier > 0.0 && infinite.stored.is_finite());
-        assert_eq!(
-            of(&[448.0], ScaleKind::F32),
-            BlockScale {
-                multiplier: 1.0,
-                stored: 1.0
-            }
-        );
+        assert_eq!(of(&[448.0], ScaleKind::F32), BlockScale { multiplier: 1.0, stored: 1.0 });
     }
 
     #[test]
@@ -354,13 +309,7 @@ mod tests {
         for k in -20..100 {
             let exact = 448.0 * 2f32.powi(k);
             let scale = BlockScale::of(&[bf16(exact)], ScaleKind::Pow2);
-            assert_eq!(
-                scale,
-                BlockScale {
-                    multiplier: 2f32.powi(-k),
-                    stored: 2f32.powi(k)
-                }
-            );
+            assert_eq!(scale, BlockScale { multiplier: 2f32.powi(-k), stored: 2f32.powi(k) });
             let above = BlockScale::of(&[bf16(exact) + 1], ScaleKind::Pow2);
             assert_eq!(above.stored, 2f32.powi(k + 1));
         }
@@ -388,17 +337,10 @@ mod tests {
         let row: Vec<u16> = (0..144).map(|i| bf16((i as f32 - 70.0) * 0.37)).collect();
         for &kind in ScaleKind::ALL {
             let (payload, scales) = cast_row(&row, kind);
-            assert_eq!(
-                (payload.len(), scales.len()),
-                (144, 2 * scale_len(kind)),
-                "a short last block"
-            );
+            assert_eq!((payload.len(), scales.len()), (144, 2 * scale_len(kind)), "a short last block");
             for (value, &bits) in decode_row(&payload, &scales, kind).iter().zip(&row) {
                 let wanted = bf16_to_f32(bits);
-                assert!(
-                    (value - wanted).abs() <= wanted.abs() / 16.0 + 1e-3,
-                    "{wanted} {value}"
-                );
+                assert!((value - wanted).abs() <= wanted.abs() / 16.0 + 1e-3, "{wanted} {value}");
             }
         }
     }

@@ -27,9 +27,7 @@ pub(super) enum Stream {
 /// e^x for |x| <= 8 without the system's libm, whose last bit differs between machines.
 pub(super) fn exp(x: f64) -> f64 {
     let small = x / 16.0;
-    let series = (1..16)
-        .rev()
-        .fold(1.0, |tail, n| 1.0 + tail * small / f64::from(n));
+    let series = (1..16).rev().fold(1.0, |tail, n| 1.0 + tail * small / f64::from(n));
     (0..4).fold(series, |power, _| power * power)
 }
 
@@ -39,12 +37,7 @@ pub(super) struct Rng([u64; 4]);
 impl Rng {
     pub(super) fn new(key: InputKey, stream: Stream) -> Self {
         let mut state = 0;
-        for part in [
-            key.seed,
-            key.iteration,
-            u64::from(key.rank.0),
-            stream as u64,
-        ] {
+        for part in [key.seed, key.iteration, u64::from(key.rank.0), stream as u64] {
             state = splitmix(state ^ part);
         }
         let mut words = [0; 4];
@@ -114,29 +107,13 @@ mod tests {
 
     #[test]
     fn streams_differ_in_every_part_of_the_key() {
-        let key = InputKey {
-            seed: 1,
-            iteration: 1,
-            rank: Rank(1),
-        };
+        let key = InputKey { seed: 1, iteration: 1, rank: Rank(1) };
         let keys = [
             (key, Stream::Routes),
             (key, Stream::Masks),
             (InputKey { seed: 2, ..key }, Stream::Routes),
-            (
-                InputKey {
-                    iteration: 2,
-                    ..key
-                },
-                Stream::Routes,
-            ),
-            (
-                InputKey {
-                    rank: Rank(2),
-                    ..key
-                },
-                Stream::Routes,
-            ),
+            (InputKey { iteration: 2, ..key }, Stream::Routes),
+            (InputKey { rank: Rank(2), ..key }, Stream::Routes),
         ];
         let mut firsts = keys.map(|(key, stream)| Rng::new(key, stream).next());
         firsts.sort_unstable();

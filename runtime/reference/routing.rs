@@ -58,27 +58,13 @@ impl Routing {
         }
         let (experts, topk) = (config.num_experts, config.max_topk);
         if !experts.is_multiple_of(NUM_GROUPS) {
-            let limit = Limit::MultipleOf {
-                step: NUM_GROUPS.into(),
-                max: NUM_EXPERTS_MAX.into(),
-            };
-            return Err(ConfigError {
-                field: "num_experts",
-                value: experts.into(),
-                limit,
-            });
+            let limit = Limit::MultipleOf { step: NUM_GROUPS.into(), max: NUM_EXPERTS_MAX.into() };
+            return Err(ConfigError { field: "num_experts", value: experts.into(), limit });
         }
         let reachable = experts / NUM_GROUPS * NUM_GROUPS_TAKEN;
         if topk > reachable {
-            let limit = Limit::AtMostField {
-                field: "experts in 4 of 8 groups",
-                max: reachable.into(),
-            };
-            return Err(ConfigError {
-                field: "max_topk",
-                value: topk.into(),
-                limit,
-            });
+            let limit = Limit::AtMostField { field: "experts in 4 of 8 groups", max: reachable.into() };
+            return Err(ConfigError { field: "max_topk", value: topk.into(), limit });
         }
         Ok(())
     }
@@ -94,15 +80,11 @@ impl FromStr for Routing {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        Self::ALL
-            .iter()
-            .copied()
-            .find(|routing| routing.name() == text)
-            .ok_or(ConfigError {
-                field: "routing",
-                value: Value::Name("an unknown name"),
-                limit: Limit::OneOf(Self::NAMES),
-            })
+        Self::ALL.iter().copied().find(|routing| routing.name() == text).ok_or(ConfigError {
+            field: "routing",
+            value: Value::Name("an unknown name"),
+            limit: Limit::OneOf(Self::NAMES),
+        })
     }
 }
 
@@ -133,24 +115,11 @@ impl Router {
         // CAST: at most 65 535 experts.
         let order = (0..num_experts as i32).collect();
         let scores = vec![0.0; num_experts as usize];
-        Self {
-            num_experts: num_experts as usize,
-            num_topk,
-            routing,
-            hot,
-            order,
-            scores,
-        }
+        Self { num_experts: num_experts as usize, num_topk, routing, hot, order, scores }
     }
 
     /// Appends the picks and weights of one token.
-    pub(super) fn route(
-        &mut self,
-        token: u32,
-        rng: &mut Rng,
-        picks: &mut Vec<i32>,
-        weights: &mut Vec<f32>,
-    ) {
+    pub(super) fn route(&mut self, token: u32, rng: &mut Rng, picks: &mut Vec<i32>, weights: &mut Vec<f32>) {
         match self.routing {
             Routing::KHot if self.hot[token as usize] => self.subset(rng, self.num_topk, picks),
             Routing::Uniform | Routing::KHot => self.subset(rng, self.num_experts, picks),
@@ -159,18 +128,12 @@ impl Router {
                 self.group_limited(rng, picks);
                 let chosen = &picks[picks.len() - self.num_topk..];
                 // CAST: picks are indices of scores.
-                let gates = chosen
-                    .iter()
-                    .map(|&expert| self.scores[expert as usize])
-                    .collect();
+                let gates = chosen.iter().map(|&expert| self.scores[expert as usize]).collect();
                 append_normalised(gates, weights);
                 return;
             }
         }
-        append_normalised(
-            (0..self.num_topk).map(|_| exp(rng.unit())).collect(),
-            weights,
-        );
+        append_normalised((0..self.num_topk).map(|_| exp(rng.unit())).collect(), weights);
     }
 
     /// A uniform k-subset of the first `among` experts, in random order.
@@ -219,24 +182,14 @@ impl Router {
             sorted.sort_by(|a, b| b.total_cmp(a));
             sorted.iter().take(2).sum::<f64>()
         };
-        let mut groups: Vec<(f64, usize)> = self
-            .scores
-            .chunks(group_len)
-            .map(two_best)
-            .zip(0..)
-            .collect();
+        let mut groups: Vec<(f64, usize)> = self.scores.chunks(group_len).map(two_best).zip(0..).collect();
         groups.sort_by(|a, b| b.0.total_cmp(&a.0));
         let taken = groups.iter().take(NUM_GROUPS_TAKEN as usize);
-        let mut reachable: Vec<usize> = taken
-            .flat_map(|&(_, group)| group * group_len..(group + 1) * group_len)
-            .collect();
+        let mut reachable: Vec<usize> =
+            taken.flat_map(|&(_, group)| group * group_len..(group + 1) * group_len).collect();
         reachable.sort_by(|&a, &b| self.scores[b].total_cmp(&self.scores[a]));
         // CAST: at most 65 535 experts.
-        picks.extend(
-            reachable[..self.num_topk]
-                .iter()
-                .map(|&expert| expert as i32),
-        );
+        picks.extend(reachable[..self.num_topk].iter().map(|&expert| expert as i32));
     }
 }
 
@@ -262,22 +215,12 @@ mod tests {
 
     fn config(num_experts: u32, max_topk: u32) -> ValidConfig {
         let dtype = WireDtype::Bf16;
-        let shape = Config {
-            hidden: 512,
-            num_experts,
-            max_topk,
-            dtype,
-            ..Config::default()
-        };
+        let shape = Config { hidden: 512, num_experts, max_topk, dtype, ..Config::default() };
         shape.validate().unwrap()
     }
 
     fn key(iteration: u64, rank: u16) -> InputKey {
-        InputKey {
-            seed: 1,
-            iteration,
-            rank: Rank(rank),
-        }
+        InputKey { seed: 1, iteration, rank: Rank(rank) }
     }
 
     #[test]
@@ -287,17 +230,14 @@ mod tests {
             for &routing in Routing::ALL {
                 let input = RankInput::generate(&config, routing, key(0, 0), 128);
                 for token in 0..128 {
-                    let mut picks: Vec<_> =
-                        input.picks(token).iter().filter(|&&e| e >= 0).collect();
+                    let mut picks: Vec<_> = input.picks(token).iter().filter(|&&e| e >= 0).collect();
                     let num_picks = picks.len();
                     picks.sort();
                     picks.dedup();
                     assert_eq!(picks.len(), num_picks, "{routing}: a duplicate");
                     assert!(picks.iter().all(|&&e| e < num_experts as i32));
                     let sum: f32 = input.weights(token).iter().sum();
-                    assert!(
-                        (sum - 1.0).abs() < 1e-5 && input.weights(token).iter().all(|&w| w > 0.0)
-                    );
+                    assert!((sum - 1.0).abs() < 1e-5 && input.weights(token).iter().all(|&w| w > 0.0));
                 }
             }
         }
@@ -319,23 +259,14 @@ mod tests {
     #[test]
     fn distributions_have_their_shape() {
         let uniform = histogram(Routing::Uniform, 64, 4);
-        assert!(
-            uniform.iter().all(|&count| (320..480).contains(&count)),
-            "{uniform:?}"
-        );
+        assert!(uniform.iter().all(|&count| (320..480).contains(&count)), "{uniform:?}");
         let zipf = histogram(Routing::Zipf, 64, 1);
         let ratio = f64::from(zipf[0]) / f64::from(zipf[3]);
-        assert!(
-            (3.0..5.5).contains(&ratio),
-            "P(0) is four times P(3): {ratio}"
-        );
+        assert!((3.0..5.5).contains(&ratio), "P(0) is four times P(3): {ratio}");
         let khot = histogram(Routing::KHot, 64, 4);
         let hot: u32 = khot[..4].iter().sum();
         let share = f64::from(hot) / f64::from(khot.iter().sum::<u32>());
-        assert!(
-            (0.5..0.57).contains(&share),
-            "half, and 4 of 64 of the other half: {share}"
-        );
+        assert!((0.5..0.57).contains(&share), "half, and 4 of 64 of the other half: {share}");
     }
 
     #[test]
@@ -343,12 +274,8 @@ mod tests {
         let config = config(64, 8);
         let input = RankInput::generate(&config, Routing::GroupLimited, key(0, 0), 128);
         for token in 0..128 {
-            let mut groups: Vec<i32> = input
-                .picks(token)
-                .iter()
-                .filter(|&&e| e >= 0)
-                .map(|e| e / 8)
-                .collect();
+            let mut groups: Vec<i32> =
+                input.picks(token).iter().filter(|&&e| e >= 0).map(|e| e / 8).collect();
             groups.sort_unstable();
             groups.dedup();
             assert!(groups.len() <= 4, "{groups:?}");

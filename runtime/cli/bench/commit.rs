@@ -9,10 +9,7 @@ pub(super) fn commit() -> Option<String> {
         return Some(commit.to_string());
     }
     let source = env!("CARGO_MANIFEST_DIR");
-    let output = Command::new("git")
-        .args(["-C", source, "rev-parse", "HEAD"])
-        .output()
-        .ok()?;
+    let output = Command::new("git").args(["-C", source, "rev-parse", "HEAD"]).output().ok()?;
     let commit = String::from_utf8(output.stdout).ok()?.trim().to_string();
     (output.status.success() && !commit.is_empty()).then_some(commit)
 }

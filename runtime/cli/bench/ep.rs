@@ -76,17 +76,10 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         write_output(path, &format!("{json}\n"))?;
     }
     if let Some(path) = &args.plot {
-        write_output(
-            path,
-            &draw(&args.shared, &samples.dispatch_us, &samples.combine_us),
-        )?;
+        write_output(path, &draw(&args.shared, &samples.dispatch_us, &samples.combine_us))?;
     }
     let wrong = report.wrong + report.lost + report.unrung_wqes;
-    Ok(if wrong == 0 {
-        Outcome::Good
-    } else {
-        Outcome::Wrong
-    })
+    Ok(if wrong == 0 { Outcome::Good } else { Outcome::Wrong })
 }
 
 /// The graphs of one rank and lane.
@@ -116,38 +109,21 @@ impl<'a> Bench<'a> {
     fn new(flags: &'a Shared, config: ValidConfig) -> Result<Self, Error> {
         let is_simulation = flags.machine.fabric == FabricKind::Sim;
         let options = WorldOptions {
-            doorbells: if flags.check {
-                Doorbells::Strict
-            } else {
-                Doorbells::Record
-            },
+            doorbells: if flags.check { Doorbells::Strict } else { Doorbells::Record },
             simulation: is_simulation.then_some(flags.seed),
             ..WorldOptions::default()
         };
         let rig = Rig::new(&config, &options)?;
         let clock = |rank: &RigRank| {
             let gpu = rank.session.gpu();
-            Clock {
-                start: gpu.event(),
-                end: gpu.event(),
-            }
+            Clock { start: gpu.event(), end: gpu.event() }
         };
         let clocks = rig.ranks().iter().map(clock).collect();
-        let mut bench = Self {
-            flags,
-            clocks,
-            graphs: Vec::new(),
-            rig,
-        };
+        let mut bench = Self { flags, clocks, graphs: Vec::new(), rig };
         if flags.graph {
             for lane in (0..flags.lanes).map(Lane) {
                 let capture = |rank| bench.capture(rank, lane);
-                let graphs = bench
-                    .rig
-                    .ranks()
-                    .iter()
-                    .map(capture)
-                    .collect::<Result<_, _>>()?;
+                let graphs = bench.rig.ranks().iter().map(capture).collect::<Result<_, _>>()?;
                 bench.graphs.push(graphs);
             }
         }
@@ -164,11 +140,7 @@ impl<'a> Bench<'a> {
     }
 
     fn halves(&self) -> Halves {
-        if self.flags.hooks {
-            Halves::Send
-        } else {
-            Halves::Both
-        }
+        if self.flags.hooks { Halves::Send } else { Halves::Both }
     }
 
     fn dispatch(&self, rank: &RigRank, lane: Lane) -> Result<DispatchHandle, Error> {
@@ -197,11 +169,7 @@ impl<'a> Bench<'a> {
         rank.session.begin_capture(&rank.stream)?;
         self.combine(rank, &handle)?;
         let combine = rank.session.end_capture()?;
-        Ok(Graphs {
-            dispatch,
-            combine,
-            _handle: handle,
-        })
+        Ok(Graphs { dispatch, combine, _handle: handle })
     }
 
     fn run(&self) -> Result<Samples, Error> {
@@ -217,12 +185,8 @@ impl<'a> Bench<'a> {
                 samples.combine_us.push(combine_us);
                 if let Some(floor) = &mut floor {
                     let moved = Moved::new(self.rig.config(), &inputs);
-                    samples
-                        .dispatch_floor_us
-                        .push(floor.measure_us(&moved.dispatch));
-                    samples
-                        .combine_floor_us
-                        .push(floor.measure_us(&moved.combine));
+                    samples.dispatch_floor_us.push(floor.measure_us(&moved.dispatch));
+                    samples.combine_floor_us.push(floor.measure_us(&moved.combine));
                 }
             }
             progress.step(iteration + 1);
@@ -231,12 +195,7 @@ impl<'a> Bench<'a> {
     }
 
     /// One step of all ranks; returns the times of its slowest rank.
-    fn step(
-        &self,
-        iteration: u32,
-        inputs: &[RankInput],
-        verdict: &mut Verdict,
-    ) -> Result<(f64, f64), Error> {
+    fn step(&self, iteration: u32, inputs: &[RankInput], verdict: &mut Verdict) -> Result<(f64, f64), Error> {
         let lane = Lane(iteration % self.flags.lanes);
         for (rank, input) in self.rig.ranks().iter().zip(inputs) {
             rank.load(input, TopkDtype::I32)?;
@@ -269,10 +228,7 @@ impl<'a> Bench<'a> {
     }
 
     /// Launches an operation on every rank and waits; microseconds of the slowest rank.
-    fn timed(
-        &self,
-        mut launch: impl FnMut(usize, &RigRank) -> Result<(), Error>,
-    ) -> Result<f64, Error> {
+    fn timed(&self, mut launch: impl FnMut(usize, &RigRank) -> Result<(), Error>) -> Result<f64, Error> {
         for (index, (rank, clock)) in self.rig.ranks().iter().zip(&self.clocks).enumerate() {
             rank.session.gpu().record(&clock.start, &rank.stream)?;
             launch(index, rank)?;
@@ -292,11 +248,7 @@ impl<'a> Bench<'a> {
         let draw = |index: usize| {
             // CAST: at most 512 ranks.
             let rank = Rank(index as u16);
-            let key = InputKey {
-                seed: flags.seed,
-                iteration: iteration.into(),
-                rank,
-            };
+            let key = InputKey { seed: flags.seed, iteration: iteration.into(), rank };
             RankInput::generate(config, flags.routing, key, flags.tokens)
         };
         on_all_cores(self.rig.ranks().len(), draw)
@@ -310,10 +262,7 @@ impl<'a> Bench<'a> {
         let check = |index: usize| -> Result<Verdict, Error> {
             let dispatched = ranks[index].check_dispatch(&step)?;
             // A pick lost in dispatch is reported, and counted, after combine.
-            let mut verdict = Verdict {
-                lost: 0,
-                ..dispatched
-            };
+            let mut verdict = Verdict { lost: 0, ..dispatched };
             verdict += ranks[index].check_combine(&step, &inputs[index], &alive)?;
             Ok(verdict)
         };
@@ -328,10 +277,7 @@ impl<'a> Bench<'a> {
         let mut lost = 0;
         for (rank, input) in self.rig.ranks().iter().zip(inputs) {
             let bits = rank.lost_topk(input.num_tokens)?;
-            lost += bits
-                .iter()
-                .map(|bits| u64::from(bits.count_ones()))
-                .sum::<u64>();
+            lost += bits.iter().map(|bits| u64::from(bits.count_ones())).sum::<u64>();
         }
         Ok(lost)
     }
@@ -368,10 +314,8 @@ impl<'a> Bench<'a> {
             cqes += seen.cqes;
             unrung_wqes += seen.unrung_wqes;
         }
-        let floor = Pair {
-            dispatch: median(&samples.dispatch_floor_us),
-            combine: median(&samples.combine_floor_us),
-        };
+        let floor =
+            Pair { dispatch: median(&samples.dispatch_floor_us), combine: median(&samples.combine_floor_us) };
         Ok(Report {
             config: ConfigReport::new(self.flags, self.rig.config()),
             provider: self.flags.machine.provider_name(),
@@ -419,10 +363,7 @@ fn on_all_cores<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<
         };
         let workers: Vec<_> = (0..count).step_by(share).map(part).collect();
         // PANIC: a panic of the reference is a broken invariant of ours and goes on.
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().expect("the reference does not panic"))
-            .collect()
+        workers.into_iter().flat_map(|worker| worker.join().expect("the reference does not panic")).collect()
     })
 }
 

@@ -37,9 +37,7 @@ impl Buffers {
     fn prepare(&mut self, stages: &[Stage]) {
         self.0.resize_with(stages.len() + 1, Vec::new);
         let input_len = stages.first().map_or(0, |stage| stage.bytes());
-        let lens = [input_len]
-            .into_iter()
-            .chain(stages.iter().map(|stage| stage.bytes()));
+        let lens = [input_len].into_iter().chain(stages.iter().map(|stage| stage.bytes()));
         for (buffer, len) in self.0.iter_mut().zip(lens) {
             if buffer.len() < len {
                 buffer.resize(len, 0x5a);
@@ -51,11 +49,7 @@ impl Buffers {
         let mut from_len = stages.first().map_or(0, |stage| stage.bytes());
         for (index, stage) in stages.iter().enumerate() {
             let (before, after) = self.0.split_at_mut(index + 1);
-            copy_pieces(
-                &before[index][..from_len],
-                &mut after[0][..stage.bytes()],
-                stage.piece_len,
-            );
+            copy_pieces(&before[index][..from_len], &mut after[0][..stage.bytes()], stage.piece_len);
             from_len = stage.bytes();
         }
     }
@@ -82,18 +76,14 @@ impl Floor {
     /// One set of buffers per core.
     pub(super) fn new() -> Self {
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Self {
-            threads: (0..cores).map(|_| Buffers::default()).collect(),
-        }
+        Self { threads: (0..cores).map(|_| Buffers::default()).collect() }
     }
 
     /// Microseconds from the common start to the last thread's end.
     pub(super) fn measure_us(&mut self, stages: &[Stage]) -> f64 {
         let num_threads = self.threads.len();
         let barrier = Barrier::new(num_threads);
-        let shares: Vec<Vec<Stage>> = (0..num_threads)
-            .map(|t| share(stages, t, num_threads))
-            .collect();
+        let shares: Vec<Vec<Stage>> = (0..num_threads).map(|t| share(stages, t, num_threads)).collect();
         let spans: Vec<(u64, u64)> = thread::scope(|scope| {
             let run = |buffers: &mut Buffers, stages: &[Stage]| {
                 buffers.prepare(stages);
@@ -109,10 +99,7 @@ impl Floor {
                 .map(|(buffers, stages)| scope.spawn(move || run(buffers, stages)))
                 .collect();
             // PANIC: a copy does not panic; if it does, the measurement has no meaning.
-            workers
-                .into_iter()
-                .map(|worker| worker.join().expect("a copy does not panic"))
-                .collect()
+            workers.into_iter().map(|worker| worker.join().expect("a copy does not panic")).collect()
         });
         let start = spans.iter().map(|span| span.0).min().unwrap_or(0);
         let end = spans.iter().map(|span| span.1).max().unwrap_or(0);
@@ -124,10 +111,7 @@ impl Floor {
 fn share(stages: &[Stage], index: usize, count: usize) -> Vec<Stage> {
     let part = |stage: &Stage| {
         let num_pieces = stage.num_pieces / count + usize::from(index < stage.num_pieces % count);
-        Stage {
-            num_pieces,
-            ..*stage
-        }
+        Stage { num_pieces, ..*stage }
     };
     stages.iter().map(part).collect()
 }
@@ -138,21 +122,10 @@ mod tests {
 
     #[test]
     fn shares_add_up() {
-        let stages = [
-            Stage {
-                piece_len: 3,
-                num_pieces: 10,
-            },
-            Stage {
-                piece_len: 7,
-                num_pieces: 1,
-            },
-        ];
+        let stages = [Stage { piece_len: 3, num_pieces: 10 }, Stage { piece_len: 7, num_pieces: 1 }];
         for count in 1..5 {
             for (which, stage) in stages.iter().enumerate() {
-                let sum: usize = (0..count)
-                    .map(|i| share(&stages, i, count)[which].num_pieces)
-                    .sum();
+                let sum: usize = (0..count).map(|i| share(&stages, i, count)[which].num_pieces).sum();
                 assert_eq!(sum, stage.num_pieces);
             }
         }
@@ -160,16 +133,7 @@ mod tests {
 
     #[test]
     fn every_byte_of_every_stage_is_written() {
-        let stages = [
-            Stage {
-                piece_len: 4,
-                num_pieces: 3,
-            },
-            Stage {
-                piece_len: 2,
-                num_pieces: 9,
-            },
-        ];
+        let stages = [Stage { piece_len: 4, num_pieces: 3 }, Stage { piece_len: 2, num_pieces: 9 }];
         let mut buffers = Buffers::default();
         buffers.prepare(&stages);
         for (i, byte) in buffers.0[0].iter_mut().enumerate() {
@@ -177,22 +141,13 @@ mod tests {
         }
         buffers.run(&stages);
         assert_eq!(buffers.0[1][..12], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
-        assert_eq!(
-            buffers.0[2][10..18],
-            [10, 11, 0, 1, 2, 3, 4, 5],
-            "the source starts over"
-        );
+        assert_eq!(buffers.0[2][10..18], [10, 11, 0, 1, 2, 3, 4, 5], "the source starts over");
     }
 
     #[test]
     fn more_bytes_take_longer_and_none_take_no_time() {
         let mut floor = Floor::new();
-        let chain = |num_pieces| {
-            [Stage {
-                piece_len: 7168,
-                num_pieces,
-            }; 2]
-        };
+        let chain = |num_pieces| [Stage { piece_len: 7168, num_pieces }; 2];
         // The best of several: a busy machine makes any single one slow.
         let mut best_of = |num_pieces| {
             let times = (0..20).map(|_| floor.measure_us(&chain(num_pieces)));

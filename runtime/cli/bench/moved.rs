@@ -28,10 +28,7 @@ impl Moved {
         let message_len = layout.message_stride as usize;
         let packed_len = (layout.payload_bytes + layout.scale_bytes) as usize + SOURCE_INFO_LEN;
         let row_len = layout.row_bytes as usize;
-        let stage = |piece_len, num_pieces| Stage {
-            piece_len,
-            num_pieces,
-        };
+        let stage = |piece_len, num_pieces| Stage { piece_len, num_pieces };
         let output = stage(row_len, routes.tokens);
         Self {
             dispatch: vec![
@@ -70,22 +67,15 @@ impl Routes {
         for input in inputs {
             routes.tokens += input.num_tokens as usize;
             for token in 0..input.num_tokens {
-                let mut experts: Vec<u16> = input
-                    .picks(token)
-                    .iter()
-                    .filter_map(|&pick| u16::try_from(pick).ok())
-                    .collect();
+                let mut experts: Vec<u16> =
+                    input.picks(token).iter().filter_map(|&pick| u16::try_from(pick).ok()).collect();
                 routes.picks += experts.len();
                 experts.sort_unstable();
                 experts.dedup();
                 routes.rows += experts.len();
                 let owner = |&expert: &u16| config.owner_of(ExpertIdx(expert));
                 // Experts are contiguous per rank, so equal owners stand side by side.
-                let mut owners: Vec<Rank> = experts
-                    .iter()
-                    .filter_map(owner)
-                    .map(|(rank, _)| rank)
-                    .collect();
+                let mut owners: Vec<Rank> = experts.iter().filter_map(owner).map(|(rank, _)| rank).collect();
                 owners.dedup();
                 routes.messages += owners.len();
             }
@@ -110,31 +100,15 @@ mod tests {
 
     #[test]
     fn the_floor_counts_each_crossing_once() {
-        let config = Config {
-            num_ranks: 2,
-            num_experts: 6,
-            max_topk: 4,
-            ..Config::default()
-        };
+        let config = Config { num_ranks: 2, num_experts: 6, max_topk: 4, ..Config::default() };
         let config = config.validate().unwrap();
         // Experts 0..3 on rank 0, 3..6 on rank 1.
         let inputs = [input(&[0, 1, 2, -1, 0, 3, 3, 5]), input(&[])];
         let routes = Routes::count(&config, &inputs);
-        assert_eq!(
-            routes,
-            Routes {
-                tokens: 2,
-                messages: 3,
-                rows: 6,
-                picks: 7
-            }
-        );
+        assert_eq!(routes, Routes { tokens: 2, messages: 3, rows: 6, picks: 7 });
         let moved = Moved::new(&config, &inputs);
         let pieces = |stages: &[Stage]| stages.iter().map(|s| s.num_pieces).collect::<Vec<_>>();
-        assert_eq!(
-            (pieces(&moved.dispatch), pieces(&moved.combine)),
-            (vec![2, 3, 6], vec![7, 2])
-        );
+        assert_eq!((pieces(&moved.dispatch), pieces(&moved.combine)), (vec![2, 3, 6], vec![7, 2]));
         assert_eq!(moved.dispatch[2].piece_len, 7168 + 56 * 4 + 16);
         assert_eq!(moved.combine[0].piece_len, 14336);
     }

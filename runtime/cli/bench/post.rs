@@ -81,11 +81,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     args.machine.validate()?;
     if args.machine.fabric == FabricKind::Sim {
         let because = "rates in virtual time mean nothing";
-        return Err(CliError::Conflict {
-            one: "--fabric sim",
-            other: "bench post",
-            because,
-        });
+        return Err(CliError::Conflict { one: "--fabric sim", other: "bench post", because });
     }
     claim_output(args.json.as_deref())?;
     let shapes: Vec<(u32, bool, u32)> = QUEUES
@@ -118,32 +114,15 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         let json = serde_json::to_string_pretty(&report).expect("a report is plain data");
         write_output(path, &format!("{json}\n"))?;
     }
-    Ok(if report.wrong + report.unrung_wqes == 0 {
-        Outcome::Good
-    } else {
-        Outcome::Wrong
-    })
+    Ok(if report.wrong + report.unrung_wqes == 0 { Outcome::Good } else { Outcome::Wrong })
 }
 
 /// Measures one row; what is wrong adds up in the report.
-fn measure(
-    args: &Args,
-    bytes: u32,
-    inline: bool,
-    qps: u32,
-    report: &mut Report,
-) -> Result<Row, Error> {
+fn measure(args: &Args, bytes: u32, inline: bool, qps: u32, report: &mut Report) -> Result<Row, Error> {
     let wqes = ROUND_BYTES.div_ceil(bytes.into()).min(ROUND_WQES_MAX);
     // CAST: bounded by ROUND_WQES_MAX.
     let slots = wqes.div_ceil(qps.into()) as u32;
-    let case = PostCase {
-        bytes,
-        inline,
-        num_qps: qps,
-        slots,
-        batch: 32,
-        sq_depth_log: 10,
-    };
+    let case = PostCase { bytes, inline, num_qps: qps, slots, batch: 32, sq_depth_log: 10 };
     let mut rig = PostRig::new(case, args.machine.link)?;
     let mut copies = Copies::new(&case);
     let (mut rates, mut copy_rates) = (Vec::new(), Vec::new());
@@ -175,13 +154,7 @@ fn measure(
 
 /// From post to completion: a queue of one WQE cannot post the next before it has seen the last.
 fn latency_us(args: &Args, case: &PostCase, report: &mut Report) -> Result<f64, Error> {
-    let case = PostCase {
-        num_qps: 1,
-        slots: LATENCY_WQES,
-        batch: 1,
-        sq_depth_log: 0,
-        ..*case
-    };
+    let case = PostCase { num_qps: 1, slots: LATENCY_WQES, batch: 1, sq_depth_log: 0, ..*case };
     let mut rig = PostRig::new(case, args.machine.link)?;
     let mut samples = Vec::new();
     for _ in 0..args.iters.min(10) {
@@ -210,9 +183,7 @@ impl Copies {
     fn bytes_per_s(&mut self) -> f64 {
         let start = now_ns();
         for part in self.to.chunks_exact_mut(self.from.len()) {
-            let pieces = part
-                .chunks_exact_mut(self.piece)
-                .zip(self.from.chunks_exact(self.piece));
+            let pieces = part.chunks_exact_mut(self.piece).zip(self.from.chunks_exact(self.piece));
             for (to, from) in pieces {
                 to.copy_from_slice(from);
             }
@@ -223,16 +194,7 @@ impl Copies {
 }
 
 fn print(report: &Report) {
-    let header = [
-        "bytes",
-        "inline",
-        "qps",
-        "wqe/s",
-        "bytes/s",
-        "memcpy/s",
-        "ratio",
-        "latency us",
-    ];
+    let header = ["bytes", "inline", "qps", "wqe/s", "bytes/s", "memcpy/s", "ratio", "latency us"];
     let mut table = Table::new(&header);
     for row in &report.rows {
         table.row([
@@ -247,8 +209,5 @@ fn print(report: &Report) {
         ]);
     }
     print!("{table}");
-    println!(
-        "result  every WQE checked in memory: {} wrong, {} unrung",
-        report.wrong, report.unrung_wqes
-    );
+    println!("result  every WQE checked in memory: {} wrong, {} unrung", report.wrong, report.unrung_wqes);
 }

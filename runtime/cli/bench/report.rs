@@ -50,33 +50,14 @@ pub(super) struct Pair {
 
 /// Prints the table; `checked` counts rows and outputs that were verified.
 pub(super) fn print(report: &Report, checked: u64) {
-    let mut times = Table::new(&[
-        "us, slowest rank",
-        "p50",
-        "p90",
-        "p99",
-        "p99.9",
-        "memcpy floor",
-        "ratio",
-    ]);
+    let mut times = Table::new(&["us, slowest rank", "p50", "p90", "p99", "p99.9", "memcpy floor", "ratio"]);
     let operations = [
-        (
-            "dispatch",
-            report.dispatch_us,
-            report.memcpy_floor_us.dispatch,
-            report.floor_ratio.dispatch,
-        ),
-        (
-            "combine",
-            report.combine_us,
-            report.memcpy_floor_us.combine,
-            report.floor_ratio.combine,
-        ),
+        ("dispatch", report.dispatch_us, report.memcpy_floor_us.dispatch, report.floor_ratio.dispatch),
+        ("combine", report.combine_us, report.memcpy_floor_us.combine, report.floor_ratio.combine),
     ];
     for (name, percentiles, floor, ratio) in operations {
         let Some(p) = percentiles else { continue };
-        let shown =
-            |value: Option<f64>, digits| value.map_or("-".into(), |v| format!("{v:.digits$}"));
+        let shown = |value: Option<f64>, digits| value.map_or("-".into(), |v| format!("{v:.digits$}"));
         times.row(
             [name.to_string()]
                 .into_iter()
@@ -115,13 +96,7 @@ pub(super) fn draw(flags: &Shared, dispatch_us: &[f64], combine_us: &[f64]) -> S
     let title = format!("Dispatch and combine, EP{}", flags.ranks);
     let shape = format!(
         "{} tokens per rank, hidden {}, top-{} of {} experts, {} dispatch, {} combine, {} routing",
-        flags.tokens,
-        flags.hidden,
-        flags.topk,
-        flags.experts,
-        flags.dtype,
-        flags.combine,
-        flags.routing
+        flags.tokens, flags.hidden, flags.topk, flags.experts, flags.dtype, flags.combine, flags.routing
     );
     let machine = format!(
         "{} hca, {} gpu, {} fabric, route {}, signal {}, link {}",
@@ -133,14 +108,8 @@ pub(super) fn draw(flags: &Shared, dispatch_us: &[f64], combine_us: &[f64]) -> S
         flags.machine.link
     );
     let series = [
-        Series {
-            name: "dispatch",
-            samples_us: dispatch_us,
-        },
-        Series {
-            name: "combine",
-            samples_us: combine_us,
-        },
+        Series { name: "dispatch", samples_us: dispatch_us },
+        Series { name: "combine", samples_us: combine_us },
     ];
     plot::histogram(&title, [&shape, &machine], &series)
 }

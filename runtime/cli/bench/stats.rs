@@ -27,11 +27,7 @@ impl Percentiles {
 
 /// The smallest sample that at least `share` of all samples do not exceed.
 pub(in crate::cli) fn percentile(samples: &[f64], share: f64) -> Option<f64> {
-    let mut sorted: Vec<f64> = samples
-        .iter()
-        .copied()
-        .filter(|sample| sample.is_finite())
-        .collect();
+    let mut sorted: Vec<f64> = samples.iter().copied().filter(|sample| sample.is_finite()).collect();
     sorted.sort_by(f64::total_cmp);
     // CAST: a rank within the samples.
     let rank = (share * sorted.len() as f64).ceil() as usize;
@@ -50,12 +46,7 @@ mod tests {
     #[test]
     fn percentiles_are_samples() {
         let samples: Vec<f64> = (1..=1000).rev().map(f64::from).collect();
-        let expected = Percentiles {
-            p50: 500.0,
-            p90: 900.0,
-            p99: 990.0,
-            p999: 999.0,
-        };
+        let expected = Percentiles { p50: 500.0, p90: 900.0, p99: 990.0, p999: 999.0 };
         assert_eq!(Percentiles::of(&samples), Some(expected));
         let few = Percentiles::of(&[3.0, 1.0, 2.0]).unwrap();
         assert_eq!((few.p50, few.p999), (2.0, 3.0));
