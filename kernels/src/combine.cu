@@ -21,18 +21,24 @@
 namespace ibex {
 namespace {
 
-/// Rows to be summed into one, with their weights: a token's rows at the source, a message's rows at the expert.
-/// One per warp in shared memory; lane 0 fills it.
+/// The rows that a warp works on, in shared memory, one set per warp. Either rows to be summed into one, with their
+/// weights (a token's rows at the source, a message's rows at the expert), or rows to be sent, with their tokens.
 struct RowSet {
-  const uint4* rows[kMaxTopk];
-  float weights[kMaxTopk];
+  const uint4* rows[kWarpSize];
+  float weights[kWarpSize];
+  uint32_t tokens[kWarpSize];
 };
-
-constexpr uint32_t kMaxWarps = 32;
+static_assert(kMaxTopk <= kWarpSize);
 
 IBEX_DEV RowSet& row_set_of_this_warp() {
   IBEX_SHARED(RowSet, sets, kMaxWarps);
   return sets[warp::id()];
+}
+
+/// out = the weighted sum of the first `num_rows` rows of this warp's set. The whole warp.
+IBEX_DEV void sum_row_set(uint8_t* out, uint32_t num_rows, uint32_t row_bytes) {
+  const RowSet& set = row_set_of_this_warp();
+  fma_rows(reinterpret_cast<uint4*>(out), set.rows, set.weights, num_rows, row_bytes / 16);
 }
 
 /// The leader's entry into a send half.
@@ -59,15 +65,17 @@ IBEX_DEV void lead_send(const CombineArgs& c) {
 
 /// What an owner sends in a combine: see send.h for the contract. The cursor counts kept messages; in `exact` mode
 /// it counts (group of messages, k) steps, so that one step never needs more WQEs than a queue holds.
+template <CombineMode kMode>
 struct CombineRows {
   const CombineArgs& c;
 
-  IBEX_DEV bool reduced() const { return c.lane.shape.combine_mode == kReduced; }
-  IBEX_DEV bool through_ring(const SendJob& j) const { return j.rdma() && (reduced() || c.zero_copy == 0); }
+  static constexpr bool kSums = kMode == kReduced;
+  static constexpr bool kMayDrain = !kSums;
+  IBEX_DEV bool through_ring(const SendJob& j) const { return j.rdma() && (kSums || c.zero_copy == 0); }
   IBEX_DEV bool owed_nothing(SendJob& j) const { return c.handle.source_ok[j.peer] == 0; }
   IBEX_DEV bool must_drain(SendJob& j) const { return j.rdma() && !through_ring(j); }
-  IBEX_DEV uint32_t count(const SendCursor& cursor) const { return reduced() ? cursor.num_messages : cursor.num_picks; }
-  IBEX_DEV uint32_t trailer_wqes(const SendJob&) const { return 0; }
+  IBEX_DEV uint32_t count(const SendCursor& cursor) const { return kSums ? cursor.num_messages : cursor.num_picks; }
+  IBEX_DEV bool has_trailer(const SendJob&) const { return false; }
   IBEX_DEV void copy_trailer(SendJob&) {}
   IBEX_DEV void put_trailer(SendJob&, Batch&) {}
 
@@ -97,7 +105,13 @@ struct CombineRows {
 
   IBEX_DEV bool owns(const SendJob& j, const Pick& pick) const { return pick.owner == j.a.shape.rank; }
 
-  IBEX_DEV RowStep step(SendJob& j) { return reduced() ? step_reduced(j) : step_exact(j); }
+  IBEX_DEV uint32_t step(SendJob& j) {
+    if constexpr (kSums) {
+      return step_reduced(j);
+    } else {
+      return step_exact(j);
+    }
+  }
 
   /// Messages per group in `exact` mode.
   IBEX_DEV uint32_t group_size(const SendJob& j) const {
@@ -106,59 +120,64 @@ struct CombineRows {
   }
 
   /// One k of one group of messages: at most one row per message.
-  IBEX_DEV RowStep step_exact(SendJob& j) {
+  IBEX_DEV uint32_t step_exact(SendJob& j) {
     const uint32_t load = channel_load(j), group = group_size(j);
     const uint32_t num_topk = c.ticket->num_topk;
     const uint32_t first = j.cursor.next / num_topk * group, k = j.cursor.next % num_topk;
-    if (first >= load) return RowStep{false, true, false};
+    if (first >= load) return kPhaseSignal;
+    RowSet& set = row_set_of_this_warp();
     warp::lanes<bool> goes;
-    warp::lanes<uint64_t> local;
-    warp::lanes<uint32_t> token;
     EACH_LANE(l) {
       goes[l] = false;
-      local[l] = 0;
-      token[l] = 0;
       if (l < group && first + l < load) {
         const uint8_t* header = kept(j, first + l);
         const Pick pick = picks_of(header)[k];
         goes[l] = owns(j, pick);
-        token[l] = token_of(header);
-        if (goes[l]) local[l] = reinterpret_cast<uint64_t>(output_row(j, pick));
+        if (goes[l]) {
+          set.rows[l] = reinterpret_cast<const uint4*>(output_row(j, pick));
+          set.tokens[l] = token_of(header);
+        }
       }
     }
     const uint32_t mask = warp::ballot(goes), n = popc(mask);
+    const bool is_last = k + 1 == num_topk && first + group >= load;
+    warp::sync();
     if (n != 0) {
-      if (j.rdma() && data_space(j, n) < n) return RowStep{false, false, true};
-      if (through_ring(j) && !has_ring_rows(j, n)) return RowStep{false, false, true};
-      send_picks(j, k, mask, local, token);
+      if (j.rdma() && data_space(j, n) < n) return kStarves;
+      if (through_ring(j) && !has_ring_rows(j, n)) return kStarves;
+      if (j.rdma() && !through_ring(j)) {
+        post_picks(j, set, k, mask);
+      } else {
+        copy_picks(j, set, k, mask);
+      }
     }
     advance_cursor(j, j.cursor.next + 1, 0, n);
-    return RowStep{true, k + 1 == num_topk && first + group >= load, false};
+    return is_last ? kPhaseSignal : kStays;
   }
 
-  /// Sends row `local` of each lane in `mask` to place (token, k) in the peer's slab.
-  IBEX_DEV void send_picks(SendJob& j, uint32_t k, uint32_t mask, const warp::lanes<uint64_t>& local,
-                           const warp::lanes<uint32_t>& token) {
-    if (!j.rdma() || through_ring(j)) {
-      for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-        const uint32_t l = lowest_bit(rest);
-        const uint64_t offset = combine_offset(j.a, j.h.slot, warp::bcast(token, l), k);
-        const uint4* from = reinterpret_cast<const uint4*>(warp::bcast(local, l));
-        uint8_t* to = j.rdma() ? ring_row(j) : reinterpret_cast<uint8_t*>(j.to.combine_ptr + offset);
-        warp::copy16<4>(reinterpret_cast<uint4*>(to), from, j.a.layout.row_bytes / 16);
-        if (j.rdma()) post_ring_row(j, offset);
-      }
-      return;
+  /// Copies the row of each lane in `mask` to place (token, k) in the peer's slab, or to the ring and posts it.
+  IBEX_DEV void copy_picks(SendJob& j, const RowSet& set, uint32_t k, uint32_t mask) {
+    IBEX_ROLLED
+    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+      const uint32_t l = lowest_bit(rest);
+      const uint64_t offset = combine_offset(j.a, j.h.slot, set.tokens[l], k);
+      uint8_t* to = j.rdma() ? ring_row(j) : reinterpret_cast<uint8_t*>(j.to.combine_ptr + offset);
+      copy_row(reinterpret_cast<uint4*>(to), set.rows[l], j.a.layout.row_bytes / 16);
+      if (j.rdma()) post_ring_row(j, offset);
     }
+  }
+
+  /// Posts the row of each lane in `mask` from where it lies to place (token, k) in the peer's slab.
+  IBEX_DEV void post_picks(SendJob& j, const RowSet& set, uint32_t k, uint32_t mask) {
     Batch b = begin_batch(j.qp);
     const uint32_t n = popc(mask);
     EACH_LANE(l) {
       if ((mask >> l & 1) != 0) {
         const uint32_t position = popc(mask & lanes_below(l));
-        const RemoteAddress remote{j.to.combine_va + combine_offset(j.a, j.h.slot, token[l], k),
+        const RemoteAddress remote{j.to.combine_va + combine_offset(j.a, j.h.slot, set.tokens[l], k),
                                    j.to.combine_rkey_be};
-        put_write(j.qp, b.next_idx + position, remote, local[l], c.expert_out_lkey_be, j.a.layout.row_bytes,
-                  position + 1 == n ? kSignaled : kUnsignaled);
+        put_write(j.qp, b.next_idx + position, remote, reinterpret_cast<uint64_t>(set.rows[l]),
+                  c.expert_out_lkey_be, j.a.layout.row_bytes, position + 1 == n ? kSignaled : kUnsignaled);
       }
     }
     count_in(b, n);
@@ -166,13 +185,13 @@ struct CombineRows {
   }
 
   /// One message: the weighted sum of its rows here, under its first k here.
-  IBEX_DEV RowStep step_reduced(SendJob& j) {
+  IBEX_DEV uint32_t step_reduced(SendJob& j) {
     const uint32_t load = channel_load(j);
-    if (j.cursor.next >= load) return RowStep{false, true, false};
+    if (j.cursor.next >= load) return kPhaseSignal;
     const uint8_t* header = kept(j, j.cursor.next);
     const Pick* picks = picks_of(header);
-    if (j.rdma() && data_space(j, 1) < 1) return RowStep{false, false, true};
-    if (j.rdma() && !has_ring_rows(j, 1)) return RowStep{false, false, true};
+    if (j.rdma() && data_space(j, 1) < 1) return kStarves;
+    if (j.rdma() && !has_ring_rows(j, 1)) return kStarves;
     RowSet& set = row_set_of_this_warp();
     uint32_t first_k = 0, num_rows = 0;
     for (uint32_t k = 0; k < c.ticket->num_topk; ++k) {
@@ -188,27 +207,28 @@ struct CombineRows {
     warp::sync();
     const uint64_t offset = combine_offset(j.a, j.h.slot, token_of(header), first_k);
     uint8_t* to = j.rdma() ? ring_row(j) : reinterpret_cast<uint8_t*>(j.to.combine_ptr + offset);
-    fma_rows(reinterpret_cast<uint4*>(to), set.rows, set.weights, num_rows, j.a.layout.row_bytes / 16);
+    sum_row_set(to, num_rows, j.a.layout.row_bytes);
     if (j.rdma()) post_ring_row(j, offset);
     advance_cursor(j, j.cursor.next + 1, 1, num_rows);
-    return RowStep{true, j.cursor.next >= load, false};
+    return j.cursor.next >= load ? kPhaseSignal : kStays;
   }
 
-  IBEX_DEV uint64_t ring_index(const SendJob& j, uint64_t head) const {
-    return uint64_t{qp_index(j.a.shape, j.peer, j.channel)} * j.a.shape.staging_rows + head % j.a.shape.staging_rows;
+  /// Index of the row that is `ahead` rows after the next one of this QP's staging ring.
+  IBEX_DEV uint64_t ring_index(const SendJob& j, uint32_t ahead) const {
+    const uint32_t num_rows = j.a.shape.staging_rows, row = static_cast<uint32_t>(j.qp.ring_head) + ahead;
+    return uint64_t{j.queue()} * num_rows + (row < num_rows ? row : row - num_rows);
   }
   IBEX_DEV uint8_t* ring_row(const SendJob& j) const {
-    return j.a.row_staging + ring_index(j, j.qp.ring_head) * j.a.layout.row_bytes;
+    return j.a.row_staging + ring_index(j, 0) * j.a.layout.row_bytes;
   }
 
-  /// Are the next `n` rows of this QP's ring free, that is, covered by CQEs? The owner waits, nobody else.
+  /// Are the next `n` rows of this QP's ring free, that is, covered by CQEs? The owner waits, nobody else. Rows are
+  /// taken in order, so the last of them decides.
   IBEX_DEV bool has_ring_rows(SendJob& j, uint32_t n) const {
     const bool free = warp::one_lane([&] {
-      const uint64_t last = j.qp.ring_head + n - 1;
-      if (last < j.a.shape.staging_rows) return true;
-      const uint32_t pi = j.a.row_staging_pi[ring_index(j, last)];
-      if (static_cast<int32_t>(j.qp.consumer_idx - pi) < 0) poll_cq(j.qp);
-      return static_cast<int32_t>(j.qp.consumer_idx - pi) >= 0;
+      const uint32_t pi = j.a.row_staging_pi[ring_index(j, n - 1)];
+      if (is_in_flight(j.qp, pi)) poll_cq(j.qp);
+      return !is_in_flight(j.qp, pi);
     });
     warp::sync();
     return free;
@@ -222,8 +242,8 @@ struct CombineRows {
     ONE_LANE {
       put_write(j.qp, b.next_idx, remote, reinterpret_cast<uint64_t>(ring_row(j)), j.a.lkey_be,
                 j.a.layout.row_bytes, kSignaled);
-      j.a.row_staging_pi[ring_index(j, j.qp.ring_head)] = b.next_idx + 1;
-      j.qp.ring_head += 1;
+      j.a.row_staging_pi[ring_index(j, 0)] = b.next_idx + 1;
+      j.qp.ring_head = j.qp.ring_head + 1 == j.a.shape.staging_rows ? 0 : j.qp.ring_head + 1;
     }
     count_in(b, 1);
     ring_doorbell(b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
@@ -236,6 +256,7 @@ struct CombineRows {
 };
 
 /// Returns false if the lane was busy.
+template <CombineMode kMode>
 IBEX_DEV bool send_half(const CombineArgs& c, BlockRange blocks) {
   const LaneArgs& a = c.lane;
   HandleCtx& ctx = *c.ticket;
@@ -247,17 +268,18 @@ IBEX_DEV bool send_half(const CombineArgs& c, BlockRange blocks) {
     }
     return false;
   }
-  const HalfContext h = read_context(a, ctx, kCombine, kSendHalf, go);
+  const HalfContext& h = read_context(a, ctx, kCombine, kSendHalf, go);
   // There is nothing to cast, so every warp may own queues; blocks take turns so that all of them post.
-  CombineRows rows{c};
-  drive_queues(a, h, ctx, rows, warp::id() * blocks.num + blocks.idx, blocks.num * warp::count());
-  if (is_last_block_out(&ctx.send_done_blocks, blocks) && warp::id() == 0) {
-    ONE_LANE close_send_half(a, ctx, h);
+  CombineRows<kMode> rows{c};
+  drive_queues(a, h, rows, warp::id() * blocks.num + blocks.idx, blocks.num * warp::count());
+  if (is_last_block_out(&h.ctx->send_done_blocks, blocks) && warp::id() == 0) {
+    ONE_LANE close_send_half(a, h);
   }
   return true;
 }
 
 /// Did everything that was dispatched to `owner` on this channel come back?
+template <CombineMode kMode>
 IBEX_DEV bool came_back(const CombineArgs& c, const HalfContext& h, uint32_t owner, uint32_t channel) {
   const LaneArgs& a = c.lane;
   const bool lost = warp::one_lane([&] { return has_bit(c.handle.ctx->lost, owner); });
@@ -265,7 +287,7 @@ IBEX_DEV bool came_back(const CombineArgs& c, const HalfContext& h, uint32_t own
   const uint32_t count = await_signal(a, h, c.verdicts, owner, channel);
   if (count == kCountLost) return false;
   const uint32_t q = qp_index(a.shape, owner, channel);
-  const uint32_t sent = a.shape.combine_mode == kReduced ? c.handle.sent_messages[q] : c.handle.sent_picks[q];
+  const uint32_t sent = kMode == kReduced ? c.handle.sent_messages[q] : c.handle.sent_picks[q];
   if (count == sent) return true;
   // Rows are counted against what was dispatched there: any other count loses all those picks.
   ONE_LANE {
@@ -276,19 +298,20 @@ IBEX_DEV bool came_back(const CombineArgs& c, const HalfContext& h, uint32_t own
   return false;
 }
 
-/// Sums one token. Returns its loss bits.
-IBEX_DEV uint32_t combine_token(const CombineArgs& c, const HalfContext& h, uint32_t token) {
+/// Sums one token and says what of it is lost.
+template <CombineMode kMode>
+IBEX_DEV void combine_token(const CombineArgs& c, const HalfContext& h, uint32_t token) {
   const LaneArgs& a = c.lane;
   const uint32_t num_topk = c.ticket->num_topk, channel = token % a.shape.num_channels;
   const uint16_t* owners = c.handle.pick_owner + token * a.shape.max_topk;
-  const bool reduced = a.shape.combine_mode == kReduced;
+  constexpr bool reduced = kMode == kReduced;
   uint32_t lost = 0, num_rows = 0;
   RowSet& set = row_set_of_this_warp();
   warp::sync();  // The previous token's rows have been read by every lane.
   for (uint32_t k = 0; k < num_topk; ++k) {
     const uint32_t owner = owners[k];
     if (owner == kNoOwner) continue;
-    if (owner == kLostOwner || !came_back(c, h, owner, channel)) {
+    if (owner == kLostOwner || !came_back<kMode>(c, h, owner, channel)) {
       lost |= 1u << k;
       continue;
     }
@@ -302,15 +325,12 @@ IBEX_DEV uint32_t combine_token(const CombineArgs& c, const HalfContext& h, uint
     num_rows += 1;
   }
   warp::sync();
-  uint4* out = reinterpret_cast<uint4*>(c.out + uint64_t{token} * a.shape.hidden);
-  if (reduced) {
-    add_rows(out, set.rows, num_rows, a.layout.row_bytes / 16);
-  } else {
-    fma_rows(out, set.rows, set.weights, num_rows, a.layout.row_bytes / 16);
-  }
-  return lost;
+  ONE_LANE c.lost_topk[token] = lost;
+  // With weight 1 the product is exact, so a partial sum of `reduced` is added with one rounding, as by a plain add.
+  sum_row_set(reinterpret_cast<uint8_t*>(c.out + uint64_t{token} * a.shape.hidden), num_rows, a.layout.row_bytes);
 }
 
+template <CombineMode kMode>
 IBEX_DEV void receive_half(const CombineArgs& c, BlockRange blocks) {
   const LaneArgs& a = c.lane;
   HandleCtx& ctx = *c.ticket;
@@ -320,24 +340,25 @@ IBEX_DEV void receive_half(const CombineArgs& c, BlockRange blocks) {
       say_go(&ctx.go_receive, c.nonce, kGoRun);
     }
   }
-  const HalfContext h = read_context(a, ctx, kCombine, kReceiveHalf, wait_for_go(&ctx.go_receive, c.nonce));
+  const HalfContext& h = read_context(a, ctx, kCombine, kReceiveHalf, wait_for_go(&ctx.go_receive, c.nonce));
   const uint32_t total = blocks.num * warp::count();
   for (uint32_t token = warp::id() * blocks.num + blocks.idx; token < h.num_tokens; token += total) {
-    const uint32_t lost = combine_token(c, h, token);
-    ONE_LANE c.lost_topk[token] = lost;
+    combine_token<kMode>(c, h, token);
   }
-  if (is_last_block_out(&ctx.receive_done_blocks, blocks) && warp::id() == 0) {
-    ONE_LANE close_receive_half(a, ctx, h);
+  if (is_last_block_out(&h.ctx->receive_done_blocks, blocks) && warp::id() == 0) {
+    ONE_LANE close_receive_half(a, h);
   }
 }
 
+template <CombineMode kMode>
 IBEX_DEV void combine_body(const CombineArgs& c, BlockRange blocks) {
-  if ((c.halves & kSendHalf) != 0 && !send_half(c, blocks)) return;
-  if ((c.halves & kReceiveHalf) != 0) receive_half(c, blocks);
+  if ((c.halves & kSendHalf) != 0 && !send_half<kMode>(c, blocks)) return;
+  if ((c.halves & kReceiveHalf) != 0) receive_half<kMode>(c, blocks);
 }
 
 }  // namespace
 
-IBEX_KERNEL(combine, CombineArgs, combine_body, 1024)
+IBEX_KERNEL(combine_exact, CombineArgs, combine_body<kExact>, 1024)
+IBEX_KERNEL(combine_reduced, CombineArgs, combine_body<kReduced>, 1024)
 
 }  // namespace ibex

@@ -26,9 +26,10 @@ struct TopkIds {
   uint32_t is_i64, num_topk;
 
   IBEX_DEV int32_t at(uint32_t flat) const {
-    if (is_i64 == 0) return static_cast<const int32_t*>(ids)[flat];
-    const int64_t v = static_cast<const int64_t*>(ids)[flat];
-    return v > INT32_MAX || v < INT32_MIN ? INT32_MAX : static_cast<int32_t>(v);
+    // Both widths are little-endian: the low word of an int64 is its value if the high word is its sign.
+    const int32_t* words = static_cast<const int32_t*>(ids) + (uint64_t{flat} << is_i64);
+    const int32_t value = words[0];
+    return is_i64 != 0 && words[1] != value >> 31 ? INT32_MAX : value;
   }
   IBEX_DEV int32_t at(uint32_t token, uint32_t k) const { return at(token * num_topk + k); }
 };
@@ -38,19 +39,21 @@ IBEX_DEV TopkIds topk_ids(const DispatchArgs& d) { return TopkIds{d.topk_idx, d.
 /// Does pick k of this token repeat an earlier one? Such a pick shares the earlier one's packed row.
 IBEX_DEV bool is_duplicate(const TopkIds& ids, uint32_t token, uint32_t k) {
   const int32_t e = ids.at(token, k);
-  for (uint32_t i = 0; i < k; ++i) {
-    if (ids.at(token, i) == e) return true;
-  }
-  return false;
+  bool found = false;
+  // To the end, though the answer may be known sooner: so the loads do not wait for each other.
+  for (uint32_t i = 0; i < k; ++i) found |= ids.at(token, i) == e;
+  return found;
 }
 
 IBEX_DEV bool has_duplicates(const TopkIds& ids, uint32_t num_tokens) {
   bool found = false;
+  IBEX_ROLLED
   for (uint32_t base = 0; base < num_tokens; base += kWarpSize) {
     warp::lanes<bool> dup;
     EACH_LANE(l) {
       dup[l] = false;
       if (base + l < num_tokens) {
+        IBEX_ROLLED
         for (uint32_t k = 1; k < ids.num_topk; ++k) {
           dup[l] = dup[l] || (ids.at(base + l, k) >= 0 && is_duplicate(ids, base + l, k));
         }
@@ -75,6 +78,7 @@ IBEX_DEV bool holds_staging_slot(QpDeviceCtx& qp, uint32_t staging_slot) {
 IBEX_DEV bool is_staging_free(const LaneArgs& a, uint32_t staging_slot) {
   const uint32_t num_qps = a.shape.num_ranks * a.shape.num_channels;
   bool free = true;
+  IBEX_ROLLED
   for (uint32_t base = 0; base < num_qps; base += kWarpSize) {
     warp::lanes<bool> held;
     EACH_LANE(l) {
@@ -87,8 +91,10 @@ IBEX_DEV bool is_staging_free(const LaneArgs& a, uint32_t staging_slot) {
 }
 
 /// Suspects every peer whose queue still holds rows of a staging slot.
-IBEX_DEV void suspect_holders(const LaneArgs& a, const HalfContext& h, uint64_t waited_ns) {
+IBEX_CALL void suspect_holders(const LaneArgs& a, const HalfContext& h, uint64_t waited_ns) {
+  IBEX_ROLLED
   for (uint32_t q = 0; q < a.shape.num_ranks * a.shape.num_channels; ++q) {
+    IBEX_ROLLED
     for (uint32_t s = 0; s < 2 * a.shape.ring; ++s) {
       if (!holds_staging_slot(a.qps[q], s)) continue;
       Evidence e{};
@@ -105,9 +111,10 @@ IBEX_DEV uint32_t take_staging_slot(const LaneArgs& a, HandleCtx& ctx) {
   const uint32_t num_slots = 2 * a.shape.ring;
   // One lane reads: the others could see what it advances below.
   const uint32_t start = warp::one_lane([&] { return static_cast<uint32_t>(a.state->staging_seq % num_slots); });
-  WaitClock clock;
-  start_clock(clock, clock_ns());
+  WaitClock& clock = clock_of_this_warp();
+  ONE_LANE start_clock(clock, clock_ns());
   for (;;) {
+    IBEX_ROLLED
     for (uint32_t i = 0; i < num_slots; ++i) {
       const uint32_t slot = (start + i) % num_slots;
       if (!is_staging_free(a, slot)) continue;
@@ -120,7 +127,8 @@ IBEX_DEV uint32_t take_staging_slot(const LaneArgs& a, HandleCtx& ctx) {
     const bool expired =
         warp::one_lane([&] { return tick(a, clock, a.shape.rank, true) != kFaultNone; });
     if (expired) {
-      ONE_LANE suspect_holders(a, read_context(a, ctx, kDispatch, kSendHalf, kGoNoRows), waited(clock));
+      const HalfContext& h = read_context(a, ctx, kDispatch, kSendHalf, kGoNoRows);
+      ONE_LANE suspect_holders(a, h, waited(clock));
       return kGoNoRows;
     }
     backoff();
@@ -160,9 +168,11 @@ IBEX_DEV uint32_t picks_before(const TopkIds& ids, uint32_t token, int32_t e, bo
   EACH_LANE(l) n[l] = 0;
   const uint32_t end = token * ids.num_topk;
   if (duplicates) {
+    IBEX_ROLLED
     for (uint32_t base = 0; base < token; base += kWarpSize) {
       EACH_LANE(l) {
         bool picks = false;
+        IBEX_ROLLED
         for (uint32_t k = 0; k < ids.num_topk && base + l < token; ++k) picks = picks || ids.at(base + l, k) == e;
         n[l] += picks ? 1 : 0;
       }
@@ -199,33 +209,49 @@ IBEX_DEV Placement place(const MemberTable& table, int32_t e) {
   return Placement{static_cast<uint16_t>(where >> 16), static_cast<uint16_t>(where & 0xffffu)};
 }
 
-/// Writes the picks of one token into its staging row and its owners into the handle.
+/// Writes the picks of one token into its staging row and its owners into the handle: one pick per lane.
 IBEX_DEV void write_picks(const DispatchArgs& d, const HalfContext& h, const TopkIds& ids, uint32_t token,
                           bool duplicates, Pick* picks) {
+  warp::lanes<int32_t> expert;
+  warp::lanes<uint32_t> owner, local_expert, index, flags;
+  EACH_LANE(l) {
+    expert[l] = l < ids.num_topk ? ids.at(token, l) : -1;
+    const Placement p = place(*h.table, expert[l]);
+    owner[l] = p.owner;
+    local_expert[l] = p.local_expert;
+    index[l] = 0;
+    flags[l] = p.owner < kLostOwner ? kPickFirstAtOwner : 0;
+  }
+  IBEX_ROLLED
   for (uint32_t k = 0; k < ids.num_topk; ++k) {
-    const int32_t e = ids.at(token, k);
-    const Placement p = place(*h.table, e);
-    const bool placed = p.owner < kLostOwner;
-    const uint32_t index = placed ? picks_before(ids, token, e, duplicates) : 0;
-    bool first = placed;
-    for (uint32_t i = 0; i < k && first; ++i) first = place(*h.table, ids.at(token, i)).owner != p.owner;
-    const bool duplicate = duplicates && placed && is_duplicate(ids, token, k);
-    ONE_LANE {
+    const int32_t e = warp::bcast(expert, k);
+    const uint32_t o = warp::bcast(owner, k);
+    if (o >= kLostOwner) continue;
+    const uint32_t before = picks_before(ids, token, e, duplicates);
+    EACH_LANE(l) {
+      if (l == k) index[l] = before;
+      if (l > k && owner[l] == o) flags[l] &= ~uint32_t{kPickFirstAtOwner};
+      if (l > k && expert[l] == e) flags[l] |= kPickDuplicate;
+    }
+  }
+  EACH_LANE(l) {
+    if (l < ids.num_topk) {
       Pick pick{};
-      pick.expert = static_cast<uint16_t>(e);
-      pick.owner = p.owner;
-      pick.local_expert = p.local_expert;
-      pick.index = static_cast<uint16_t>(index);
-      pick.k = static_cast<uint8_t>(k);
-      pick.flags = static_cast<uint8_t>((first ? kPickFirstAtOwner : 0) | (duplicate ? kPickDuplicate : 0));
-      pick.weight = d.topk_weights != nullptr ? d.topk_weights[token * ids.num_topk + k] : 0.0f;
-      picks[k] = pick;
-      d.handle.pick_owner[token * d.lane.shape.max_topk + k] = p.owner;
+      pick.expert = static_cast<uint16_t>(expert[l]);
+      pick.owner = static_cast<uint16_t>(owner[l]);
+      pick.local_expert = static_cast<uint16_t>(local_expert[l]);
+      pick.index = static_cast<uint16_t>(index[l]);
+      pick.k = static_cast<uint8_t>(l);
+      pick.flags = static_cast<uint8_t>(flags[l]);
+      pick.weight = d.topk_weights != nullptr ? d.topk_weights[token * ids.num_topk + l] : 0.0f;
+      picks[l] = pick;
+      d.handle.pick_owner[token * d.lane.shape.max_topk + l] = pick.owner;
     }
   }
 }
 
 /// One caster warp: its share of the tokens, each published as soon as its row stands.
+template <WireDtype kDtype>
 IBEX_DEV void cast_tokens(const DispatchArgs& d, const HalfContext& h, uint32_t first, uint32_t stride) {
   const LaneArgs& a = d.lane;
   const TopkIds ids = topk_ids(d);
@@ -234,10 +260,10 @@ IBEX_DEV void cast_tokens(const DispatchArgs& d, const HalfContext& h, uint32_t 
   for (uint32_t token = first; token < h.num_tokens; token += stride) {
     uint8_t* row = staged_message(a, h.staging_slot, token);
     const uint16_t* x = d.x + uint64_t{token} * a.shape.hidden;
-    if (a.shape.wire_dtype == kWireFp8) {
+    if constexpr (kDtype == kWireFp8) {
       cast_row_fp8(row + a.layout.payload_off, row + a.layout.scale_off, x, a.shape.hidden, a.shape.scale_kind);
     } else {
-      warp::copy16<4>(reinterpret_cast<uint4*>(row + a.layout.payload_off), reinterpret_cast<const uint4*>(x),
+      copy_row(reinterpret_cast<uint4*>(row + a.layout.payload_off), reinterpret_cast<const uint4*>(x),
                       a.layout.payload_bytes / 16);
     }
     write_picks(d, h, ids, token, duplicates, reinterpret_cast<Pick*>(row + sizeof(MessageHeader)));
@@ -252,14 +278,44 @@ IBEX_DEV void cast_tokens(const DispatchArgs& d, const HalfContext& h, uint32_t 
   }
 }
 
+/// Counts, per expert of the peer, the tokens that pick it: what the peer reserves its packed rows from.
+IBEX_CALL uint32_t* fill_counts(const DispatchArgs& d, const HalfContext& h, uint32_t peer) {
+  uint32_t* counts = staged_counts(d.lane, h.staging_slot, peer);
+  const TopkIds ids = topk_ids(d);
+  const bool duplicates = (d.handle.ctx->flags & kHasDuplicates) != 0;
+  const uint32_t num_experts = d.lane.shape.max_local_experts, num_picks = h.num_tokens * d.num_topk;
+  IBEX_ROLLED
+  for (uint32_t base = 0; base < num_experts; base += kWarpSize) {
+    EACH_LANE(l) {
+      if (base + l < num_experts) st_relaxed_gpu(&counts[base + l], 0u);
+    }
+  }
+  warp::sync();
+  IBEX_ROLLED
+  for (uint32_t base = 0; base < num_picks; base += kWarpSize) {
+    EACH_LANE(l) {
+      const uint32_t i = base + l;
+      if (i < num_picks) {
+        const Placement p = place(*h.table, ids.at(i));
+        if (p.owner == peer && !(duplicates && is_duplicate(ids, i / d.num_topk, i % d.num_topk))) {
+          add_relaxed_gpu(&counts[p.local_expert], 1u);
+        }
+      }
+    }
+  }
+  warp::sync();
+  return counts;
+}
+
 /// What an owner sends in a dispatch: see send.h for the contract.
 struct DispatchRows {
   const DispatchArgs& d;
 
   IBEX_DEV bool owed_nothing(SendJob&) const { return false; }
+  static constexpr bool kMayDrain = false;
   IBEX_DEV bool must_drain(SendJob&) const { return false; }
   IBEX_DEV uint32_t count(const SendCursor& c) const { return c.num_messages; }
-  IBEX_DEV uint32_t trailer_wqes(const SendJob& j) const { return j.channel == 0 ? 1 : 0; }
+  IBEX_DEV bool has_trailer(const SendJob& j) const { return j.channel == 0; }
 
   /// Tokens of this step that travel on the job's channel.
   IBEX_DEV static uint32_t channel_load(const SendJob& j) {
@@ -271,6 +327,7 @@ struct DispatchRows {
   IBEX_DEV uint32_t picks_at(const SendJob& j, uint32_t token) const {
     uint32_t n = 0;
     const uint16_t* owners = d.handle.pick_owner + token * j.a.shape.max_topk;
+    IBEX_ROLLED
     for (uint32_t k = 0; k < d.num_topk; ++k) n += owners[k] == j.peer ? 1 : 0;
     return n;
   }
@@ -290,10 +347,10 @@ struct DispatchRows {
     return run;
   }
 
-  IBEX_DEV RowStep step(SendJob& j) {
+  IBEX_DEV uint32_t step(SendJob& j) {
     const uint32_t first = j.cursor.next;
     uint32_t run = ready_run(j);
-    if (run == 0) return RowStep{false, first >= channel_load(j), false};
+    if (run == 0) return first >= channel_load(j) ? kPhaseSignal : kIdles;
     warp::lanes<uint32_t> picks;
     warp::lanes<bool> goes;
     EACH_LANE(l) {
@@ -303,7 +360,7 @@ struct DispatchRows {
     uint32_t mask = warp::ballot(goes);
     if (j.rdma() && mask != 0) {
       const uint32_t budget = data_space(j, min_of(popc(mask), batch_limit(j)));
-      if (budget == 0) return RowStep{false, false, true};
+      if (budget == 0) return kStarves;
       // Cut the run after the last message that fits.
       while (popc(mask) > budget) {
         run = highest_bit(mask);
@@ -316,7 +373,7 @@ struct DispatchRows {
     if (mask != 0) move(j, first, mask);
     const uint32_t num_picks = warp::reduce_add(picks);
     advance_cursor(j, first + run, popc(mask), num_picks);
-    return RowStep{true, first + run >= channel_load(j), false};
+    return first + run >= channel_load(j) ? kPhaseSignal : kStays;
   }
 
   /// Sends the messages of the lanes in `mask`, dense after those already sent.
@@ -327,7 +384,7 @@ struct DispatchRows {
       uint64_t offset = base;
       for (uint32_t rest = mask; rest != 0; rest &= rest - 1, offset += stride) {
         const uint32_t token = j.channel + (first + lowest_bit(rest)) * j.a.shape.num_channels;
-        warp::copy16<4>(reinterpret_cast<uint4*>(j.to.region_ptr + offset),
+        copy_row(reinterpret_cast<uint4*>(j.to.region_ptr + offset),
                         reinterpret_cast<const uint4*>(staged_message(j.a, j.h.staging_slot, token)), stride / 16);
       }
       return;
@@ -348,38 +405,10 @@ struct DispatchRows {
     ring_doorbell(b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
   }
 
-  /// Counts, per expert of the peer, the tokens that pick it: what the peer reserves its packed rows from.
-  IBEX_DEV uint32_t* fill_counts(const SendJob& j) const {
-    uint32_t* counts = staged_counts(j.a, j.h.staging_slot, j.peer);
-    const TopkIds ids = topk_ids(d);
-    const bool duplicates = (d.handle.ctx->flags & kHasDuplicates) != 0;
-    for (uint32_t base = 0; base < j.a.shape.max_local_experts; base += kWarpSize) {
-      EACH_LANE(l) {
-        if (base + l < j.a.shape.max_local_experts) st_relaxed_gpu(&counts[base + l], 0u);
-      }
-    }
-    warp::sync();
-    const uint32_t num_picks = j.h.num_tokens * d.num_topk;
-    for (uint32_t base = 0; base < num_picks; base += kWarpSize) {
-      EACH_LANE(l) {
-        const uint32_t i = base + l;
-        if (i < num_picks) {
-          const uint32_t token = i / d.num_topk, k = i % d.num_topk;
-          const Placement p = place(*j.h.table, ids.at(i));
-          if (p.owner == j.peer && !(duplicates && is_duplicate(ids, token, k))) {
-            add_relaxed_gpu(&counts[p.local_expert], 1u);
-          }
-        }
-      }
-    }
-    warp::sync();
-    return counts;
-  }
-
   IBEX_DEV void copy_trailer(SendJob& j) {
-    if (j.channel != 0) return;
-    const uint32_t* counts = fill_counts(j);
+    const uint32_t* counts = fill_counts(d, j.h, j.peer);
     uint32_t* remote = reinterpret_cast<uint32_t*>(j.to.region_ptr + counts_offset(j.a, j.h.slot));
+    IBEX_ROLLED
     for (uint32_t base = 0; base < j.a.shape.max_local_experts; base += kWarpSize) {
       EACH_LANE(l) {
         if (base + l < j.a.shape.max_local_experts) remote[base + l] = ld_relaxed_gpu(&counts[base + l]);
@@ -388,8 +417,7 @@ struct DispatchRows {
   }
 
   IBEX_DEV void put_trailer(SendJob& j, Batch& b) {
-    if (j.channel != 0) return;
-    const uint32_t* counts = fill_counts(j);
+    const uint32_t* counts = fill_counts(d, j.h, j.peer);
     const RemoteAddress remote{j.to.region_va + counts_offset(j.a, j.h.slot), j.to.region_rkey_be};
     ONE_LANE {
       put_write(j.qp, b.next_idx, remote, reinterpret_cast<uint64_t>(counts), j.a.lkey_be,
@@ -418,6 +446,7 @@ struct DispatchRows {
 };
 
 /// Returns false if the lane was busy: then nothing happened, and there is nothing to receive.
+template <WireDtype kDtype>
 IBEX_DEV bool send_half(const DispatchArgs& d, BlockRange blocks) {
   const LaneArgs& a = d.lane;
   HandleCtx& ctx = *d.handle.ctx;
@@ -429,18 +458,18 @@ IBEX_DEV bool send_half(const DispatchArgs& d, BlockRange blocks) {
     }
     return false;
   }
-  const HalfContext h = read_context(a, ctx, kDispatch, kSendHalf, go);
+  const HalfContext& h = read_context(a, ctx, kDispatch, kSendHalf, go);
   // Owners are the last warps of the blocks, so that the leader is one of them and casters start at once.
   const uint32_t total = blocks.num * warp::count();
   const uint32_t rank_from_back = (warp::count() - 1 - warp::id()) * blocks.num + blocks.idx;
   if (rank_from_back < a.shape.num_owner_warps) {
     DispatchRows rows{d};
-    drive_queues(a, h, ctx, rows, rank_from_back, a.shape.num_owner_warps);
+    drive_queues(a, h, rows, rank_from_back, a.shape.num_owner_warps);
   } else if (go == kGoRun) {
-    cast_tokens(d, h, total - 1 - rank_from_back, total - a.shape.num_owner_warps);
+    cast_tokens<kDtype>(d, h, total - 1 - rank_from_back, total - a.shape.num_owner_warps);
   }
-  if (is_last_block_out(&ctx.send_done_blocks, blocks) && warp::id() == 0) {
-    ONE_LANE close_send_half(a, ctx, h);
+  if (is_last_block_out(&h.ctx->send_done_blocks, blocks) && warp::id() == 0) {
+    ONE_LANE close_send_half(a, h);
   }
   return true;
 }
@@ -449,11 +478,11 @@ IBEX_DEV bool send_half(const DispatchArgs& d, BlockRange blocks) {
 ///
 /// # Ordering
 /// ORDER(17): ranges -> ranges_ready. Release at gpu scope; pairs with the acquire in `wait_for_ranges`.
-IBEX_DEV void reserve_ranges(const DispatchArgs& d, const HalfContext& h, uint32_t source) {
+IBEX_DEV void reserve_ranges(const DispatchArgs& d, const HalfContext& h, uint32_t source, bool lost) {
   const LaneArgs& a = d.lane;
-  const bool lost = await_signal(a, h, d.handle.verdicts, source, 0) == kCountLost;
   const uint32_t* counts = nullptr;
   if (!lost) counts = reinterpret_cast<const uint32_t*>(a.peers[source].my_region + counts_offset(a, h.slot));
+  IBEX_ROLLED
   for (uint32_t base = 0; base < a.shape.max_local_experts; base += kWarpSize) {
     EACH_LANE(l) {
       const uint32_t le = base + l;
@@ -478,12 +507,13 @@ IBEX_DEV void wait_for_ranges(const DispatchArgs& d, const HalfContext& h, uint3
   warp::sync();
 }
 
-/// A message that contradicts its step is never fanned out; the whole source is lost.
+/// Does a message belong to this step and this source?
 IBEX_DEV bool is_valid(const DispatchArgs& d, const HalfContext& h, const MessageHeader& m, uint32_t source) {
   return m.generation == h.generation && m.source == source && m.token < d.lane.shape.max_tokens &&
          m.placement_version == h.table->placement_version && m.num_picks <= d.lane.shape.max_topk;
 }
 
+/// A message that contradicts its step is not fanned out (any further); the whole source is lost.
 IBEX_DEV void reject_message(const DispatchArgs& d, const HalfContext& h, uint32_t source, uint32_t channel,
                              const MessageHeader& m) {
   ONE_LANE {
@@ -497,15 +527,17 @@ IBEX_DEV void reject_message(const DispatchArgs& d, const HalfContext& h, uint32
 }
 
 /// Copies one message's payload and scales into packed row `row` of `local_expert`.
+template <WireDtype kDtype>
 IBEX_DEV void fill_row(const DispatchArgs& d, const uint8_t* message, uint32_t local_expert, uint32_t row) {
   const LaneArgs& a = d.lane;
   const uint64_t flat = local_expert * packed_capacity(a.shape) + row;
-  warp::copy16<4>(reinterpret_cast<uint4*>(d.packed_x + flat * a.layout.payload_bytes),
+  copy_row(reinterpret_cast<uint4*>(d.packed_x + flat * a.layout.payload_bytes),
                   reinterpret_cast<const uint4*>(message + a.layout.payload_off), a.layout.payload_bytes / 16);
-  if (a.shape.wire_dtype != kWireFp8 || d.packed_scales == nullptr) return;
+  if (kDtype != kWireFp8 || d.packed_scales == nullptr) return;
   const uint32_t num_blocks = (a.shape.hidden + 127) / 128;
   uint8_t* to = d.packed_scales + local_expert * d.scale_expert_stride + row * d.scale_row_stride;
   const uint8_t* from = message + a.layout.scale_off;
+  IBEX_ROLLED
   for (uint32_t base = 0; base < num_blocks; base += kWarpSize) {
     EACH_LANE(l) {
       const uint32_t block = base + l;
@@ -518,14 +550,14 @@ IBEX_DEV void fill_row(const DispatchArgs& d, const uint8_t* message, uint32_t l
   }
 }
 
-/// Fans one message out to the experts here that its token picked, and keeps its header for the combine.
-IBEX_DEV void fan_out(const DispatchArgs& d, const HalfContext& h, uint32_t source, uint32_t channel,
-                      uint32_t message) {
+/// Fans one message out to the experts here that its token picked, and keeps its header for the combine. Returns
+/// false where the message contradicts its step.
+template <WireDtype kDtype>
+IBEX_DEV bool fan_out(const DispatchArgs& d, const HalfContext& h, uint32_t source, uint32_t channel,
+                      uint32_t message, const uint8_t* bytes) {
   const LaneArgs& a = d.lane;
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(a.peers[source].my_region) +
-                         message_offset(a, h.slot, channel, message);
   const MessageHeader header = *reinterpret_cast<const MessageHeader*>(bytes);
-  if (!is_valid(d, h, header, source)) return reject_message(d, h, source, channel, header);
+  if (!is_valid(d, h, header, source)) return false;
   const uint32_t index = channel * a.shape.channel_tokens + message;
   const uint32_t kept = header_bytes(a.shape);
   uint8_t* keep = d.handle.headers + (uint64_t{source} * messages_per_source(a.shape) + index) * kept;
@@ -534,20 +566,22 @@ IBEX_DEV void fan_out(const DispatchArgs& d, const HalfContext& h, uint32_t sour
   for (uint32_t k = 0; k < header.num_picks; ++k) {
     const Pick pick = picks[k];
     if (pick.owner != a.shape.rank || (pick.flags & kPickDuplicate) != 0) continue;
-    if (pick.local_expert >= a.shape.max_local_experts) return reject_message(d, h, source, channel, header);
+    if (pick.local_expert >= a.shape.max_local_experts) return false;
     const LayoutRange range = d.handle.ranges[pick.local_expert * a.shape.num_ranks + source];
-    if (pick.index >= range.len) return reject_message(d, h, source, channel, header);
+    if (pick.index >= range.len) return false;
     const uint32_t row = range.begin + pick.index;
-    fill_row(d, bytes, pick.local_expert, row);
+    fill_row<kDtype>(d, bytes, pick.local_expert, row);
     ONE_LANE {
       d.source_info[pick.local_expert * packed_capacity(a.shape) + row] =
           SourceInfo{header.token, static_cast<uint16_t>(source), pick.k, pick.flags, pick.weight, index};
     }
   }
+  return true;
 }
 
 /// Was every channel of this source received? Only then do its tokens count.
 IBEX_DEV bool is_complete(const DispatchArgs& d, const HalfContext& h, uint32_t source) {
+  IBEX_ROLLED
   for (uint32_t c = 0; c < d.lane.shape.num_channels; ++c) {
     const uint64_t v = ld_relaxed_gpu(&d.handle.verdicts[qp_index(d.lane.shape, source, c)]);
     if (signal_generation(v) != h.generation || signal_count(v) == kCountLost) return false;
@@ -558,6 +592,7 @@ IBEX_DEV bool is_complete(const DispatchArgs& d, const HalfContext& h, uint32_t 
 /// Publishes what the callers read, after all blocks are done. One warp.
 IBEX_DEV void publish(const DispatchArgs& d, const HalfContext& h) {
   const Shape& s = d.lane.shape;
+  IBEX_ROLLED
   for (uint32_t source = 0; source < s.num_ranks; ++source) {
     const bool ok = is_complete(d, h, source);
     ONE_LANE {
@@ -565,6 +600,7 @@ IBEX_DEV void publish(const DispatchArgs& d, const HalfContext& h) {
       d.source_ok[source] = ok ? 1 : 0;
       if (!ok) add_relaxed_sys(&d.lane.telemetry[source].steps_lost, uint64_t{1});
     }
+    IBEX_ROLLED
     for (uint32_t base = 0; base < s.max_local_experts; base += kWarpSize) {
       EACH_LANE(l) {
         const uint32_t le = base + l;
@@ -576,6 +612,7 @@ IBEX_DEV void publish(const DispatchArgs& d, const HalfContext& h) {
       }
     }
   }
+  IBEX_ROLLED
   for (uint32_t base = 0; base < s.max_local_experts; base += kWarpSize) {
     EACH_LANE(l) {
       const uint32_t le = base + l;
@@ -588,6 +625,7 @@ IBEX_DEV void publish(const DispatchArgs& d, const HalfContext& h) {
   warp::sync();
 }
 
+template <WireDtype kDtype>
 IBEX_DEV void receive_half(const DispatchArgs& d, BlockRange blocks) {
   const LaneArgs& a = d.lane;
   HandleCtx& ctx = *d.handle.ctx;
@@ -597,36 +635,44 @@ IBEX_DEV void receive_half(const DispatchArgs& d, BlockRange blocks) {
       say_go(&ctx.go_receive, d.nonce, kGoRun);
     }
   }
-  const HalfContext h = read_context(a, ctx, kDispatch, kReceiveHalf, wait_for_go(&ctx.go_receive, d.nonce));
-  const uint32_t total = blocks.num * warp::count();
-  const uint32_t me = warp::id() * blocks.num + blocks.idx;
-  // Start with ourselves and go round, so that ranks do not all read the same source first.
-  for (uint32_t i = me; i < a.shape.num_ranks; i += total) {
-    reserve_ranges(d, h, (a.shape.rank + i) % a.shape.num_ranks);
-  }
+  const HalfContext& h = read_context(a, ctx, kDispatch, kReceiveHalf, wait_for_go(&ctx.go_receive, d.nonce));
+  const uint32_t total = blocks.num * warp::count(), num_ranks = a.shape.num_ranks;
   const uint32_t per_source = messages_per_source(a.shape);
-  for (uint32_t i = me; i < a.shape.num_ranks * per_source; i += total) {
-    const uint32_t source = (a.shape.rank + i / per_source) % a.shape.num_ranks;
-    const uint32_t channel = i % per_source / a.shape.channel_tokens;
-    const uint32_t message = i % a.shape.channel_tokens;
+  // First the sources' ranges, then all messages. Start with ourselves and go round, so that ranks do not all read
+  // the same source first.
+  for (uint32_t i = warp::id() * blocks.num + blocks.idx; i < num_ranks * (1 + per_source); i += total) {
+    const bool reserves = i < num_ranks;
+    const uint32_t item = reserves ? 0 : (i - num_ranks) % per_source;
+    const uint32_t turn = reserves ? i : (i - num_ranks) / per_source;
+    const uint32_t source = (a.shape.rank + turn) % num_ranks;
+    const uint32_t channel = item / a.shape.channel_tokens, message = item % a.shape.channel_tokens;
     const uint32_t count = await_signal(a, h, d.handle.verdicts, source, channel);
-    if (count == kCountLost || message >= min_of(count, a.shape.channel_tokens)) continue;
-    wait_for_ranges(d, h, source);
-    fan_out(d, h, source, channel, message);
+    if (reserves) {
+      reserve_ranges(d, h, source, count == kCountLost);
+    } else if (count != kCountLost && message < min_of(count, a.shape.channel_tokens)) {
+      wait_for_ranges(d, h, source);
+      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(a.peers[source].my_region) +
+                             message_offset(a, h.slot, channel, message);
+      if (!fan_out<kDtype>(d, h, source, channel, message, bytes)) {
+        reject_message(d, h, source, channel, *reinterpret_cast<const MessageHeader*>(bytes));
+      }
+    }
   }
-  if (is_last_block_out(&ctx.receive_done_blocks, blocks) && warp::id() == 0) {
+  if (is_last_block_out(&h.ctx->receive_done_blocks, blocks) && warp::id() == 0) {
     publish(d, h);
-    ONE_LANE close_receive_half(a, ctx, h);
+    ONE_LANE close_receive_half(a, h);
   }
 }
 
+template <WireDtype kDtype>
 IBEX_DEV void dispatch_body(const DispatchArgs& d, BlockRange blocks) {
-  if ((d.halves & kSendHalf) != 0 && !send_half(d, blocks)) return;
-  if ((d.halves & kReceiveHalf) != 0) receive_half(d, blocks);
+  if ((d.halves & kSendHalf) != 0 && !send_half<kDtype>(d, blocks)) return;
+  if ((d.halves & kReceiveHalf) != 0) receive_half<kDtype>(d, blocks);
 }
 
 }  // namespace
 
-IBEX_KERNEL(dispatch, DispatchArgs, dispatch_body, 1024)
+IBEX_KERNEL(dispatch_bf16, DispatchArgs, dispatch_body<kWireBf16>, 1024)
+IBEX_KERNEL(dispatch_fp8, DispatchArgs, dispatch_body<kWireFp8>, 1024)
 
 }  // namespace ibex

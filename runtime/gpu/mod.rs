@@ -34,10 +34,10 @@ pub use pool::{ARGS_LEN_MAX, WARPS_PER_BLOCK_MAX};
 #[repr(u32)]
 #[non_exhaustive]
 pub enum KernelId {
-    /// Tokens out to experts.
-    Dispatch = 0,
-    /// Results back, weighted and summed.
-    Combine = 1,
+    /// Tokens out to experts, as bf16.
+    DispatchBf16 = 0,
+    /// Results back, every row weighted and summed at the source.
+    CombineExact = 1,
     /// The post microbenchmark.
     Post = 2,
     /// The stand-in expert of benches and tests.
@@ -48,6 +48,10 @@ pub enum KernelId {
     SelftestPair = 5,
     /// The self-test that measures what a launch costs.
     SelftestEmpty = 6,
+    /// Tokens out to experts, as fp8 with scales.
+    DispatchFp8 = 8,
+    /// Results back, summed at the expert's side first.
+    CombineReduced = 9,
 }
 
 /// One kernel launch as a caller describes it.

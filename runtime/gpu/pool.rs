@@ -190,7 +190,7 @@ pub enum PoolError {
 /// One launch.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolLaunch<'a> {
-    /// Id of the kernel (`KernelId` in kernels/include/ibex/args.h).
+    /// Id of the kernel (kernels/include/ibex/kernel_list.h).
     pub kernel: u32,
     /// The device it runs as: all its blocks share worker `device mod workers`.
     pub device: u32,

@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 use super::order::Mark;
 use super::tensors::Tensors;
 use super::{COMBINE, DISPATCH, LaneRuntime, Session};
-use crate::config::CombineMode;
+use crate::config::{CombineMode, WireDtype};
 use crate::error::{ConfigError, Error, Exhausted, Limit, Resource, Stale};
 use crate::gpu::{KernelId, Launch, Stream};
 use crate::ids::Lane;
@@ -182,6 +182,20 @@ impl Session {
         Ok(())
     }
 
+    fn dispatch_kernel(&self) -> KernelId {
+        match self.config.dtype {
+            WireDtype::Bf16 => KernelId::DispatchBf16,
+            WireDtype::Fp8 => KernelId::DispatchFp8,
+        }
+    }
+
+    fn combine_kernel(&self) -> KernelId {
+        match self.config.combine {
+            CombineMode::Exact => KernelId::CombineExact,
+            CombineMode::Reduced => KernelId::CombineReduced,
+        }
+    }
+
     fn dispatch_args(&self, lane: LaneArgs, t: &Tensors, call: &DispatchCall) -> DispatchArgs {
         let plan = &self.plan;
         DispatchArgs {
@@ -237,7 +251,7 @@ impl Session {
             halves: call.halves.bits(),
             ..self.dispatch_args(runtime.args(&buffers), t, call)
         };
-        self.launch(stream, KernelId::Dispatch, &args)?;
+        self.launch(stream, self.dispatch_kernel(), &args)?;
         let (ordinal, sent) = order.after_send(&*self.gpu, DISPATCH, stream)?;
         let both = call.halves == Halves::Both;
         if both {
@@ -274,7 +288,7 @@ impl Session {
             halves: code::RECEIVE_HALF,
             ..self.dispatch_args(runtime.args(&buffers), t, &h.call)
         };
-        self.launch(stream, KernelId::Dispatch, &args)?;
+        self.launch(stream, self.dispatch_kernel(), &args)?;
         let mark = order.after_receive(&*self.gpu, DISPATCH, h.ordinal, stream)?;
         *h.index.last_use.lock() = Some(mark);
         *received = true;
@@ -322,7 +336,7 @@ impl Session {
             halves: halves.bits(),
             nonce: self.nonce(),
         };
-        self.launch(stream, KernelId::Combine, &args)?;
+        self.launch(stream, self.combine_kernel(), &args)?;
         let (ordinal, sent) = order.after_send(&*self.gpu, COMBINE, stream)?;
         let both = halves == Halves::Both;
         if both {
@@ -366,7 +380,7 @@ impl Session {
         let mut order = self.order(runtime, stream)?;
         ticket.sent.before(&*self.gpu, stream)?;
         let args = CombineArgs { halves: code::RECEIVE_HALF, nonce: self.nonce(), ..ticket.args };
-        self.launch(stream, KernelId::Combine, &args)?;
+        self.launch(stream, self.combine_kernel(), &args)?;
         let mark = order.after_receive(&*self.gpu, COMBINE, ticket.ordinal, stream)?;
         for used in [&h.index, &ticket.index] {
             *used.last_use.lock() = Some(mark.clone());

@@ -78,11 +78,13 @@ void Program::run(Launch& launch) {
   const uint32_t step = launch.step, nonce = next_nonce_++;
   const auto dispatch = [&](uint32_t halves) {
     const DispatchArgs args = world_.dispatch_args(rank_, step, halves, nonce);
-    rig_.launch("dispatch", rank_, options_.blocks, options_.warps, args, completed, &launch);
+    const char* kernel = args.lane.shape.wire_dtype == kWireFp8 ? "dispatch_fp8" : "dispatch_bf16";
+    rig_.launch(kernel, rank_, options_.blocks, options_.warps, args, completed, &launch);
   };
   const auto combine = [&](uint32_t halves) {
     const CombineArgs args = world_.combine_args(rank_, step, halves, nonce);
-    rig_.launch("combine", rank_, options_.blocks, options_.warps, args, completed, &launch);
+    const char* kernel = args.lane.shape.combine_mode == kReduced ? "combine_reduced" : "combine_exact";
+    rig_.launch(kernel, rank_, options_.blocks, options_.warps, args, completed, &launch);
   };
   if (launch.kind == Kind::dispatch_send || launch.kind == Kind::dispatch) fill_inputs(world_, rank_, step);
   switch (launch.kind) {

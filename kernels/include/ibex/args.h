@@ -123,7 +123,7 @@ struct alignas(64) QpDeviceCtx {
   uint32_t staged_valid;                ///< bit s: staging_pi[s] stands
   uint32_t staging_pi[kMaxStagingSlots];///< producer_idx after the last WQE that names rows of that staging slot
   uint64_t signal_last[kNumOps][kMaxRing];  ///< fetch-add mode: value our adds have produced at the peer
-  uint64_t ring_head, reserved1;            ///< combine staging ring: rows taken so far
+  uint64_t ring_head, reserved1;            ///< ring_head: next row of the combine staging ring
   uint64_t reserved2[4];
 };
 static_assert(sizeof(QpDeviceCtx) == 320 && offsetof(QpDeviceCtx, producer_idx) == 64);
@@ -362,15 +362,6 @@ struct ExpertArgs {
   uint64_t scale_expert_stride, scale_row_stride, scale_block_stride;
   uint32_t num_ranks, max_tokens, hidden, max_local_experts;
   uint32_t wire_dtype, scale_kind;
-};
-
-enum KernelId : uint32_t {
-  kKernelDispatch = 0,
-  kKernelCombine = 1,
-  kKernelPost = 2,
-  kKernelExpert = 3,
-  kKernelSelftest = 4,
-  kNumKernels = 5,
 };
 
 }  // namespace ibex

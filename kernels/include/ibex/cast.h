@@ -12,6 +12,7 @@
 ///              pow2    stored 2^e, e = ceil(log2(amax * (1 / 448))), multiplier 2^-e
 ///              ue8m0   the same, stored as the byte e + 127
 ///
+///   copy_row(out, from, n16)                            one warp: the bytes as they are
 ///   cast_row_fp8(payload, scales, x, hidden, kind)      one warp: a bf16 row -> e4m3 and scales
 ///   fma_rows(out, rows, weights, num_rows, n16)         one warp: bf16(sum of w * row), fma in order, from +0
 ///   add_rows(out, rows, num_rows, n16)                  one warp: bf16(sum of row), plain adds in order, from +0
@@ -232,16 +233,22 @@ IBEX_DEV void sum_rows(uint4* out, const uint4* const* rows, const float* weight
       const uint32_t i = i0 + l;
       if (i < n16) {
         float acc[8] = {};
-#if defined(IBEX_CUDA)
         // Four rows in flight: the sum is bound by latency, not by arithmetic.
-#pragma unroll 4
-#endif
-        for (uint32_t k = 0; k < num_rows; ++k) {
-          const uint4 v = ld_stream16(rows[k] + i);
-          if constexpr (kWeighted) {
-            fma_row8(acc, v, weights[k]);
-          } else {
-            add_row8(acc, v);
+        IBEX_ROLLED
+        for (uint32_t k0 = 0; k0 < num_rows; k0 += 4) {
+          uint4 v[4];
+          IBEX_UNROLL
+          for (uint32_t k = 0; k < 4; ++k) {
+            if (k0 + k < num_rows) v[k] = ld_stream16(rows[k0 + k] + i);
+          }
+          IBEX_UNROLL
+          for (uint32_t k = 0; k < 4; ++k) {
+            if (k0 + k >= num_rows) continue;
+            if constexpr (kWeighted) {
+              fma_row8(acc, v[k], weights[k0 + k]);
+            } else {
+              add_row8(acc, v[k]);
+            }
           }
         }
         st_stream16(out + i, pack_row8(acc));
@@ -295,6 +302,9 @@ IBEX_DEV void scale_row_fp8(uint4* out, const uint64_t* q, const uint8_t* scales
 #endif
 
 namespace ibex {
+
+/// Copies n16 units of 16 bytes, all lanes side by side.
+IBEX_CALL void copy_row(uint4* out, const uint4* from, uint32_t n16) { warp::copy16<4>(out, from, n16); }
 
 /// Casts one bf16 row of `hidden` channels, a multiple of 16, to e4m3. `payload` is 8-byte, `x` 16-byte, an fp32
 /// `scales` 4-byte aligned.

@@ -5,6 +5,13 @@
 ///   IBEX_LANE_FIBERS  host, one fiber per CUDA thread (fidelity; the build that ThreadSanitizer judges)
 ///
 /// Exactly one of them is defined after this header. The host runtime behind the fibers is kernels/host/.
+///
+///   IBEX_DEV          a function that is inlined wherever it is used: the rule
+///   IBEX_CALL         on CUDA a function of its own, for what waits, fails, or happens once per half: its
+///                     registers do not add to its callers'. It takes scalars and references to global, shared
+///                     or parameter memory; a reference to a local would force the local onto the stack.
+///   IBEX_UNROLL       a loop whose iterations should be in flight together
+///   IBEX_ROLLED       a loop that is off the hot path: unrolled, as nvcc likes to, it would only be code
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +21,8 @@
 #define IBEX_DEV __device__ __forceinline__
 #define IBEX_HD __host__ __device__ __forceinline__
 #define IBEX_UNROLL _Pragma("unroll")
+#define IBEX_CALL static __device__ __noinline__
+#define IBEX_ROLLED _Pragma("unroll 1")
 #else
 #if !defined(IBEX_LANE_FIBERS)
 #define IBEX_WARP_FIBERS 1
@@ -21,6 +30,8 @@
 #define IBEX_DEV inline __attribute__((always_inline))
 #define IBEX_HD inline __attribute__((always_inline))
 #define IBEX_UNROLL
+#define IBEX_CALL inline
+#define IBEX_ROLLED
 /// CUDA's 16-byte vector, for the accesses that move payload and WQE segments.
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -31,6 +42,8 @@ namespace ibex {
 
 constexpr uint32_t kWarpSize = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
+/// Warps of one block at most, and so the size of what shared memory holds per warp.
+constexpr uint32_t kMaxWarps = 32;
 
 /// The blocks a kernel body works as: a launch of its own, or one rank's share of a cooperative launch.
 struct BlockRange {

@@ -20,7 +20,8 @@ enum GoCode : uint32_t {
   kGoNoRows = 3,   ///< no staging slot is free: every pick of the step is lost, and said so
 };
 
-/// What every warp of a half knows after the leader said go.
+/// What every warp of a half knows after the leader said go. It stands in shared memory, once per warp: in registers
+/// it would be live from end to end of a half.
 struct HalfContext {
   uint64_t seq;
   uint32_t op, half;
@@ -28,6 +29,7 @@ struct HalfContext {
   uint32_t go, staging_slot;
   uint32_t num_tokens;
   const MemberTable* table;
+  HandleCtx* ctx;
 };
 
 IBEX_DEV bool is_leader(BlockRange blocks) { return blocks.idx == 0 && warp::id() == warp::count() - 1; }
@@ -104,18 +106,25 @@ IBEX_DEV bool is_last_block_out(uint32_t* done_blocks, BlockRange blocks) {
   return *last != 0;
 }
 
-/// Reads what the leader fixed.
-IBEX_DEV HalfContext read_context(const LaneArgs& a, const HandleCtx& ctx, uint32_t op, uint32_t half, uint32_t go) {
-  HalfContext h;
-  h.seq = ctx.seq;
-  h.op = op;
-  h.half = half;
-  h.slot = ctx.slot;
-  h.generation = generation_of(ctx.seq);
-  h.go = go;
-  h.staging_slot = ctx.staging_slot;
-  h.num_tokens = ctx.num_tokens;
-  h.table = &a.tables[ctx.table_idx];
+/// Reads what the leader fixed. The whole warp calls it; the result stands until its next call.
+IBEX_DEV const HalfContext& read_context(const LaneArgs& a, HandleCtx& ctx, uint32_t op, uint32_t half,
+                                         uint32_t go) {
+  IBEX_SHARED(HalfContext, contexts, kMaxWarps);
+  HalfContext& h = contexts[warp::id()];
+  warp::sync();
+  ONE_LANE {
+    h.seq = ctx.seq;
+    h.op = op;
+    h.half = half;
+    h.slot = ctx.slot;
+    h.generation = generation_of(ctx.seq);
+    h.go = go;
+    h.staging_slot = ctx.staging_slot;
+    h.num_tokens = ctx.num_tokens;
+    h.table = &a.tables[ctx.table_idx];
+    h.ctx = &ctx;
+  }
+  warp::sync();
   return h;
 }
 
@@ -123,8 +132,11 @@ IBEX_DEV HalfContext read_context(const LaneArgs& a, const HandleCtx& ctx, uint3
 IBEX_DEV void draw_sequence(const LaneArgs& a, HandleCtx& ctx, uint32_t op) {
   ctx.seq = a.state->next[op];
   ctx.slot = ring_slot(a.shape, ctx.seq);
+  IBEX_ROLLED
   for (uint32_t w = 0; w < kRankWords; ++w) ctx.lost[w] = 0;
+  IBEX_ROLLED
   for (uint32_t o = 0; o < kNumOps; ++o) {
+    IBEX_ROLLED
     for (uint32_t s = 0; s < a.shape.ring; ++s) {
       // ORDER(8): slab reads of the receive half -> its pending credit -> the consumed word posted from here.
       a.state->posting[o][s] = ld_acquire_gpu(&a.state->pending[o][s]);
@@ -140,23 +152,24 @@ IBEX_DEV uint64_t credited_up_to(const LaneArgs& a, uint32_t op) {
 }
 
 /// Closes a send half: counters, progress words, the lane. Lane 0 of the last block only.
-IBEX_DEV void close_send_half(const LaneArgs& a, HandleCtx& ctx, const HalfContext& h) {
+IBEX_DEV void close_send_half(const LaneArgs& a, const HalfContext& h) {
+  IBEX_ROLLED
   for (uint32_t op = 0; op < kNumOps; ++op) {
     a.state->credited[op] = credited_up_to(a, op);
     st_relaxed_sys(&a.host_words->credited[op], a.state->credited[op]);
   }
   st_relaxed_sys(&a.host_words->sent[h.op], h.seq);
   a.state->next[h.op] = h.seq + 1;
-  st_relaxed_gpu(&ctx.go_send, uint64_t{0});
+  st_relaxed_gpu(&h.ctx->go_send, uint64_t{0});
   // ORDER(13): this half's counters -> the lane is free. Release; pairs with the compare-and-swap in take_lane.
   st_release_gpu(&a.state->busy, uint64_t{0});
   announce_exit(a);
 }
 
 /// Closes a receive half: the step is consumed, lost or not, and its credit waits to be posted. Lane 0 only.
-IBEX_DEV void close_receive_half(const LaneArgs& a, HandleCtx& ctx, const HalfContext& h) {
+IBEX_DEV void close_receive_half(const LaneArgs& a, const HalfContext& h) {
   st_release_gpu(&a.state->pending[h.op][h.slot], h.seq);
-  st_relaxed_gpu(&ctx.go_receive, uint64_t{0});
+  st_relaxed_gpu(&h.ctx->go_receive, uint64_t{0});
   announce_exit(a);
 }
 

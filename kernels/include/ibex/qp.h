@@ -24,11 +24,18 @@ constexpr uint32_t kCqeOpcodeResponderError = 0xe;
 /// ORDER(16): queue fields that the host wrote -> state Active. Acquire at sys.
 IBEX_DEV bool is_active(const QpDeviceCtx& qp) { return ld_acquire_sys(&qp.state) == kQpActive; }
 
-/// What the collapsed CQE says: opcode and counter come from one 4-byte load, so they belong together.
+/// What the collapsed CQE says, as it stands there (little-endian loads of big-endian fields), so that it is two
+/// registers. Opcode and counter come from one 4-byte load, so they belong together.
 struct Completion {
-  bool valid, error;
-  uint16_t wqe_counter;
-  uint8_t syndrome, vendor;
+  uint32_t word;       ///< {opcode:4 .. | signature | wqe_counter:16 swapped}
+  uint32_t syndromes;  ///< {syndrome | vendor syndrome | ..}; 0 unless it is an error
+
+  IBEX_HD uint32_t opcode() const { return word >> 28; }
+  IBEX_HD bool valid() const { return opcode() != kCqeOpcodeInvalid; }
+  IBEX_HD bool error() const { return opcode() == kCqeOpcodeRequesterError || opcode() == kCqeOpcodeResponderError; }
+  IBEX_HD uint32_t wqe_counter() const { return (word & 0xffu) << 8 | (word >> 8 & 0xffu); }
+  IBEX_HD uint32_t syndrome() const { return syndromes >> 24; }
+  IBEX_HD uint32_t vendor() const { return syndromes >> 16 & 0xffu; }
 };
 
 /// Reads the CQE. Any single lane may call this; it changes nothing.
@@ -36,24 +43,15 @@ struct Completion {
 /// # Ordering
 /// ORDER(5): CQE body -> completion word. Acquire at sys; pairs with the device's release store at 0x3c.
 IBEX_DEV Completion read_cqe(const QpDeviceCtx& qp) {
-  const uint32_t word = ld_acquire_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeCompletionOff));
-  const uint32_t opcode = word >> 28;
-  Completion c{opcode != kCqeOpcodeInvalid, false, 0, 0, 0};
-  c.wqe_counter = static_cast<uint16_t>((word & 0xffu) << 8 | (word >> 8 & 0xffu));
-  c.error = opcode == kCqeOpcodeRequesterError || opcode == kCqeOpcodeResponderError;
-  if (c.error) {
-    const uint32_t s = ld_relaxed_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeSyndromeOff));
-    c.syndrome = static_cast<uint8_t>(s >> 24);
-    c.vendor = static_cast<uint8_t>(s >> 16);
-  }
+  Completion c{ld_acquire_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeCompletionOff)), 0};
+  if (c.error()) c.syndromes = ld_relaxed_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeSyndromeOff));
   return c;
 }
 
 /// The consumer index that a completion implies, given an earlier one. The CQE carries 16 bits of it; a queue is
 /// never deeper than 2^15, so the difference is unambiguous.
 IBEX_DEV uint32_t completed_idx(const Completion& c, uint32_t consumer_idx) {
-  const uint16_t done = static_cast<uint16_t>(c.wqe_counter + 1);
-  return consumer_idx + static_cast<uint16_t>(done - static_cast<uint16_t>(consumer_idx));
+  return consumer_idx + ((c.wqe_counter() + 1 - consumer_idx) & 0xffffu);
 }
 
 /// Takes in what the CQE says. Lane 0 only. Returns whether the QP is in error.
@@ -62,9 +60,15 @@ IBEX_DEV uint32_t completed_idx(const Completion& c, uint32_t consumer_idx) {
 /// is the verdict; in a collapsed CQ the flush overwrites the first error.
 IBEX_DEV bool poll_cq(QpDeviceCtx& qp) {
   const Completion c = read_cqe(qp);
-  if (c.valid) qp.consumer_idx = completed_idx(c, qp.consumer_idx);
-  if (c.error && c.syndrome != 0) qp.syndrome = c.syndrome;
+  if (c.valid()) qp.consumer_idx = completed_idx(c, qp.consumer_idx);
+  if (c.syndrome() != 0) qp.syndrome = c.syndrome();
   return qp.syndrome != 0;
+}
+
+/// Does a CQE still have to cover the WQE before index `pi`? An index that is older than the queue's memory of 2^32
+/// WQEBBs, or 0 for "never", reads as covered.
+IBEX_DEV bool is_in_flight(const QpDeviceCtx& qp, uint32_t pi) {
+  return pi - 1 - qp.consumer_idx < qp.producer_idx - qp.consumer_idx;
 }
 
 /// WQEBBs that may be written now without asking the CQ.
@@ -73,8 +77,7 @@ IBEX_DEV uint32_t known_space(const QpDeviceCtx& qp) { return qp.sq_mask + 1 - (
 /// Makes sure of `wanted` WQEBBs, reading the CQ only when the cached index says no.
 IBEX_DEV bool has_space(QpDeviceCtx& qp, uint32_t wanted) {
   const bool enough = warp::one_lane([&] {
-    if (known_space(qp) >= wanted) return true;
-    poll_cq(qp);
+    if (known_space(qp) < wanted) poll_cq(qp);
     return known_space(qp) >= wanted;
   });
   warp::sync();

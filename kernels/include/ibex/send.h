@@ -5,12 +5,13 @@
 /// An owner never blocks on one peer: every step does what is possible now and returns. What differs between
 /// dispatch and combine (which rows go where) is the `Rows` policy:
 ///
-///   RowStep step(SendJob&, Batch&)    post the rows that can go now
+///   uint32_t step(SendJob&)           post the rows that can go now; kPhaseSignal after the last one
 ///   bool owed_nothing(SendJob&)       the peer's input was lost here: say LOST, no credit needed
-///   Ctrl put_trailer(SendJob&, Batch&), uint32_t trailer_wqes(SendJob&)   what goes before the signal
+///   bool has_trailer(SendJob&)        does something go before the signal?
+///   void put_trailer(SendJob&, Batch&), void copy_trailer(SendJob&)       it does: by one WQE, or by ourselves
 ///   uint32_t count(const SendCursor&) the count in the signal word
 ///   void posted(SendJob&)             all of this QP's WQEs of the step are posted
-///   bool must_drain()                 rows may not be reused after the half, so wait for the CQE
+///   bool kMayDrain, must_drain()      rows may not be reused after the half, so wait for the CQE
 #pragma once
 #include "ibex/args.h"
 #include "ibex/half.h"
@@ -31,25 +32,30 @@ enum SendPhase : uint32_t {
   kPhaseDone,
 };
 
+/// What one look at a QP came to: its next phase, or one of these.
+enum SendOutcome : uint32_t {
+  kStays = kPhaseDone + 1,  ///< something was done, there is more of it
+  kIdles,                   ///< waits for this GPU's own casters, which always finish
+  kStarves,                 ///< waits for its peer or for CQEs, and that wait is bounded
+};
+
 /// One QP in one send half.
 struct SendJob {
   const LaneArgs& a;
   const HalfContext& h;
-  HandleCtx& ctx;
   QpDeviceCtx& qp;
   PeerCtx& to;
   SendCursor& cursor;
   uint32_t peer, channel;
 
   IBEX_DEV bool rdma() const { return to.route == kRouteIbgda; }
+  IBEX_DEV uint32_t queue() const { return qp_index(a.shape, peer, channel); }
 };
 
-/// What one step of the Rows phase did.
-struct RowStep {
-  bool progress;
-  bool finished;
-  bool starved;  ///< waits for send-queue space or ring rows, that is: for CQEs
-};
+IBEX_DEV SendJob job_of(const LaneArgs& a, const HalfContext& h, uint32_t q) {
+  const uint32_t peer = q / a.shape.num_channels;
+  return SendJob{a, h, a.qps[q], a.peers[peer], a.cursors[q], peer, q - peer * a.shape.num_channels};
+}
 
 /// Adds to the byte counter of the route that the job's peer is reached by. Lane 0 only.
 IBEX_DEV void count_bytes(SendJob& j, uint64_t bytes) {
@@ -77,11 +83,11 @@ IBEX_DEV uint32_t batch_limit(const SendJob& j) {
   return min_of(kWarpSize, j.qp.sq_mask + 1 - reserved_wqebbs(j.a.shape));
 }
 
-IBEX_DEV void set_phase(SendJob& j, uint32_t phase) {
+IBEX_DEV void set_phase(SendCursor& cursor, uint32_t phase) {
   warp::sync();
   ONE_LANE {
-    j.cursor.phase = phase;
-    start_clock(j.cursor.clock, clock_ns());
+    cursor.phase = phase;
+    start_clock(cursor.clock, clock_ns());
   }
   warp::sync();
 }
@@ -110,7 +116,7 @@ IBEX_DEV Ctrl put_signal(SendJob& j, Batch& b, uint64_t word) {
   const uint64_t offset = signal_offset(j.a, j.h.op, j.h.slot, j.channel);
   if (j.a.shape.signal_mode == kSignalWrite) return put_word(j, b, offset, word);
   const RemoteAddress remote{j.to.region_va + offset, j.to.region_rkey_be};
-  const uint64_t result = reinterpret_cast<uint64_t>(&j.a.atomic_result[qp_index(j.a.shape, j.peer, j.channel)]);
+  const uint64_t result = reinterpret_cast<uint64_t>(&j.a.atomic_result[j.queue()]);
   ONE_LANE {
     uint64_t& last = j.qp.signal_last[j.h.op][j.h.slot];
     put_fetch_add(j.qp, b.next_idx, remote, word - last, result, j.a.lkey_be, kSignaled);
@@ -135,22 +141,23 @@ IBEX_DEV void post_credits(SendJob& j) {
   if (j.peer == j.a.shape.rank) return;
   Batch b = begin_batch(j.qp);
   Ctrl last{};
-  for (uint32_t op = 0; op < kNumOps; ++op) {
-    for (uint32_t slot = 0; slot < j.a.shape.ring; ++slot) {
-      const uint64_t seq = j.a.state->posting[op][slot];
-      if (seq == j.to.posted_credit[op][slot]) continue;
-      const uint64_t offset = consumed_offset(j.a, op, slot);
-      if (!j.rdma()) {
-        store_word_mapped(j, offset, seq);
-      } else {
-        if (!has_space(j.qp, b.num_wqes + 1)) continue;
-        last = put_word(j, b, offset, seq);
-      }
-      warp::sync();
-      ONE_LANE {
-        j.to.posted_credit[op][slot] = seq;
-        add_relaxed_sys(&j.a.telemetry[j.peer].credits, uint64_t{1});
-      }
+  IBEX_ROLLED
+  for (uint32_t i = 0; i < kNumOps * kMaxRing; ++i) {
+    const uint32_t op = i / kMaxRing, slot = i % kMaxRing;
+    if (slot >= j.a.shape.ring) continue;
+    const uint64_t seq = j.a.state->posting[op][slot];
+    if (seq == j.to.posted_credit[op][slot]) continue;
+    const uint64_t offset = consumed_offset(j.a, op, slot);
+    if (!j.rdma()) {
+      store_word_mapped(j, offset, seq);
+    } else {
+      if (!has_space(j.qp, b.num_wqes + 1)) continue;
+      last = put_word(j, b, offset, seq);
+    }
+    warp::sync();
+    ONE_LANE {
+      j.to.posted_credit[op][slot] = seq;
+      add_relaxed_sys(&j.a.telemetry[j.peer].credits, uint64_t{1});
     }
   }
   warp::sync();
@@ -178,112 +185,94 @@ IBEX_DEV bool has_credit(const SendJob& j) {
   return static_cast<int64_t>(ld_acquire_sys(word) - needed) >= 0;
 }
 
-/// Ticks the clock of a wait on this QP; `passed` is whether the peer has done its part. Lane 0 only.
-IBEX_DEV uint32_t tick_queue(SendJob& j, bool passed, Evidence* e) {
-  if (j.rdma() && poll_cq(j.qp)) {
-    e->completion = read_cqe(j.qp);
-    return kFaultCompletion;
-  }
-  e->waited_ns = waited(j.cursor.clock);
-  if (is_suspected(j.a, j.peer)) return kFaultReported;
-  return tick(j.a, j.cursor.clock, j.peer, passed);
-}
-
-/// One look at a wait that `ready` ends. Moves to Lost when time is up. Returns whether anything changed.
-template <class Ready, class Passed>
-IBEX_DEV bool wait_in_phase(SendJob& j, uint32_t next_phase, Ready ready, Passed passed) {
-  const uint32_t outcome = warp::one_lane([&]() -> uint32_t {
-    if (ready()) return next_phase;
+/// Has this QP's wait for its peer, or for CQEs, gone on for too long? Then it is on its way to Lost.
+IBEX_DEV bool is_out_of_time(SendJob& j) {
+  const bool over = warp::one_lane([&] {
     Evidence e{};
-    e.qp_slot = j.a.qp_slot_base + qp_index(j.a.shape, j.peer, j.channel);
-    const uint32_t kind = tick_queue(j, passed(), &e);
-    if (kind == kFaultNone) return j.cursor.phase;
+    e.qp_slot = j.a.qp_slot_base + j.queue();
+    e.waited_ns = waited(j.cursor.clock);
+    uint32_t kind = kFaultNone;
+    if (j.rdma() && poll_cq(j.qp)) {
+      e.completion = read_cqe(j.qp);
+      kind = kFaultCompletion;
+    } else if (is_suspected(j.a, j.peer)) {
+      kind = kFaultReported;
+    } else {
+      // Only a credit is the peer's to give; for CQEs its device answers, whatever the peer itself does.
+      const bool passed = j.cursor.phase != kPhaseCredit ||
+                          has_credited(j.a, j.peer, j.h.op, j.h.seq - j.a.shape.ring);
+      kind = tick(j.a, j.cursor.clock, j.peer, passed);
+    }
+    if (kind == kFaultNone) return false;
     if (kind != kFaultReported) suspect(j.a, j.h, j.peer, kind, e);
     add_relaxed_sys(&j.a.telemetry[j.peer].send_wait_ns, e.waited_ns);
-    return kPhaseLost;
+    return true;
   });
   warp::sync();
-  if (outcome == j.cursor.phase) return false;
-  set_phase(j, outcome);
-  return true;
+  return over;
 }
 
 /// Notes that the peer's picks of this dispatch are lost. A combine that cannot be sent costs the peer its sums, not
 /// us ours: what comes back is judged by what arrives. Lane 0 only.
 IBEX_DEV void note_lost(SendJob& j) {
-  if (j.h.op == kDispatch) set_bit(j.ctx.lost, j.peer);
+  if (j.h.op == kDispatch) set_bit(j.h.ctx->lost, j.peer);
 }
 
 template <class Rows>
-IBEX_DEV void open_queue(SendJob& j, Rows& rows) {
+IBEX_DEV uint32_t open_queue(SendJob& j, Rows& rows) {
   if (!is_usable(j)) {
     ONE_LANE note_lost(j);
-    set_phase(j, kPhaseDone);
-    return;
+    return kPhaseDone;
   }
   if (j.channel == 0) post_credits(j);
   const bool give_up = warp::one_lane([&] { return is_suspected(j.a, j.peer); });
-  set_phase(j, give_up || j.h.go == kGoNoRows || rows.owed_nothing(j) ? kPhaseLost : kPhaseCredit);
+  return give_up || j.h.go == kGoNoRows || rows.owed_nothing(j) ? kPhaseLost : kPhaseCredit;
 }
 
-template <class Rows>
-IBEX_DEV bool send_rows(SendJob& j, Rows& rows) {
-  const RowStep step = rows.step(j);
-  if (step.finished) set_phase(j, kPhaseSignal);
-  if (step.progress || step.finished) return true;
-  if (!step.starved) return false;  // Waits for this GPU's own casters, which always finish.
-  return wait_in_phase(j, kPhaseRows, [] { return false; }, [] { return true; });
+IBEX_DEV uint32_t take_credit(SendJob& j) {
+  const bool ready = warp::one_lane([&] { return has_credit(j); });
+  warp::sync();
+  return ready ? kPhaseRows : kStarves;
 }
 
+/// Says how many rows went to the peer, or LOST to one that cannot be served in this step. The count waits for
+/// space in the queue, LOST does not: a queue that takes no WQE says it by its silence.
 template <class Rows>
-IBEX_DEV bool signal_peer(SendJob& j, Rows& rows) {
-  const uint64_t word = signal_word(j.h.generation, rows.count(j.cursor));
-  if (!j.rdma()) {
-    rows.copy_trailer(j);
-    store_word_mapped(j, signal_offset(j.a, j.h.op, j.h.slot, j.channel), word);
-  } else {
-    if (!has_space(j.qp, 1 + rows.trailer_wqes(j))) {
-      return wait_in_phase(j, kPhaseSignal, [] { return false; }, [] { return true; });
+IBEX_DEV uint32_t signal_peer(SendJob& j, Rows& rows) {
+  const bool lost = j.cursor.phase == kPhaseLost;
+  const uint64_t word = signal_word(j.h.generation, lost ? kCountLost : rows.count(j.cursor));
+  const bool trailer = !lost && rows.has_trailer(j);
+  if (lost) {
+    ONE_LANE {
+      note_lost(j);
+      add_relaxed_sys(&j.a.telemetry[j.peer].steps_lost, uint64_t{1});
     }
-    Batch b = begin_batch(j.qp);
-    rows.put_trailer(j, b);
-    const Ctrl last = put_signal(j, b, word);
-    ring_doorbell(b, last);
-  }
-  rows.posted(j);
-  set_phase(j, rows.must_drain(j) ? kPhaseDrain : kPhaseDone);
-  return true;
-}
-
-/// Says LOST to a peer that cannot be served in this step, if its queue still takes a WQE.
-template <class Rows>
-IBEX_DEV void say_lost(SendJob& j, Rows& rows) {
-  const uint64_t word = signal_word(j.h.generation, kCountLost);
-  ONE_LANE {
-    note_lost(j);
-    add_relaxed_sys(&j.a.telemetry[j.peer].steps_lost, uint64_t{1});
   }
   if (!j.rdma()) {
+    if (trailer) rows.copy_trailer(j);
     store_word_mapped(j, signal_offset(j.a, j.h.op, j.h.slot, j.channel), word);
-  } else if (warp::one_lane([&] { return j.qp.syndrome == 0; }) && has_space(j.qp, 1)) {
+  } else if (!(lost && warp::one_lane([&] { return j.qp.syndrome != 0; })) && has_space(j.qp, trailer ? 2 : 1)) {
     Batch b = begin_batch(j.qp);
+    if (trailer) rows.put_trailer(j, b);
     const Ctrl last = put_signal(j, b, word);
     ring_doorbell(b, last);
+  } else if (!lost) {
+    return kStarves;
   }
   rows.posted(j);
-  set_phase(j, rows.must_drain(j) ? kPhaseDrain : kPhaseDone);
+  return Rows::kMayDrain && rows.must_drain(j) ? kPhaseDrain : kPhaseDone;
 }
 
 /// Waits until a CQE covers every WQE of this QP, so that the rows they name may be reused by anyone.
 ///
 /// If time runs out the peer is suspected and the host fences the QP; its flush ends this wait. Only the hard cap,
 /// that is a host that does not act at all, ends it without.
-IBEX_DEV bool drain(SendJob& j) {
+IBEX_DEV uint32_t drain(SendJob& j) {
   const bool over = warp::one_lane([&] {
     poll_cq(j.qp);
     if (j.qp.consumer_idx == j.qp.producer_idx) return true;
     Evidence e{};
-    e.qp_slot = j.a.qp_slot_base + qp_index(j.a.shape, j.peer, j.channel);
+    e.qp_slot = j.a.qp_slot_base + j.queue();
     e.waited_ns = waited(j.cursor.clock);
     const uint32_t kind = tick(j.a, j.cursor.clock, j.peer, true);
     if (kind == kFaultNone) return false;
@@ -292,39 +281,40 @@ IBEX_DEV bool drain(SendJob& j) {
     return kind == kFaultCap;
   });
   warp::sync();
-  if (over) set_phase(j, kPhaseDone);
-  return over;
+  return over ? kPhaseDone : kIdles;
+}
+
+template <class Rows>
+IBEX_DEV uint32_t look_at(SendJob& j, Rows& rows) {
+  switch (j.cursor.phase) {
+    case kPhaseOpen:
+      return open_queue(j, rows);
+    case kPhaseCredit:
+      return take_credit(j);
+    case kPhaseRows:
+      return rows.step(j);
+    case kPhaseSignal:
+    case kPhaseLost:
+      return signal_peer(j, rows);
+    case kPhaseDrain:
+      return Rows::kMayDrain ? drain(j) : kIdles;
+    default:
+      return kIdles;
+  }
 }
 
 /// Takes one QP a step further. Returns whether anything changed.
 template <class Rows>
 IBEX_DEV bool advance(SendJob& j, Rows& rows) {
-  switch (j.cursor.phase) {
-    case kPhaseOpen:
-      open_queue(j, rows);
-      return true;
-    case kPhaseCredit:
-      return wait_in_phase(
-          j, kPhaseRows, [&] { return has_credit(j); },
-          [&] { return has_credited(j.a, j.peer, j.h.op, j.h.seq - j.a.shape.ring); });
-    case kPhaseRows:
-      return send_rows(j, rows);
-    case kPhaseSignal:
-      return signal_peer(j, rows);
-    case kPhaseLost:
-      say_lost(j, rows);
-      return true;
-    case kPhaseDrain:
-      return drain(j);
-    default:
-      return false;
-  }
+  uint32_t next = look_at(j, rows);
+  if (next == kStarves) next = is_out_of_time(j) ? kPhaseLost : kIdles;
+  if (next <= kPhaseDone) set_phase(j.cursor, next);
+  return next != kIdles;
 }
 
 /// Runs all QPs of one owner to their end: `first`, `first + stride`, …
 template <class Rows>
-IBEX_DEV void drive_queues(const LaneArgs& a, const HalfContext& h, HandleCtx& ctx, Rows& rows, uint32_t first,
-                           uint32_t stride) {
+IBEX_DEV void drive_queues(const LaneArgs& a, const HalfContext& h, Rows& rows, uint32_t first, uint32_t stride) {
   const uint32_t num_qps = a.shape.num_ranks * a.shape.num_channels;
   for (uint32_t q = first; q < num_qps; q += stride) {
     ONE_LANE {
@@ -338,8 +328,7 @@ IBEX_DEV void drive_queues(const LaneArgs& a, const HalfContext& h, HandleCtx& c
     open = false;
     bool progress = false;
     for (uint32_t q = first; q < num_qps; q += stride) {
-      SendJob j{a, h, ctx, a.qps[q], a.peers[q / a.shape.num_channels], a.cursors[q],
-                q / a.shape.num_channels, q % a.shape.num_channels};
+      SendJob j = job_of(a, h, q);
       if (j.cursor.phase == kPhaseDone) continue;
       progress |= advance(j, rows);
       open |= j.cursor.phase != kPhaseDone;

@@ -38,7 +38,7 @@ struct Evidence {
 ///
 /// # Ordering
 /// ORDER(14): fields -> published. Release at sys; pairs with the host's acquire.
-IBEX_DEV void record_fault(const LaneArgs& a, const HalfContext& h, uint32_t peer, uint32_t kind, const Evidence& e) {
+IBEX_DEV void record_fault(const LaneArgs& a, const HalfContext& h, uint32_t peer, uint32_t kind, Evidence e) {
   DeviceFault& f = a.faults[peer];
   if (cas_relaxed_sys(&f.claimed, 0u, 1u) != 0) return;
   f.kind = kind;
@@ -46,9 +46,9 @@ IBEX_DEV void record_fault(const LaneArgs& a, const HalfContext& h, uint32_t pee
   f.qp_slot = e.qp_slot;
   f.op = h.op;
   f.half = h.half;
-  f.syndrome = e.completion.syndrome;
-  f.vendor_syndrome = e.completion.vendor;
-  f.wqe_counter = e.completion.wqe_counter;
+  f.syndrome = e.completion.syndrome();
+  f.vendor_syndrome = e.completion.vendor();
+  f.wqe_counter = e.completion.wqe_counter();
   f.seq = h.seq;
   f.waited_ns = e.waited_ns;
   f.detail = e.detail;
@@ -56,7 +56,7 @@ IBEX_DEV void record_fault(const LaneArgs& a, const HalfContext& h, uint32_t pee
 }
 
 /// Records the fault and stops waiting for this peer from now on, until membership commits or clears it.
-IBEX_DEV void suspect(const LaneArgs& a, const HalfContext& h, uint32_t peer, uint32_t kind, const Evidence& e) {
+IBEX_DEV void suspect(const LaneArgs& a, const HalfContext& h, uint32_t peer, uint32_t kind, Evidence e) {
   record_fault(a, h, peer, kind, e);
   st_relaxed_gpu(&a.suspects[peer], 1u);
 }
@@ -105,11 +105,12 @@ IBEX_DEV uint32_t tick(const LaneArgs& a, WaitClock& w, uint32_t peer, bool pass
 IBEX_DEV bool has_failed_qp(const LaneArgs& a, uint32_t peer, uint32_t polls, Evidence* e) {
   const uint32_t interval = ld_relaxed_sys(&a.limits->polls_per_cq_read);
   if (interval == 0 || polls % interval != 0 || a.peers[peer].route != kRouteIbgda) return false;
+  IBEX_ROLLED
   for (uint32_t c = 0; c < a.shape.num_channels; ++c) {
     const uint32_t q = qp_index(a.shape, peer, c);
     if (!is_active(a.qps[q])) continue;
     const Completion completion = read_cqe(a.qps[q]);
-    if (completion.error) {
+    if (completion.error()) {
       e->completion = completion;
       e->qp_slot = a.qp_slot_base + q;
       return true;
@@ -129,7 +130,7 @@ IBEX_DEV uint64_t waited(const WaitClock& w) { return w.last_poll_ns - w.started
 /// Gives up on (peer, channel) for this step, unless another warp has just seen its signal. One lane only.
 /// A peer that is suspected already, or no member, adds no new evidence.
 IBEX_DEV uint32_t settle_lost(const LaneArgs& a, const HalfContext& h, uint64_t* verdict, uint64_t seen,
-                              uint32_t peer, uint32_t kind, const Evidence& e) {
+                              uint32_t peer, uint32_t kind, Evidence e) {
   const uint32_t count = signal_count(settle(verdict, seen, signal_word(h.generation, kCountLost)));
   if (count == kCountLost && kind != kFaultNone && kind != kFaultReported) suspect(a, h, peer, kind, e);
   add_relaxed_sys(&a.telemetry[peer].receive_wait_ns, e.waited_ns);
@@ -150,6 +151,42 @@ IBEX_DEV Reading read_signal(const uint64_t* word, uint32_t generation) {
   return Reading{is_newer(g, generation), kCountLost};
 }
 
+/// The clock of a wait for a signal: one per warp, in shared memory, so that waiting costs no registers.
+IBEX_DEV WaitClock& clock_of_this_warp() {
+  IBEX_SHARED(WaitClock, clocks, kMaxWarps);
+  return clocks[warp::id()];
+}
+
+/// The slow part of `await_signal`: waits, and gives up when time is up. One lane only.
+IBEX_DEV uint32_t wait_for_signal(const LaneArgs& a, const HalfContext& h, uint64_t* verdict, uint32_t peer,
+                                  uint32_t channel) {
+  WaitClock& clock = clock_of_this_warp();
+  start_clock(clock, clock_ns());
+  for (;;) {
+    const uint64_t seen = ld_acquire_gpu(verdict);
+    if (signal_generation(seen) == h.generation) return signal_count(seen);
+    if (!is_alive(*h.table, peer)) return settle_lost(a, h, verdict, seen, peer, kFaultNone, Evidence{});
+    // Only a member's context may be read: the host rewrites those of others.
+    const uint64_t* word = reinterpret_cast<const uint64_t*>(
+        a.peers[peer].my_region + signal_offset(a, h.op, h.slot, channel));
+    const Reading r = read_signal(word, h.generation);
+    if (r.arrived) {
+      if (clock.polls != 0) add_relaxed_sys(&a.telemetry[peer].receive_wait_ns, waited(clock));
+      return signal_count(settle(verdict, seen, signal_word(h.generation, r.count)));
+    }
+    Evidence e{};
+    uint32_t kind = kFaultNone;
+    if (is_suspected(a, peer)) kind = kFaultReported;
+    if (kind == kFaultNone && has_failed_qp(a, peer, clock.polls, &e)) kind = kFaultCompletion;
+    if (kind == kFaultNone) kind = tick(a, clock, peer, has_sent(a, peer, h.op, h.seq));
+    if (kind != kFaultNone) {
+      e.waited_ns = waited(clock);
+      return settle_lost(a, h, verdict, seen, peer, kind, e);
+    }
+    backoff();
+  }
+}
+
 /// Waits until (peer, channel) has signalled this step, or is found lost. Any warp may call it; all get one answer.
 /// Returns the count in the signal, or kCountLost.
 ///
@@ -157,33 +194,11 @@ IBEX_DEV Reading read_signal(const uint64_t* word, uint32_t generation) {
 /// ORDER(7): one warp's acquire of the signal -> verdict -> another warp's reads. acq_rel / acquire at gpu scope.
 IBEX_DEV uint32_t await_signal(const LaneArgs& a, const HalfContext& h, uint64_t* verdicts, uint32_t peer,
                                uint32_t channel) {
-  uint64_t* verdict = &verdicts[qp_index(a.shape, peer, channel)];
   const uint32_t count = warp::one_lane([&]() -> uint32_t {
-    WaitClock clock;
-    start_clock(clock, clock_ns());
-    for (;;) {
-      const uint64_t seen = ld_acquire_gpu(verdict);
-      if (signal_generation(seen) == h.generation) return signal_count(seen);
-      if (!is_alive(*h.table, peer)) return settle_lost(a, h, verdict, seen, peer, kFaultNone, Evidence{});
-      // Only a member's context may be read: the host rewrites those of others.
-      const uint64_t* word = reinterpret_cast<const uint64_t*>(
-          a.peers[peer].my_region + signal_offset(a, h.op, h.slot, channel));
-      const Reading r = read_signal(word, h.generation);
-      if (r.arrived) {
-        if (clock.polls != 0) add_relaxed_sys(&a.telemetry[peer].receive_wait_ns, waited(clock));
-        return signal_count(settle(verdict, seen, signal_word(h.generation, r.count)));
-      }
-      Evidence e{};
-      uint32_t kind = kFaultNone;
-      if (is_suspected(a, peer)) kind = kFaultReported;
-      if (kind == kFaultNone && has_failed_qp(a, peer, clock.polls, &e)) kind = kFaultCompletion;
-      if (kind == kFaultNone) kind = tick(a, clock, peer, has_sent(a, peer, h.op, h.seq));
-      if (kind != kFaultNone) {
-        e.waited_ns = waited(clock);
-        return settle_lost(a, h, verdict, seen, peer, kind, e);
-      }
-      backoff();
-    }
+    uint64_t* verdict = &verdicts[qp_index(a.shape, peer, channel)];
+    const uint64_t seen = ld_acquire_gpu(verdict);
+    if (signal_generation(seen) == h.generation) return signal_count(seen);
+    return wait_for_signal(a, h, verdict, peer, channel);
   });
   warp::sync();
   return count;

@@ -87,16 +87,6 @@ pub mod code {
     pub const FAULT_VIOLATION: u32 = 6;
     /// Source rows could not be reused.
     pub const FAULT_SOURCE_ROWS: u32 = 7;
-    /// Kernels.
-    pub const KERNEL_DISPATCH: u32 = 0;
-    /// See [`KERNEL_DISPATCH`].
-    pub const KERNEL_COMBINE: u32 = 1;
-    /// See [`KERNEL_DISPATCH`].
-    pub const KERNEL_POST: u32 = 2;
-    /// See [`KERNEL_DISPATCH`].
-    pub const KERNEL_EXPERT: u32 = 3;
-    /// See [`KERNEL_DISPATCH`].
-    pub const KERNEL_SELFTEST: u32 = 4;
 }
 
 /// Defines a structure together with the table of its field offsets, which the parity test reads.
@@ -282,7 +272,7 @@ device_struct! {
         pub staging_pi: [u32; MAX_STAGING_SLOTS],
         /// Fetch-add mode: the value that our adds have produced at the peer, per operation and ring slot.
         pub signal_last: [[u64; MAX_RING]; NUM_OPS],
-        /// Rows ever taken from the combine staging ring.
+        /// Next row of the combine staging ring.
         pub ring_head: u64,
         /// Zero.
         pub reserved1: u64,
