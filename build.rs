@@ -68,20 +68,12 @@ fn build_host(kernels: &Path, sources: &[PathBuf]) {
 }
 
 /// One translation unit that includes every kernel, so that one image serves one `cuModuleLoadData`.
-fn build_cuda(
-    nvcc: &Path,
-    sources: &[PathBuf],
-    out_dir: &Path,
-    image: &Path,
-) -> Result<String, String> {
+fn build_cuda(nvcc: &Path, sources: &[PathBuf], out_dir: &Path, image: &Path) -> Result<String, String> {
     let note = format!("built by {}", nvcc.display());
     let unit = out_dir.join("ibex.cu");
     let root = env::current_dir().expect("cargo sets a working directory");
     let line = |path: &PathBuf| format!("#include \"{}\"\n", root.join(path).display());
-    let text = format!(
-        "// {note}\n{}",
-        sources.iter().map(line).collect::<String>()
-    );
+    let text = format!("// {note}\n{}", sources.iter().map(line).collect::<String>());
     if fs::read_to_string(&unit).is_ok_and(|old| old == text) && is_fresh(&unit, image) {
         return Ok(note);
     }
@@ -95,9 +87,7 @@ fn build_cuda(
     for target in TARGETS {
         command.args(["-gencode", target]);
     }
-    let output = command
-        .output()
-        .map_err(|e| format!("{}: {e}", nvcc.display()))?;
+    let output = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
     let log = String::from_utf8_lossy(&output.stderr);
     // A kernel that nvcc refuses is a bug, not a machine without CUDA.
     assert!(output.status.success(), "nvcc failed:\n{log}");
@@ -114,8 +104,7 @@ fn is_fresh(unit: &Path, image: &Path) -> bool {
     let Some(begun) = modified(unit) else {
         return false;
     };
-    let dirs =
-        ["src", "include/ibex", "include/ibex/detail"].map(|dir| Path::new("kernels").join(dir));
+    let dirs = ["src", "include/ibex", "include/ibex/detail"].map(|dir| Path::new("kernels").join(dir));
     let mut inputs = dirs.iter().flat_map(fs::read_dir).flatten().flatten();
     fs::metadata(image).is_ok_and(|m| m.len() > 0)
         && inputs.all(|entry| modified(&entry.path()).is_some_and(|time| time < begun))
@@ -131,33 +120,23 @@ fn find_nvcc() -> Result<PathBuf, String> {
     }
     let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
-    let dirs = home
-        .into_iter()
-        .chain(env::split_paths(&path))
-        .chain(wheel_dirs());
-    dirs.map(|dir| dir.join("nvcc"))
-        .find(|nvcc| nvcc.is_file())
-        .ok_or_else(|| "no nvcc found".into())
+    let dirs = home.into_iter().chain(env::split_paths(&path)).chain(wheel_dirs());
+    dirs.map(|dir| dir.join("nvcc")).find(|nvcc| nvcc.is_file()).ok_or_else(|| "no nvcc found".into())
 }
 
 /// Where pip puts nvcc, as far as the python3 on the path knows.
 fn wheel_dirs() -> Vec<PathBuf> {
-    let script =
-        "import site; print('\\n'.join(site.getsitepackages() + [site.getusersitepackages()]))";
+    let script = "import site; print('\\n'.join(site.getsitepackages() + [site.getusersitepackages()]))";
     let Ok(output) = Command::new("python3").args(["-c", script]).output() else {
         return Vec::new();
     };
     let dirs = String::from_utf8_lossy(&output.stdout).into_owned();
-    dirs.lines()
-        .map(|dir| Path::new(dir).join("nvidia/cu13/bin"))
-        .collect()
+    dirs.lines().map(|dir| Path::new(dir).join("nvidia/cu13/bin")).collect()
 }
 
 fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-    let mut found: Vec<PathBuf> = entries
-        .map(|e| e.expect("readable directory").path())
-        .collect();
+    let mut found: Vec<PathBuf> = entries.map(|e| e.expect("readable directory").path()).collect();
     found.retain(|path| path.extension() == Some(OsStr::new(extension)));
     found.sort();
     found

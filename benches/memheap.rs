@@ -40,11 +40,7 @@ struct Ours<const ALIGN: u64>(Heap);
 
 impl<const ALIGN: u64> Allocator for Ours<ALIGN> {
     type Block = Allocation;
-    const NAME: &str = if ALIGN == 1 {
-        "ibex-memheap"
-    } else {
-        "ibex-memheap, aligned"
-    };
+    const NAME: &str = if ALIGN == 1 { "ibex-memheap" } else { "ibex-memheap, aligned" };
 
     fn new() -> Self {
         Ours(Heap::new(u64::from(CAPACITY)).expect("a valid capacity"))
@@ -52,9 +48,7 @@ impl<const ALIGN: u64> Allocator for Ours<ALIGN> {
 
     #[inline(always)]
     fn alloc(&mut self, len: u32) -> Allocation {
-        self.0
-            .alloc(u64::from(len), ALIGN)
-            .expect("the heap never fills")
+        self.0.alloc(u64::from(len), ALIGN).expect("the heap never fills")
     }
 
     #[inline(always)]
@@ -89,10 +83,7 @@ struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u32 {
-        self.0 = self
-            .0
-            .wrapping_mul(0x5851_f42d_4c95_7f2d)
-            .wrapping_add(0x1405_7b7e_f767_814f);
+        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
         (self.0 >> 32) as u32
     }
 
@@ -116,10 +107,7 @@ struct Pair<A> {
 
 impl<A: Allocator> Pair<A> {
     fn in_empty_heap(len: u32) -> Self {
-        Pair {
-            heap: A::new(),
-            len,
-        }
+        Pair { heap: A::new(), len }
     }
 
     /// Every second of the first blocks is free: the pair reuses a hole and joins nothing.
@@ -176,11 +164,7 @@ fn rows<A: Allocator + 'static>() -> [Box<dyn Row>; 3] {
     ]
 }
 
-const ROWS: [&str; 3] = [
-    "pair, empty heap",
-    "pair, 2048 live and holes",
-    "mixed sizes, 2048 live",
-];
+const ROWS: [&str; 3] = ["pair, empty heap", "pair, 2048 live and holes", "mixed sizes, 2048 live"];
 
 fn estimate<A: Allocator + 'static>(criterion: &mut Criterion) {
     for (name, mut row) in ROWS.into_iter().zip(rows::<A>()) {
@@ -230,11 +214,8 @@ fn verdict() -> bool {
         // The pairs carry the promise. The mixed row pays for what only we promise, alignment and proven
         // refusals, in branches and in a larger handle; it may cost that much and no more.
         let is_pair = name.starts_with("pair");
-        good &= if is_pair {
-            ours <= theirs && ours <= PAIR_NS_MAX
-        } else {
-            ours <= theirs * MIXED_RATIO_MAX
-        };
+        good &=
+            if is_pair { ours <= theirs && ours <= PAIR_NS_MAX } else { ours <= theirs * MIXED_RATIO_MAX };
     }
     good
 }

@@ -329,10 +329,7 @@ impl OsError {
     /// The error of a call that just failed through `std::io`.
     #[must_use]
     pub fn from_io(call: &'static str, error: &std::io::Error) -> Self {
-        Self {
-            call,
-            errno: error.raw_os_error().unwrap_or(0),
-        }
+        Self { call, errno: error.raw_os_error().unwrap_or(0) }
     }
 }
 
@@ -342,52 +339,20 @@ mod tests {
 
     #[test]
     fn a_refusal_names_field_value_and_limit() {
-        let error = ConfigError {
-            field: "max_topk",
-            value: 33u32.into(),
-            limit: Limit::Range { min: 1, max: 32 },
-        };
-        assert_eq!(
-            error.to_string(),
-            "max_topk = 33 is refused: it must be in 1..=32"
-        );
+        let error =
+            ConfigError { field: "max_topk", value: 33u32.into(), limit: Limit::Range { min: 1, max: 32 } };
+        assert_eq!(error.to_string(), "max_topk = 33 is refused: it must be in 1..=32");
     }
 
     #[test]
     fn limits_say_what_would_have_been_right() {
         let cases = [
             (Limit::Range { min: 3, max: 3 }, "3"),
-            (
-                Limit::MultipleOf { step: 16, max: 64 },
-                "a multiple of 16 in 16..=64",
-            ),
-            (
-                Limit::AtMostField {
-                    field: "num_experts",
-                    max: 4,
-                },
-                "at most num_experts = 4",
-            ),
-            (
-                Limit::AtLeastField {
-                    field: "detect_ms",
-                    min: 9,
-                },
-                "at least detect_ms = 9",
-            ),
-            (
-                Limit::Exactly {
-                    field: "lane",
-                    value: 1,
-                },
-                "lane = 1",
-            ),
-            (
-                Limit::Present {
-                    needed_by: "reduced",
-                },
-                "present, because reduced needs it",
-            ),
+            (Limit::MultipleOf { step: 16, max: 64 }, "a multiple of 16 in 16..=64"),
+            (Limit::AtMostField { field: "num_experts", max: 4 }, "at most num_experts = 4"),
+            (Limit::AtLeastField { field: "detect_ms", min: 9 }, "at least detect_ms = 9"),
+            (Limit::Exactly { field: "lane", value: 1 }, "lane = 1"),
+            (Limit::Present { needed_by: "reduced" }, "present, because reduced needs it"),
             (Limit::OneOf(&["a", "b"]), "one of a, b"),
         ];
         for (limit, text) in cases {
@@ -397,20 +362,11 @@ mod tests {
 
     #[test]
     fn parts_convert_into_the_public_error() {
-        let lost = PeerLost {
-            rank: Rank(3),
-            epoch: Epoch(1),
-            evidence: Evidence::Syndrome { syndrome: 0x15 },
-        };
+        let lost =
+            PeerLost { rank: Rank(3), epoch: Epoch(1), evidence: Evidence::Syndrome { syndrome: 0x15 } };
         let error = Error::from(lost);
-        assert_eq!(
-            error.to_string(),
-            "peer 3 is lost in epoch 1: error completion, syndrome 0x15"
-        );
-        assert!(matches!(
-            error,
-            Error::PeerLost(PeerLost { rank: Rank(3), .. })
-        ));
+        assert_eq!(error.to_string(), "peer 3 is lost in epoch 1: error completion, syndrome 0x15");
+        assert!(matches!(error, Error::PeerLost(PeerLost { rank: Rank(3), .. })));
     }
 
     #[test]

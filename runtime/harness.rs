@@ -17,9 +17,7 @@ use crate::ids::{Lane, LocalExpertIdx, Rank};
 use crate::layout::Plan;
 use crate::reference::check::{CombineOutput, DispatchOutput, PackedRows, Step, Verdict};
 use crate::reference::inputs::RankInput;
-use crate::session::{
-    CombineSource, DispatchCall, Halves, Session, Tensors, TopkDtype, World, WorldOptions,
-};
+use crate::session::{CombineSource, DispatchCall, Halves, Session, Tensors, TopkDtype, World, WorldOptions};
 
 /// One rank of a [`Rig`].
 pub struct RigRank {
@@ -196,12 +194,8 @@ impl RigRank {
     /// What the session refused.
     pub fn launch(&self, num_topk: u32, plan: &StepPlan) -> Result<(), Error> {
         let (session, stream, t) = (&self.session, &self.stream, &self.tensors);
-        let call = DispatchCall {
-            num_topk,
-            topk_dtype: plan.topk_dtype,
-            with_weights: true,
-            halves: plan.halves(),
-        };
+        let call =
+            DispatchCall { num_topk, topk_dtype: plan.topk_dtype, with_weights: true, halves: plan.halves() };
         let handle = session.dispatch(plan.lane, stream, t, &call)?;
         if plan.hooks {
             session.dispatch_receive(&handle, stream, t)?;

@@ -183,12 +183,7 @@ impl Plan {
         let rows_off = align(counts_off + counts, PAGE);
         let rows = self.num_qps() * u64::from(s.staging_rows) * u64::from(self.layout.row_bytes);
         let atomics_off = align(rows_off + rows, LINE);
-        SourcePlan {
-            counts_off,
-            rows_off,
-            atomics_off,
-            bytes: align(atomics_off + self.num_qps() * 8, PAGE),
-        }
+        SourcePlan { counts_off, rows_off, atomics_off, bytes: align(atomics_off + self.num_qps() * 8, PAGE) }
     }
 
     /// Packed rows of one local expert.
@@ -341,7 +336,9 @@ mod tests {
                 ..Config::default()
             });
             let l = &p.layout;
-            for v in [l.payload_off, l.payload_bytes, l.scale_off, l.scale_bytes, l.message_stride, l.row_bytes] {
+            for v in
+                [l.payload_off, l.payload_bytes, l.scale_off, l.scale_bytes, l.message_stride, l.row_bytes]
+            {
                 assert_eq!(v % 16, 0, "{hidden} {dtype:?}");
             }
             for v in [l.counts_off, l.signals_off, l.consumed_off, l.life_off] {

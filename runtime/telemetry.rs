@@ -157,7 +157,8 @@ impl Session {
                 }
                 let mut bytes = [0; size_of::<DeviceFault>()];
                 self.gpu.read(addr, &mut bytes)?;
-                let fault = DeviceFault::read_from_bytes(&bytes).expect("the buffer has the structure's size");
+                let fault =
+                    DeviceFault::read_from_bytes(&bytes).expect("the buffer has the structure's size");
                 faults.extend(Fault::from_device(runtime.lane(), &fault));
             }
         }

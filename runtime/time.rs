@@ -31,9 +31,7 @@ pub struct Stopwatch {
 impl Stopwatch {
     /// Starts measuring now.
     pub fn start() -> Self {
-        Self {
-            started: Instant::now(),
-        }
+        Self { started: Instant::now() }
     }
 
     /// Time since the start.
@@ -57,10 +55,7 @@ pub struct Deadline {
 impl Deadline {
     /// The deadline that lies `budget` ahead of now; any budget is valid, `Duration::MAX` never passes.
     pub fn after(budget: Duration) -> Self {
-        Self {
-            started: Instant::now(),
-            budget,
-        }
+        Self { started: Instant::now(), budget }
     }
 
     /// What is left of the budget; zero once the deadline has passed.

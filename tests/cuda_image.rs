@@ -20,17 +20,11 @@ fn sass() -> Result<String, String> {
     }
     let nvcc = Path::new(image::note().trim_start_matches("built by "));
     let beside = nvcc.with_file_name("cuobjdump");
-    let tool = if beside.is_file() {
-        beside
-    } else {
-        PathBuf::from("cuobjdump")
-    };
+    let tool = if beside.is_file() { beside } else { PathBuf::from("cuobjdump") };
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("image.fatbin");
     fs::write(&file, image::bytes()).unwrap();
     match Command::new(&tool).arg("-sass").arg(&file).output() {
-        Ok(output) if output.status.success() => {
-            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-        }
+        Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         Ok(output) => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
         Err(error) => Err(format!("{}: {error}", tool.display())),
     }
@@ -47,29 +41,15 @@ fn every_kernel_is_in_the_image_and_reads_coherently() {
     };
     for target in ["sm_80", "sm_90a", "sm_100a"] {
         let of_target = |line: &&str| line.contains(&format!("code for {target}"));
-        assert!(
-            sass.lines().any(|line| of_target(&line)),
-            "no code for {target}"
-        );
+        assert!(sass.lines().any(|line| of_target(&line)), "no code for {target}");
     }
     for name in (0..64).filter_map(kernel_name) {
         let function = format!("Function : ibex_{name}");
-        let found = sass
-            .lines()
-            .filter(|line| line.trim_end().ends_with(&function))
-            .count();
+        let found = sass.lines().filter(|line| line.trim_end().ends_with(&function)).count();
         assert_eq!(found, 3, "{name} is not there once per target");
     }
     // The non-coherent path (`ld.global.nc`) shows as `.CONSTANT` in SASS. A kernel's peers write what it
     // reads.
-    let stale: Vec<&str> = sass
-        .lines()
-        .filter(|line| line.contains(".CONSTANT"))
-        .collect();
-    assert!(
-        stale.is_empty(),
-        "{} non-coherent loads, first: {}",
-        stale.len(),
-        stale[0]
-    );
+    let stale: Vec<&str> = sass.lines().filter(|line| line.contains(".CONSTANT")).collect();
+    assert!(stale.is_empty(), "{} non-coherent loads, first: {}", stale.len(), stale[0]);
 }

@@ -48,7 +48,12 @@ fn check_seeds(rig: &Rig, plan: &StepPlan, routing: Routing, seeds: std::ops::Ra
     for seed in seeds {
         let inputs = inputs(rig, routing, seed, seed);
         let verdict = rig.step(&inputs, plan).unwrap();
-        assert_eq!((verdict.wrong, verdict.lost), (0, 0), "seed {seed}, {routing}: {verdict:?} with {:?}", rig.config());
+        assert_eq!(
+            (verdict.wrong, verdict.lost),
+            (0, 0),
+            "seed {seed}, {routing}: {verdict:?} with {:?}",
+            rig.config()
+        );
         assert!(verdict.checked > 0);
     }
 }
@@ -167,7 +172,8 @@ fn the_published_setting_agrees_with_the_reference() {
         (WireDtype::Fp8, CombineMode::Exact, Routing::Uniform),
         (WireDtype::Bf16, CombineMode::Reduced, Routing::GroupLimited),
     ] {
-        let config = Config { dtype, combine, route: RoutePolicy::Ibgda, detect_ms: 2000, ..Config::default() };
+        let config =
+            Config { dtype, combine, route: RoutePolicy::Ibgda, detect_ms: 2000, ..Config::default() };
         run(&config, &StepPlan::default(), routing, 1..=2);
     }
 }

@@ -1,9 +1,6 @@
 //! The host GPU on real kernels: streams, graphs, devices that wait for each other, simulation.
 #![expect(unsafe_code, reason = "launches hand addresses to kernels")]
-#![expect(
-    clippy::unwrap_used,
-    reason = "test helpers: a failed expectation is the message"
-)]
+#![expect(clippy::unwrap_used, reason = "test helpers: a failed expectation is the message")]
 
 use std::sync::Arc;
 
@@ -26,9 +23,7 @@ struct Counter {
 
 impl Counter {
     fn new(gpu: &HostGpu) -> Self {
-        Self {
-            memory: gpu.alloc(8, 8).unwrap(),
-        }
+        Self { memory: gpu.alloc(8, 8).unwrap() }
     }
 
     fn launch(
@@ -39,12 +34,7 @@ impl Counter {
         warps_per_block: u32,
     ) -> Result<(), GpuError> {
         let args = self.memory.addr().to_ne_bytes();
-        let launch = Launch {
-            kernel: KernelId::SelftestEmpty,
-            args: &args,
-            blocks,
-            warps_per_block,
-        };
+        let launch = Launch { kernel: KernelId::SelftestEmpty, args: &args, blocks, warps_per_block };
         // SAFETY: the bytes are `SelftestEmptyArgs`; the counter outlives the stream's work in
         // every test here.
         unsafe { gpu.launch(stream, &launch) }
@@ -90,10 +80,7 @@ fn one_captured_graph_replays_ten_thousand_times() {
         gpu.replay(&graph, &main).unwrap();
     }
     gpu.synchronize(&main).unwrap();
-    println!(
-        "replay of a graph of 3 launches: {} ns",
-        watch.elapsed_ns() / 10_000
-    );
+    println!("replay of a graph of 3 launches: {} ns", watch.elapsed_ns() / 10_000);
     assert_eq!(counter.value(&gpu), 40_000);
     assert_eq!(gpu.captures(), 1);
 }
@@ -103,34 +90,14 @@ fn play_pair(pool: &Arc<Pool>, rounds: u32) -> [u64; 2] {
     const N16: u32 = 64;
     let gpus = [0, 1].map(|device| HostGpu::new(Arc::clone(pool), device));
     let flags = gpus.each_ref().map(|gpu| gpu.alloc(4, 4).unwrap());
-    let payloads = gpus
-        .each_ref()
-        .map(|gpu| gpu.alloc(16 * N16 as usize, 16).unwrap());
+    let payloads = gpus.each_ref().map(|gpu| gpu.alloc(16 * N16 as usize, 16).unwrap());
     let sums = gpus.each_ref().map(|gpu| gpu.alloc(8, 8).unwrap());
     let streams = gpus.each_ref().map(|gpu| gpu.stream());
     for (me, peer) in [(0, 1), (1, 0)] {
-        let addrs = [
-            &flags[me],
-            &flags[peer],
-            &payloads[me],
-            &payloads[peer],
-            &sums[me],
-        ];
-        let mut args: Vec<u8> = addrs
-            .iter()
-            .flat_map(|memory| memory.addr().to_ne_bytes())
-            .collect();
-        args.extend(
-            [N16, rounds, me as u32, 0]
-                .iter()
-                .flat_map(|word| word.to_ne_bytes()),
-        );
-        let launch = Launch {
-            kernel: KernelId::SelftestPair,
-            args: &args,
-            blocks: 1,
-            warps_per_block: 1,
-        };
+        let addrs = [&flags[me], &flags[peer], &payloads[me], &payloads[peer], &sums[me]];
+        let mut args: Vec<u8> = addrs.iter().flat_map(|memory| memory.addr().to_ne_bytes()).collect();
+        args.extend([N16, rounds, me as u32, 0].iter().flat_map(|word| word.to_ne_bytes()));
+        let launch = Launch { kernel: KernelId::SelftestPair, args: &args, blocks: 1, warps_per_block: 1 };
         // SAFETY: the bytes are `SelftestPairArgs`; all memory lives until both streams are synchronized.
         unsafe { gpus[me].launch(&streams[me], &launch) }.unwrap();
     }
@@ -142,9 +109,7 @@ fn play_pair(pool: &Arc<Pool>, rounds: u32) -> [u64; 2] {
 
 /// What the ping-pong kernel receives: words v, v+1, v+2, v+3 of v = 1000 * round + i, i in 0..64.
 fn pair_sum(rounds: u64) -> u64 {
-    (1..=rounds)
-        .flat_map(|round| (0..64).map(move |i| 4 * (round * 1000 + i) + 6))
-        .sum()
+    (1..=rounds).flat_map(|round| (0..64).map(move |i| 4 * (round * 1000 + i) + 6)).sum()
 }
 
 #[test]
@@ -167,26 +132,16 @@ fn synchronize_drives_a_simulation_and_a_seed_fixes_its_schedule() {
 
 #[test]
 fn a_simulation_in_which_nothing_moves_ends_with_an_error() {
-    let config = PoolConfig {
-        stuck_after: Some(core::time::Duration::from_secs(1)),
-        ..PoolConfig::simulation(3)
-    };
+    let config =
+        PoolConfig { stuck_after: Some(core::time::Duration::from_secs(1)), ..PoolConfig::simulation(3) };
     let gpu = HostGpu::new(Arc::new(Pool::new(config).unwrap()), 0);
     let stream = gpu.stream();
     let memory = gpu.alloc(4096, 16).unwrap();
     let addr = |offset: u64| memory.addr() + offset;
-    let mut args: Vec<u8> = [0, 64, 128, 256, 512]
-        .iter()
-        .flat_map(|&o| addr(o).to_ne_bytes())
-        .collect();
+    let mut args: Vec<u8> = [0, 64, 128, 256, 512].iter().flat_map(|&o| addr(o).to_ne_bytes()).collect();
     // Device 1 waits for a device 0 that does not exist.
     args.extend([1u32, 1, 1, 0].iter().flat_map(|word| word.to_ne_bytes()));
-    let launch = Launch {
-        kernel: KernelId::SelftestPair,
-        args: &args,
-        blocks: 1,
-        warps_per_block: 1,
-    };
+    let launch = Launch { kernel: KernelId::SelftestPair, args: &args, blocks: 1, warps_per_block: 1 };
     // SAFETY: the bytes are `SelftestPairArgs`; the memory lives until the end of the test.
     unsafe { gpu.launch(&stream, &launch) }.unwrap();
     assert!(matches!(gpu.synchronize(&stream), Err(GpuError::Pool(_))));
@@ -218,12 +173,7 @@ fn gpus_of_one_pool_are_driven_from_several_threads() {
 fn arguments_of_the_wrong_size_are_refused_before_anything_is_queued() {
     let gpu = HostGpu::new(pool(1), 0);
     let stream = gpu.stream();
-    let launch = Launch {
-        kernel: KernelId::SelftestEmpty,
-        args: &[0; 16],
-        blocks: 1,
-        warps_per_block: 1,
-    };
+    let launch = Launch { kernel: KernelId::SelftestEmpty, args: &[0; 16], blocks: 1, warps_per_block: 1 };
     // SAFETY: refused before any kernel sees the bytes.
     let refused = unsafe { gpu.launch(&stream, &launch) };
     assert!(matches!(refused, Err(GpuError::Pool(_))), "{refused:?}");
@@ -232,15 +182,7 @@ fn arguments_of_the_wrong_size_are_refused_before_anything_is_queued() {
     let refused = counter.launch(&gpu, &stream, too_many, 4);
     let limit = u64::from(too_many) - 1;
     let value = u64::from(too_many);
-    assert_eq!(
-        refused,
-        Err(GpuError::OutOfRange {
-            field: GpuField::Blocks,
-            value,
-            min: 1,
-            max: limit
-        })
-    );
+    assert_eq!(refused, Err(GpuError::OutOfRange { field: GpuField::Blocks, value, min: 1, max: limit }));
     gpu.synchronize(&stream).unwrap();
     assert_eq!(counter.value(&gpu), 0);
 }

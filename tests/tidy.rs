@@ -3,10 +3,7 @@
 //! Every rule answers with what to do instead, and has a sample beside it on which it fires. The
 //! rules look at the files that git tracks (and at new ones that it does not ignore), so that a
 //! finding is the same on every machine.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a tree that cannot be read is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a tree that cannot be read is a failed test")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -59,11 +56,7 @@ struct Finding {
 
 impl Finding {
     fn at(source: &Source, line: usize, what: String) -> Self {
-        Self {
-            path: source.path.clone(),
-            line,
-            what,
-        }
+        Self { path: source.path.clone(), line, what }
     }
 }
 
@@ -74,13 +67,7 @@ fn root() -> &'static Path {
 /// Tracked and new files, or none where this is not a git checkout.
 fn files() -> Option<Vec<PathBuf>> {
     let listing = Command::new("git")
-        .args([
-            "ls-files",
-            "-z",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ])
+        .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
         .current_dir(root())
         .output()
         .ok()?;
@@ -88,18 +75,9 @@ fn files() -> Option<Vec<PathBuf>> {
         return None;
     }
     let names = String::from_utf8(listing.stdout).unwrap();
-    let files: Vec<PathBuf> = names
-        .split('\0')
-        .filter(|name| !name.is_empty())
-        .map(PathBuf::from)
-        .collect();
+    let files: Vec<PathBuf> = names.split('\0').filter(|name| !name.is_empty()).map(PathBuf::from).collect();
     // A file that git knows but that was just deleted is not there to be read.
-    Some(
-        files
-            .into_iter()
-            .filter(|file| root().join(file).is_file())
-            .collect(),
-    )
+    Some(files.into_iter().filter(|file| root().join(file).is_file()).collect())
 }
 
 /// All text files, or none (and a line that says so) where this is not a git checkout.
@@ -121,11 +99,7 @@ fn report(findings: &[Finding]) {
     for Finding { path, line, what } in findings {
         println!("{}:{}: {what}", path.display(), line + 1);
     }
-    assert!(
-        findings.is_empty(),
-        "{} findings, see above",
-        findings.len()
-    );
+    assert!(findings.is_empty(), "{} findings, see above", findings.len());
 }
 
 fn check_each(check: impl Fn(&Source, &mut Vec<Finding>)) {
@@ -160,15 +134,9 @@ fn every_ordering_edge_has_both_ends_and_a_row() {
 
 #[test]
 fn the_top_level_holds_only_the_rooms_of_the_design() {
-    let unexpected: Vec<PathBuf> = files()
-        .unwrap_or_default()
-        .into_iter()
-        .filter(|file| !is_in_house(file))
-        .collect();
-    assert!(
-        unexpected.is_empty(),
-        "not in the list of rooms: {unexpected:?}"
-    );
+    let unexpected: Vec<PathBuf> =
+        files().unwrap_or_default().into_iter().filter(|file| !is_in_house(file)).collect();
+    assert!(unexpected.is_empty(), "not in the list of rooms: {unexpected:?}");
 }
 
 fn is_in_house(file: &Path) -> bool {
@@ -186,11 +154,7 @@ fn a_file_outside_the_rooms_is_found() {
 #[test]
 fn every_package_comes_from_crates_io() {
     check_each(|source, findings| {
-        if source
-            .path
-            .file_name()
-            .is_some_and(|name| name == "Cargo.lock")
-        {
+        if source.path.file_name().is_some_and(|name| name == "Cargo.lock") {
             packages::check_lock(source, findings);
         }
     });
@@ -207,9 +171,6 @@ fn every_licence_is_on_the_list() {
     let said = String::from_utf8_lossy(&metadata.stderr);
     assert!(metadata.status.success(), "cargo metadata failed: {said}");
     let mut findings = Vec::new();
-    packages::check_licences(
-        &serde_json::from_slice(&metadata.stdout).unwrap(),
-        &mut findings,
-    );
+    packages::check_licences(&serde_json::from_slice(&metadata.stdout).unwrap(), &mut findings);
     report(&findings);
 }

@@ -41,17 +41,10 @@ fn expect_race(case: &str, plant: &str, accesses: &[&str]) {
     for seed in SEEDS {
         let output = rig::run_case(rig, &[case, "--plant", plant, "--seed", seed]);
         let log = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(
-            output.status.code(),
-            Some(RACE),
-            "{case} {plant} seed {seed} was not found\n{log}"
-        );
+        assert_eq!(output.status.code(), Some(RACE), "{case} {plant} seed {seed} was not found\n{log}");
         for report in log.split("WARNING: ").skip(1) {
             assert!(report.starts_with("ThreadSanitizer: data race"), "{report}");
-            assert!(
-                accesses.iter().all(|name| report.contains(name)),
-                "another race:\n{report}"
-            );
+            assert!(accesses.iter().all(|name| report.contains(name)), "another race:\n{report}");
         }
     }
 }

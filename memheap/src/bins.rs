@@ -47,11 +47,7 @@ pub(crate) const fn bin_covering(len: u64) -> usize {
 /// The shortest length that stands in `bin`.
 pub(crate) const fn shortest_in(bin: usize) -> u64 {
     let (row, sub) = (bin / SUBS, (bin % SUBS) as u64);
-    if row == 0 {
-        sub
-    } else {
-        (SUBS as u64 + sub) << (row - 1)
-    }
+    if row == 0 { sub } else { (SUBS as u64 + sub) << (row - 1) }
 }
 
 /// Which bins hold at least one extent: a bit per bin, and a bit per row that has any.
@@ -63,10 +59,7 @@ pub(crate) struct Occupancy {
 
 impl Occupancy {
     pub(crate) fn new() -> Self {
-        Occupancy {
-            rows: 0,
-            subs: [0; ROWS],
-        }
+        Occupancy { rows: 0, subs: [0; ROWS] }
     }
 
     #[inline]
@@ -141,15 +134,8 @@ mod tests {
     fn the_covering_bin_is_the_first_that_always_fits() {
         for len in edges() {
             let bin = bin_covering(len);
-            assert!(
-                shortest_in(bin) >= len,
-                "bin {bin} holds extents below {len}"
-            );
-            assert!(
-                shortest_in(bin - 1) < len,
-                "bin {} would have fitted {len}",
-                bin - 1
-            );
+            assert!(shortest_in(bin) >= len, "bin {bin} holds extents below {len}");
+            assert!(shortest_in(bin - 1) < len, "bin {} would have fitted {len}", bin - 1);
         }
     }
 

@@ -67,19 +67,10 @@ pub(crate) struct Extents {
 impl Extents {
     /// Books of a heap whose one extent is free and `capacity` bytes long.
     pub(crate) fn new(capacity: u64) -> Self {
-        let sentinel = Extent {
-            begin: 0,
-            len: 0,
-            ticket: NEVER,
-            before: ExtentId::SENTINEL,
-            after: ExtentId::SENTINEL,
-        };
-        let mut extents = Extents {
-            records: vec![sentinel],
-            spare: ExtentId::NONE,
-            in_use: 0,
-            lists: FreeLists::new(),
-        };
+        let sentinel =
+            Extent { begin: 0, len: 0, ticket: NEVER, before: ExtentId::SENTINEL, after: ExtentId::SENTINEL };
+        let mut extents =
+            Extents { records: vec![sentinel], spare: ExtentId::NONE, in_use: 0, lists: FreeLists::new() };
         extents.lists.admit(ExtentId::SENTINEL);
         let all = extents.insert_before(ExtentId::SENTINEL, 0, capacity, FREE);
         extents.link(all);
@@ -120,21 +111,9 @@ impl Extents {
 
     /// Adds a record between `next` and what stands before it; a free one is in no size list yet.
     #[inline]
-    pub(crate) fn insert_before(
-        &mut self,
-        next: ExtentId,
-        begin: u64,
-        len: u64,
-        ticket: u64,
-    ) -> ExtentId {
+    pub(crate) fn insert_before(&mut self, next: ExtentId, begin: u64, len: u64, ticket: u64) -> ExtentId {
         let before = self[next].before;
-        let record = Extent {
-            begin,
-            len,
-            ticket,
-            before,
-            after: next,
-        };
+        let record = Extent { begin, len, ticket, before, after: next };
         let id = self.store(record);
         self[before].after = id;
         self[next].before = id;

@@ -113,16 +113,10 @@ impl Heap {
     /// [`HeapError::BadExtentsMax`] unless `extents_max` is in `1..=EXTENTS_MAX`.
     pub fn with_extents_max(capacity: u64, extents_max: u32) -> Result<Self, HeapError> {
         if !(1..=CAPACITY_MAX).contains(&capacity) {
-            return Err(HeapError::BadCapacity {
-                capacity,
-                max: CAPACITY_MAX,
-            });
+            return Err(HeapError::BadCapacity { capacity, max: CAPACITY_MAX });
         }
         if !(1..=EXTENTS_MAX).contains(&extents_max) {
-            return Err(HeapError::BadExtentsMax {
-                extents_max,
-                max: EXTENTS_MAX,
-            });
+            return Err(HeapError::BadExtentsMax { extents_max, max: EXTENTS_MAX });
         }
         Ok(Heap {
             tag: NEXT_TAG.fetch_add(1, Ordering::Relaxed),
@@ -169,13 +163,7 @@ impl Heap {
         match self.place(len, align) {
             Ok(id) => {
                 let Extent { begin, ticket, .. } = self.extents[id];
-                Ok(Allocation {
-                    offset: HeapOffset(begin),
-                    len,
-                    ticket,
-                    id,
-                    heap: self.tag,
-                })
+                Ok(Allocation { offset: HeapOffset(begin), len, ticket, id, heap: self.tag })
             }
             Err(refusal) => Err(self.explain(refusal, len, align)),
         }
@@ -189,14 +177,10 @@ impl Heap {
     #[inline]
     pub fn free(&mut self, block: Allocation) -> Result<(), HeapError> {
         if block.heap != self.tag {
-            return Err(HeapError::UnknownOffset {
-                offset: block.offset,
-            });
+            return Err(HeapError::UnknownOffset { offset: block.offset });
         }
         if !self.is_live(&block) {
-            return Err(HeapError::DoubleFree {
-                offset: block.offset,
-            });
+            return Err(HeapError::DoubleFree { offset: block.offset });
         }
         self.live_bytes -= block.len;
         self.live_blocks -= 1;
@@ -234,14 +218,8 @@ impl Heap {
         for (id, extent) in self.extents.in_order() {
             assert_eq!(extent.begin, at, "extents leave a gap or overlap");
             assert_ne!(extent.len, 0, "extent at {at} is empty");
-            assert_eq!(
-                self.extents[extent.after].before, id,
-                "links at {at} disagree"
-            );
-            assert!(
-                !(after_free && extent.is_free()),
-                "free neighbours at {at} were not joined"
-            );
+            assert_eq!(self.extents[extent.after].before, id, "links at {at} disagree");
+            assert!(!(after_free && extent.is_free()), "free neighbours at {at} were not joined");
             after_free = extent.is_free();
             if extent.is_free() {
                 free.push(at);
@@ -252,21 +230,13 @@ impl Heap {
             at = extent.end();
         }
         assert_eq!(at, self.capacity, "extents do not end where the heap ends");
-        assert_eq!(
-            (self.live_bytes, self.live_blocks),
-            (live_bytes, live_blocks),
-            "live counts are off"
-        );
+        assert_eq!((self.live_bytes, self.live_blocks), (live_bytes, live_blocks), "live counts are off");
         assert_eq!(
             free.len() as u64 + live_blocks,
             u64::from(self.extents.in_use()),
             "extents are miscounted"
         );
-        assert_eq!(
-            self.extents.lost(),
-            0,
-            "records are neither in use nor spare"
-        );
+        assert_eq!(self.extents.lost(), 0, "records are neither in use nor spare");
         assert!(self.live_bytes <= self.peak_live_bytes && self.peak_live_bytes <= self.high_water);
         assert!(self.high_water <= self.capacity);
         assert_eq!(self.listed(), free, "size lists and free extents differ");
@@ -280,17 +250,8 @@ impl Heap {
         while let Some(bin) = next {
             let before = begins.len();
             // A broken list may be a circle: it is cut where it is longer than the books.
-            for (_, extent) in self
-                .extents
-                .in_bin(bin)
-                .take(self.extents.in_use() as usize + 1)
-            {
-                assert_eq!(
-                    bin_of(extent.len),
-                    bin,
-                    "extent at {} is in another bin's list",
-                    extent.begin
-                );
+            for (_, extent) in self.extents.in_bin(bin).take(self.extents.in_use() as usize + 1) {
+                assert_eq!(bin_of(extent.len), bin, "extent at {} is in another bin's list", extent.begin);
                 begins.push(extent.begin);
             }
             assert_ne!(begins.len(), before, "bin {bin} is marked but empty");
@@ -303,11 +264,7 @@ impl Heap {
     /// Makes a live extent of `len` bytes and counts it.
     fn place(&mut self, len: u64, align: u64) -> Result<ExtentId, Refusal> {
         let hole = self.find(len, align).ok_or(Refusal::NoHole)?;
-        let Extent {
-            begin: hole_begin,
-            len: hole_len,
-            ..
-        } = self.extents[hole];
+        let Extent { begin: hole_begin, len: hole_len, .. } = self.extents[hole];
         let begin = align_up(hole_begin, align);
         let (front, back) = (begin - hole_begin, hole_begin + hole_len - (begin + len));
         let needed = u32::from(front > 0) + u32::from(back > 0);
@@ -407,20 +364,11 @@ impl Heap {
         match refusal {
             Refusal::NoHole => {
                 let largest_free = report::largest_free(&self.extents);
-                HeapError::Exhausted {
-                    requested,
-                    align,
-                    largest_free,
-                    live: self.live_bytes,
-                }
+                HeapError::Exhausted { requested, align, largest_free, live: self.live_bytes }
             }
             Refusal::NoRecords { needed } => {
                 let (limit, in_use) = (self.extents_max, self.extents.in_use());
-                HeapError::ExtentsExhausted {
-                    limit,
-                    in_use,
-                    needed,
-                }
+                HeapError::ExtentsExhausted { limit, in_use, needed }
             }
         }
     }

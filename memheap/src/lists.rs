@@ -38,16 +38,8 @@ pub(crate) struct FreeLists {
 
 impl FreeLists {
     pub(crate) fn new() -> Self {
-        let links = (0..FIRST_EXTENT)
-            .map(|head| Link {
-                prev: head,
-                next: head,
-            })
-            .collect();
-        FreeLists {
-            links,
-            occupancy: Occupancy::new(),
-        }
+        let links = (0..FIRST_EXTENT).map(|head| Link { prev: head, next: head }).collect();
+        FreeLists { links, occupancy: Occupancy::new() }
     }
 
     /// The first bin at or after `from` that has an extent.
@@ -71,10 +63,7 @@ impl FreeLists {
     pub(crate) fn admit(&mut self, id: ExtentId) {
         let place = place_of(id);
         debug_assert_eq!(self.links.len(), place as usize);
-        self.links.push(Link {
-            prev: place,
-            next: place,
-        });
+        self.links.push(Link { prev: place, next: place });
     }
 
     /// Every extent of one bin, the last inserted first.
@@ -93,10 +82,7 @@ impl FreeLists {
         let place = place_of(id);
         let next = std::mem::replace(&mut self.links[bin].next, place);
         // CAST: a bin is below 1440.
-        self.links[place as usize] = Link {
-            prev: bin as Place,
-            next,
-        };
+        self.links[place as usize] = Link { prev: bin as Place, next };
         self.links[next as usize].prev = place;
         self.occupancy.set(bin);
     }

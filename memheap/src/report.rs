@@ -52,17 +52,10 @@ pub struct BinReport {
 
 /// The part of a report that stands in the size lists; the rest is zero.
 pub(crate) fn free_part(extents: &Extents) -> StorageReport {
-    let mut report = StorageReport {
-        largest_free: largest_free(extents),
-        ..Default::default()
-    };
+    let mut report = StorageReport { largest_free: largest_free(extents), ..Default::default() };
     let mut next = extents.lists().first_from(0);
     while let Some(bin) = next {
-        let mut class = BinReport {
-            shortest: shortest_in(bin),
-            extents: 0,
-            bytes: 0,
-        };
+        let mut class = BinReport { shortest: shortest_in(bin), extents: 0, bytes: 0 };
         for (_, extent) in extents.in_bin(bin) {
             class.extents += 1;
             class.bytes += extent.len;
@@ -78,9 +71,6 @@ pub(crate) fn free_part(extents: &Extents) -> StorageReport {
 /// Longest free extent: it stands in the last occupied bin.
 pub(crate) fn largest_free(extents: &Extents) -> u64 {
     let last = extents.lists().last();
-    let lens = last
-        .into_iter()
-        .flat_map(|bin| extents.in_bin(bin))
-        .map(|(_, extent)| extent.len);
+    let lens = last.into_iter().flat_map(|bin| extents.in_bin(bin)).map(|(_, extent)| extent.len);
     lens.max().unwrap_or(0)
 }

@@ -32,10 +32,7 @@ impl SharedHeap {
     /// As [`Heap::alloc`].
     pub fn alloc(&self, len: u64, align: u64) -> Result<Block, HeapError> {
         let allocation = self.alloc_raw(len, align)?;
-        Ok(Block {
-            heap: self.clone(),
-            allocation,
-        })
+        Ok(Block { heap: self.clone(), allocation })
     }
 
     /// Takes `len` bytes at a multiple of `align` until [`SharedHeap::free_raw`].
@@ -70,9 +67,7 @@ impl SharedHeap {
 
 impl From<Heap> for SharedHeap {
     fn from(heap: Heap) -> Self {
-        SharedHeap {
-            heap: Arc::new(Mutex::new(heap)),
-        }
+        SharedHeap { heap: Arc::new(Mutex::new(heap)) }
     }
 }
 
@@ -120,10 +115,7 @@ impl Block {
 
 impl fmt::Debug for Block {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Block")
-            .field("offset", &self.offset())
-            .field("len", &self.len())
-            .finish()
+        f.debug_struct("Block").field("offset", &self.offset()).field("len", &self.len()).finish()
     }
 }
 

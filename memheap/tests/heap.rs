@@ -4,24 +4,12 @@ use ibex_memheap::{Allocation, CAPACITY_MAX, EXTENTS_MAX, Heap, HeapError, HeapO
 
 /// Bytes `0..lens.sum()` of the heap as live blocks, in order.
 fn fill(heap: &mut Heap, lens: &[u64]) -> Vec<Allocation> {
-    lens.iter()
-        .map(|&len| heap.alloc(len, 1).expect("the heap is large enough"))
-        .collect()
+    lens.iter().map(|&len| heap.alloc(len, 1).expect("the heap is large enough")).collect()
 }
 
 #[test]
 fn the_whole_heap_is_one_block_at_any_capacity() {
-    for capacity in [
-        1,
-        31,
-        32,
-        33,
-        4095,
-        4097,
-        (1 << 30) + 12345,
-        CAPACITY_MAX - 1,
-        CAPACITY_MAX,
-    ] {
+    for capacity in [1, 31, 32, 33, 4095, 4097, (1 << 30) + 12345, CAPACITY_MAX - 1, CAPACITY_MAX] {
         let mut heap = Heap::new(capacity).unwrap();
         let block = heap.alloc(capacity, 1 << 63).unwrap();
         assert_eq!((block.offset().get(), block.len()), (0, capacity));
@@ -81,28 +69,13 @@ fn the_last_hole_that_fits_is_found_among_many_that_do_not() {
     assert_eq!((first.offset().get(), second.offset().get()), (0, 4096));
     let refused = heap.alloc(256, 4096).unwrap_err();
     let (live, largest_free) = (18 * 256, 256);
-    assert_eq!(
-        refused,
-        HeapError::Exhausted {
-            requested: 256,
-            align: 4096,
-            largest_free,
-            live
-        }
-    );
+    assert_eq!(refused, HeapError::Exhausted { requested: 256, align: 4096, largest_free, live });
     heap.assert_consistent();
 }
 
 #[test]
 fn blocks_join_in_every_order_of_three() {
-    for order in [
-        [0, 1, 2],
-        [0, 2, 1],
-        [1, 0, 2],
-        [1, 2, 0],
-        [2, 0, 1],
-        [2, 1, 0],
-    ] {
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
         let mut heap = Heap::new(300).unwrap();
         let blocks = fill(&mut heap, &[100; 3]);
         for index in order {
@@ -110,11 +83,7 @@ fn blocks_join_in_every_order_of_three() {
             heap.assert_consistent();
         }
         let report = heap.storage_report();
-        assert_eq!(
-            (report.free_extents, report.largest_free),
-            (1, 300),
-            "{order:?}"
-        );
+        assert_eq!((report.free_extents, report.largest_free), (1, 300), "{order:?}");
     }
 }
 
@@ -128,21 +97,11 @@ fn bad_requests_name_the_value_and_change_nothing() {
         assert_eq!(heap.alloc(8, align), Err(HeapError::BadAlign { align }));
     }
     for requested in [3097, 4097, CAPACITY_MAX + 1, u64::MAX] {
-        let expected = HeapError::Exhausted {
-            requested,
-            align: 1,
-            largest_free: 3096,
-            live: 1000,
-        };
+        let expected = HeapError::Exhausted { requested, align: 1, largest_free: 3096, live: 1000 };
         assert_eq!(heap.alloc(requested, 1), Err(expected));
     }
     // Only offset 0 is aligned to more than the capacity, and that byte is taken.
-    let expected = HeapError::Exhausted {
-        requested: 8,
-        align: 1 << 63,
-        largest_free: 3096,
-        live: 1000,
-    };
+    let expected = HeapError::Exhausted { requested: 8, align: 1 << 63, largest_free: 3096, live: 1000 };
     assert_eq!(heap.alloc(8, 1 << 63), Err(expected));
     assert_eq!(heap.storage_report(), before);
     assert!(heap.is_live(&kept));
@@ -151,21 +110,12 @@ fn bad_requests_name_the_value_and_change_nothing() {
 #[test]
 fn bad_limits_are_refused_before_anything_is_made() {
     for capacity in [0, CAPACITY_MAX + 1] {
-        let expected = HeapError::BadCapacity {
-            capacity,
-            max: CAPACITY_MAX,
-        };
+        let expected = HeapError::BadCapacity { capacity, max: CAPACITY_MAX };
         assert_eq!(Heap::new(capacity).unwrap_err(), expected);
     }
     for extents_max in [0, EXTENTS_MAX + 1] {
-        let expected = HeapError::BadExtentsMax {
-            extents_max,
-            max: EXTENTS_MAX,
-        };
-        assert_eq!(
-            Heap::with_extents_max(4096, extents_max).unwrap_err(),
-            expected
-        );
+        let expected = HeapError::BadExtentsMax { extents_max, max: EXTENTS_MAX };
+        assert_eq!(Heap::with_extents_max(4096, extents_max).unwrap_err(), expected);
     }
 }
 
@@ -176,20 +126,10 @@ fn a_stale_handle_never_frees_the_block_that_came_after() {
     heap.free(old).unwrap();
     let new = heap.alloc(64, 64).unwrap();
     assert_eq!(old.offset(), new.offset());
-    assert_eq!(
-        heap.free(old),
-        Err(HeapError::DoubleFree {
-            offset: HeapOffset::new(0)
-        })
-    );
+    assert_eq!(heap.free(old), Err(HeapError::DoubleFree { offset: HeapOffset::new(0) }));
     assert!(heap.is_live(&new) && !heap.is_live(&old));
     heap.free(new).unwrap();
-    assert_eq!(
-        heap.free(new),
-        Err(HeapError::DoubleFree {
-            offset: HeapOffset::new(0)
-        })
-    );
+    assert_eq!(heap.free(new), Err(HeapError::DoubleFree { offset: HeapOffset::new(0) }));
 }
 
 #[test]
@@ -199,12 +139,7 @@ fn a_block_of_another_heap_is_unknown_even_where_both_carved_alike() {
     let (our_block, their_block) = (ours.alloc(64, 64).unwrap(), theirs.alloc(64, 64).unwrap());
     assert_eq!(our_block.offset(), their_block.offset());
     assert!(!ours.is_live(&their_block));
-    assert_eq!(
-        ours.free(their_block),
-        Err(HeapError::UnknownOffset {
-            offset: HeapOffset::new(0)
-        })
-    );
+    assert_eq!(ours.free(their_block), Err(HeapError::UnknownOffset { offset: HeapOffset::new(0) }));
     assert!(ours.is_live(&our_block) && theirs.is_live(&their_block));
 }
 
@@ -214,17 +149,9 @@ fn full_books_refuse_a_block_and_change_nothing() {
     let block = heap.alloc(100, 1).unwrap();
     let before = heap.storage_report();
     // At 128 a hole stays before the block and one behind it.
-    let expected = HeapError::ExtentsExhausted {
-        limit: 2,
-        in_use: 2,
-        needed: 2,
-    };
+    let expected = HeapError::ExtentsExhausted { limit: 2, in_use: 2, needed: 2 };
     assert_eq!(heap.alloc(100, 128), Err(expected));
-    let expected = HeapError::ExtentsExhausted {
-        limit: 2,
-        in_use: 2,
-        needed: 1,
-    };
+    let expected = HeapError::ExtentsExhausted { limit: 2, in_use: 2, needed: 1 };
     assert_eq!(heap.alloc(100, 1), Err(expected));
     assert_eq!(heap.storage_report(), before);
     // What takes a whole extent needs no record.
@@ -246,15 +173,8 @@ fn the_report_keeps_live_peak_and_high_water_apart() {
     assert_eq!(small.offset().get(), 3000);
     assert_eq!((report.live_bytes, report.live_blocks), (1500, 2));
     assert_eq!((report.peak_live_bytes, report.high_water), (3000, 3500));
-    assert_eq!(
-        (report.free_bytes, report.free_extents, report.largest_free),
-        (2596, 2, 2000)
-    );
-    let bins: Vec<_> = report
-        .bins
-        .iter()
-        .map(|bin| (bin.shortest, bin.extents, bin.bytes))
-        .collect();
+    assert_eq!((report.free_bytes, report.free_extents, report.largest_free), (2596, 2, 2000));
+    let bins: Vec<_> = report.bins.iter().map(|bin| (bin.shortest, bin.extents, bin.bytes)).collect();
     assert_eq!(bins, [(592, 1, 596), (1984, 1, 2000)]);
     assert!((report.fragmentation() - 596.0 / 2596.0).abs() < 1e-12);
 }
@@ -263,10 +183,7 @@ fn the_report_keeps_live_peak_and_high_water_apart() {
 fn messages_carry_the_values_and_what_would_have_been_right() {
     let mut heap = Heap::new(4096).unwrap();
     let text = |error: HeapError| error.to_string();
-    assert_eq!(
-        text(heap.alloc(8, 48).unwrap_err()),
-        "alignment is 48; it must be a power of two"
-    );
+    assert_eq!(text(heap.alloc(8, 48).unwrap_err()), "alignment is 48; it must be a power of two");
     assert_eq!(
         text(heap.alloc(5000, 64).unwrap_err()),
         "heap exhausted: 5000 bytes aligned to 64 requested, largest free extent 4096, 0 live; \
@@ -274,8 +191,5 @@ fn messages_carry_the_values_and_what_would_have_been_right() {
     );
     let block = heap.alloc(8, 64).unwrap();
     heap.free(block).unwrap();
-    assert_eq!(
-        text(heap.free(block).unwrap_err()),
-        "block at offset 0 was already freed"
-    );
+    assert_eq!(text(heap.free(block).unwrap_err()), "block at offset 0 was already freed");
 }

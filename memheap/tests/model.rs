@@ -50,9 +50,7 @@ impl Model {
         match *op {
             Op::Alloc { len, align } => self.alloc(len, align),
             Op::Free { pick } if !self.live.is_empty() => self.free(pick % self.live.len()),
-            Op::FreeStale { pick } if !self.stale.is_empty() => {
-                self.free_stale(pick % self.stale.len())
-            }
+            Op::FreeStale { pick } if !self.stale.is_empty() => self.free_stale(pick % self.stale.len()),
             Op::Free { .. } | Op::FreeStale { .. } => {}
         }
         assert_eq!(self.heap.live_bytes(), self.live_bytes);
@@ -70,11 +68,7 @@ impl Model {
         assert_eq!(begin % align, 0, "{begin} is not aligned to {align}");
         assert!(end <= self.heap.capacity(), "{begin}..{end} is outside");
         if let Some((&other, &other_len)) = self.blocks.range(..end).next_back() {
-            assert!(
-                other + other_len <= begin,
-                "{begin}..{end} overlaps {other}..{}",
-                other + other_len
-            );
+            assert!(other + other_len <= begin, "{begin}..{end} overlaps {other}..{}", other + other_len);
         }
         self.blocks.insert(begin, len);
         self.live.push(block);
@@ -86,28 +80,13 @@ impl Model {
     /// A refusal is true, and says what the gaps say.
     fn refused(&mut self, requested: u64, align: u64, error: HeapError) {
         let gaps = self.gaps();
-        let largest_free = gaps
-            .iter()
-            .map(|&(begin, end)| end - begin)
-            .max()
-            .unwrap_or(0);
+        let largest_free = gaps.iter().map(|&(begin, end)| end - begin).max().unwrap_or(0);
         let live = self.live_bytes;
-        assert_eq!(
-            error,
-            HeapError::Exhausted {
-                requested,
-                align,
-                largest_free,
-                live
-            }
-        );
+        assert_eq!(error, HeapError::Exhausted { requested, align, largest_free, live });
         for (begin, end) in gaps {
             let start = u128::from(begin).next_multiple_of(u128::from(align));
             let fits = start + u128::from(requested) <= u128::from(end);
-            assert!(
-                !fits,
-                "{requested} bytes aligned to {align} would have fitted {begin}..{end}"
-            );
+            assert!(!fits, "{requested} bytes aligned to {align} would have fitted {begin}..{end}");
         }
         self.refusals += 1;
     }
@@ -158,18 +137,10 @@ impl Model {
         assert_eq!(report.largest_free, lens().max().unwrap_or(0));
         assert_eq!(report.live_blocks, self.blocks.len() as u64);
         assert_eq!(report.peak_live_bytes, self.peak_live_bytes);
-        assert_eq!(
-            report.bins.iter().map(|bin| bin.bytes).sum::<u64>(),
-            report.free_bytes
-        );
+        assert_eq!(report.bins.iter().map(|bin| bin.bytes).sum::<u64>(), report.free_bytes);
         for (index, bin) in report.bins.iter().enumerate() {
-            let next = report
-                .bins
-                .get(index + 1)
-                .map_or(u64::MAX, |next| next.shortest);
-            let inside = lens()
-                .filter(|len| (bin.shortest..next).contains(len))
-                .count();
+            let next = report.bins.get(index + 1).map_or(u64::MAX, |next| next.shortest);
+            let inside = lens().filter(|len| (bin.shortest..next).contains(len)).count();
             assert_eq!(bin.extents, inside as u64, "bin of {} bytes", bin.shortest);
         }
     }
@@ -180,10 +151,7 @@ impl Model {
         }
         self.check();
         let report = self.heap.storage_report();
-        assert_eq!(
-            (report.free_extents, report.largest_free),
-            (1, self.heap.capacity())
-        );
+        assert_eq!((report.free_extents, report.largest_free), (1, self.heap.capacity()));
         assert_eq!((report.live_bytes, report.live_blocks), (0, 0));
         assert_eq!(report.fragmentation(), 0.0);
     }
@@ -196,8 +164,7 @@ fn len_of(len_log2: u32, random: u64) -> u64 {
 
 fn op(len_log2: u32) -> impl Strategy<Value = Op> {
     let len = (0..=len_log2, any::<u64>()).prop_map(|(log2, random)| len_of(log2, random));
-    let align =
-        prop_oneof![4 => 0u32..=12, 2 => 13u32..=21, 1 => 22u32..=63].prop_map(|log2| 1u64 << log2);
+    let align = prop_oneof![4 => 0u32..=12, 2 => 13u32..=21, 1 => 22u32..=63].prop_map(|log2| 1u64 << log2);
     let pick = 0..usize::MAX;
     prop_oneof![
         10 => (len, align).prop_map(|(len, align)| Op::Alloc { len, align }),
@@ -262,10 +229,7 @@ fn a_million_operations_on_a_full_heap_agree_with_the_model() {
         let (kind, size) = (splitmix(&mut random) % 20, splitmix(&mut random));
         let pick = splitmix(&mut random) as usize;
         let op = match kind {
-            0..=9 => Op::Alloc {
-                len: len_of(6 + (size >> 60) as u32 % 12, size),
-                align: 1 << (pick % 14),
-            },
+            0..=9 => Op::Alloc { len: len_of(6 + (size >> 60) as u32 % 12, size), align: 1 << (pick % 14) },
             10..=18 => Op::Free { pick },
             _ => Op::FreeStale { pick },
         };
@@ -275,10 +239,7 @@ fn a_million_operations_on_a_full_heap_agree_with_the_model() {
         }
     }
     let blocks = model.live.len();
-    println!(
-        "{} refusals, {blocks} blocks live at the end, {:?}",
-        model.refusals, model.heap
-    );
+    println!("{} refusals, {blocks} blocks live at the end, {:?}", model.refusals, model.heap);
     assert!(model.refusals > 1000, "the heap was never full");
     model.free_all(|num_live| splitmix(&mut random) as usize % num_live);
 }
@@ -292,11 +253,7 @@ fn freeing_the_first_of_two_never_exposes_the_second() {
     model.alloc(4096, 1);
     model.free(0);
     model.alloc(8192, 1);
-    let offsets: Vec<u64> = model
-        .live
-        .iter()
-        .map(|block| block.offset().get())
-        .collect();
+    let offsets: Vec<u64> = model.live.iter().map(|block| block.offset().get()).collect();
     assert_eq!(offsets, [4096, 8192]);
     model.check();
     model.free_all(|_| 0);

@@ -39,47 +39,28 @@ impl QpBlocks {
 
 fn assert_disjoint(slots: &[QpBlocks]) {
     let blocks = slots.iter().flat_map(QpBlocks::blocks);
-    let mut ranges: Vec<_> = blocks
-        .map(|block| (block.offset().get(), block.len()))
-        .collect();
+    let mut ranges: Vec<_> = blocks.map(|block| (block.offset().get(), block.len())).collect();
     ranges.sort_unstable();
     for pair in ranges.windows(2) {
-        assert!(
-            pair[0].0 + pair[0].1 <= pair[1].0,
-            "{:?} overlaps {:?}",
-            pair[0],
-            pair[1]
-        );
+        assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{:?} overlaps {:?}", pair[0], pair[1]);
     }
 }
 
 fn carve_all(heap: &SharedHeap, num_slots: usize, depth: u64) -> Vec<QpBlocks> {
-    (0..num_slots)
-        .map(|_| QpBlocks::carve(heap, depth).expect("the heap holds all slots"))
-        .collect()
+    (0..num_slots).map(|_| QpBlocks::carve(heap, depth).expect("the heap holds all slots")).collect()
 }
 
 #[test]
 fn recreate_64_queue_pairs_at_twice_the_depth_with_others_live() {
     let heap = SharedHeap::new(16 << 20).expect("a valid capacity");
     let mut slots = carve_all(&heap, 128, 256);
-    let healthy: Vec<_> = slots
-        .iter()
-        .skip(1)
-        .step_by(2)
-        .map(|qp| qp.send_queue.offset())
-        .collect();
+    let healthy: Vec<_> = slots.iter().skip(1).step_by(2).map(|qp| qp.send_queue.offset()).collect();
     for slot in slots.iter_mut().step_by(2) {
         *slot = QpBlocks::carve(&heap, 512).expect("twice the depth fits");
         heap.assert_consistent();
     }
     assert_disjoint(&slots);
-    let untouched: Vec<_> = slots
-        .iter()
-        .skip(1)
-        .step_by(2)
-        .map(|qp| qp.send_queue.offset())
-        .collect();
+    let untouched: Vec<_> = slots.iter().skip(1).step_by(2).map(|qp| qp.send_queue.offset()).collect();
     assert_eq!(healthy, untouched);
     let live: u64 = slots.iter().map(QpBlocks::bytes).sum();
     assert_eq!(heap.storage_report().live_bytes, live);
@@ -96,8 +77,7 @@ fn ten_thousand_recreations_leak_nothing_and_stay_below_a_bounded_high_water() {
     let mut slots = carve_all(&heap, NUM_SLOTS, DEPTH);
     for turn in 0..10_000u64 {
         // A hash picks the slot, so that no two rounds meet the same neighbours.
-        let hash = turn.wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            ^ turn.wrapping_mul(0xd6e8_feb8_6659_fd93) >> 7;
+        let hash = turn.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ turn.wrapping_mul(0xd6e8_feb8_6659_fd93) >> 7;
         let slot = (hash >> 40) as usize % NUM_SLOTS;
         let depth = [DEPTH, 2 * DEPTH, DEPTH / 2][turn as usize % 3];
         slots[slot] = QpBlocks::carve(&heap, depth).expect("the heap never fills");
@@ -111,16 +91,10 @@ fn ten_thousand_recreations_leak_nothing_and_stay_below_a_bounded_high_water() {
     let report = heap.storage_report();
     println!("{report:#?}");
     // Measured: 1.07 of the peak.
-    assert!(
-        report.high_water <= report.peak_live_bytes * 5 / 4,
-        "fragmentation eats the heap"
-    );
+    assert!(report.high_water <= report.peak_live_bytes * 5 / 4, "fragmentation eats the heap");
     drop(slots);
     let report = heap.storage_report();
-    assert_eq!(
-        (report.live_bytes, report.free_extents, report.largest_free),
-        (0, 1, 1 << 30)
-    );
+    assert_eq!((report.live_bytes, report.free_extents, report.largest_free), (0, 1, 1 << 30));
 }
 
 #[test]
@@ -132,21 +106,9 @@ fn a_recreation_that_fails_half_way_leaves_the_heap_as_it_was() {
     let filler = heap.alloc(PAGE - 3 * LINE, LINE).expect("the filler fits");
     let before = heap.storage_report();
     let refused = QpBlocks::carve(&heap, 256).err();
-    assert!(
-        matches!(
-            refused,
-            Some(HeapError::Exhausted {
-                requested: LINE,
-                ..
-            })
-        ),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Some(HeapError::Exhausted { requested: LINE, .. })), "{refused:?}");
     let after = heap.storage_report();
-    assert_eq!(
-        (after.live_bytes, after.bins),
-        (before.live_bytes, before.bins)
-    );
+    assert_eq!((after.live_bytes, after.bins), (before.live_bytes, before.bins));
     heap.assert_consistent();
     drop(filler);
     let retry = QpBlocks::carve(&heap, 256).expect("a retry works once there is room");

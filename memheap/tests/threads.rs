@@ -41,10 +41,7 @@ fn threads_never_hold_the_same_byte_and_leave_one_extent() {
     heap.assert_consistent();
     assert!(claims.iter().all(|held| !held.load(Ordering::Relaxed)));
     assert_eq!(heap.storage_report().largest_free, CAPACITY);
-    assert!(
-        heap.storage_report().peak_live_bytes > CAPACITY / 2,
-        "the threads hardly met"
-    );
+    assert!(heap.storage_report().peak_live_bytes > CAPACITY / 2, "the threads hardly met");
 }
 
 #[test]
@@ -61,10 +58,5 @@ fn raw_blocks_stay_live_until_they_are_freed_once() {
     let raw = heap.alloc_raw(64, 64).expect("an empty heap");
     assert_eq!(heap.storage_report().live_blocks, 1);
     assert_eq!(heap.free_raw(raw), Ok(()));
-    assert_eq!(
-        heap.free_raw(raw),
-        Err(HeapError::DoubleFree {
-            offset: raw.offset()
-        })
-    );
+    assert_eq!(heap.free_raw(raw), Err(HeapError::DoubleFree { offset: raw.offset() }));
 }

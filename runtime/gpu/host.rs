@@ -23,8 +23,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::pool::Pool;
 use super::{
-    ARGS_LEN_MAX, CaptureError, DeviceMemory, Event, Gpu, GpuError, GpuField, GpuId, Graph, Launch,
-    Stream, WARPS_PER_BLOCK_MAX,
+    ARGS_LEN_MAX, CaptureError, DeviceMemory, Event, Gpu, GpuError, GpuField, GpuId, Graph, Launch, Stream,
+    WARPS_PER_BLOCK_MAX,
 };
 use capture::{CapturedMark, Plan};
 use executor::{Drive, Executor, PoolExecutor};
@@ -112,9 +112,7 @@ impl HostGpu {
             allocations: Allocations::default(),
             stuck: AtomicBool::new(false),
         };
-        Self {
-            device: Arc::new(device),
-        }
+        Self { device: Arc::new(device) }
     }
 
     fn stream_idx(&self, stream: &Stream) -> Result<StreamIdx, GpuError> {
@@ -135,45 +133,18 @@ impl HostGpu {
     }
 
     fn freeze(&self, launch: &Launch<'_>) -> Result<FrozenLaunch, GpuError> {
-        let Launch {
-            kernel,
-            args,
-            blocks,
-            warps_per_block,
-        } = *launch;
+        let Launch { kernel, args, blocks, warps_per_block } = *launch;
         check(GpuField::ArgsLen, args.len() as u64, ARGS_LEN_MAX as u64)?;
-        check(
-            GpuField::WarpsPerBlock,
-            warps_per_block.into(),
-            WARPS_PER_BLOCK_MAX.into(),
-        )?;
-        check(
-            GpuField::Blocks,
-            blocks.into(),
-            self.max_coresident_blocks(warps_per_block).into(),
-        )?;
-        let frozen = FrozenLaunch {
-            kernel,
-            args: args.into(),
-            blocks,
-            warps_per_block,
-        };
+        check(GpuField::WarpsPerBlock, warps_per_block.into(), WARPS_PER_BLOCK_MAX.into())?;
+        check(GpuField::Blocks, blocks.into(), self.max_coresident_blocks(warps_per_block).into())?;
+        let frozen = FrozenLaunch { kernel, args: args.into(), blocks, warps_per_block };
         self.device.executor.check(&frozen)?;
         Ok(frozen)
     }
 }
 
 fn check(field: GpuField, value: u64, max: u64) -> Result<(), GpuError> {
-    if (1..=max).contains(&value) {
-        Ok(())
-    } else {
-        Err(GpuError::OutOfRange {
-            field,
-            value,
-            min: 1,
-            max,
-        })
-    }
+    if (1..=max).contains(&value) { Ok(()) } else { Err(GpuError::OutOfRange { field, value, min: 1, max }) }
 }
 
 impl Gpu for HostGpu {
@@ -181,10 +152,7 @@ impl Gpu for HostGpu {
         let mapping = Mapping::new(len, align)?;
         let addr = mapping.addr();
         self.device.allocations.insert(&mapping, len);
-        let block = HostBlock {
-            device: Arc::clone(&self.device),
-            mapping: Some(mapping),
-        };
+        let block = HostBlock { device: Arc::clone(&self.device), mapping: Some(mapping) };
         Ok(DeviceMemory::new(addr, len, Box::new(block)))
     }
 
@@ -223,22 +191,11 @@ impl Gpu for HostGpu {
 
     fn stream(&self) -> Stream {
         let stream = self.device.queues.lock().open();
-        Stream::new(
-            self.device.id,
-            Arc::new(HostStream {
-                device: Arc::clone(&self.device),
-                stream,
-            }),
-        )
+        Stream::new(self.device.id, Arc::new(HostStream { device: Arc::clone(&self.device), stream }))
     }
 
     fn event(&self) -> Event {
-        Event::new(
-            self.device.id,
-            Arc::new(HostEvent {
-                mark: Mutex::new(Mark::Never),
-            }),
-        )
+        Event::new(self.device.id, Arc::new(HostEvent { mark: Mutex::new(Mark::Never) }))
     }
 
     fn record(&self, event: &Event, stream: &Stream) -> Result<(), GpuError> {
@@ -259,9 +216,7 @@ impl Gpu for HostGpu {
         self.device.change(|queues, now_ns| match mark {
             Mark::Never => Ok(()),
             Mark::Captured(mark) => Ok(queues.captures.wait(idx, &mark)?),
-            Mark::Queued(_) if queues.captures.is_capturing(idx) => {
-                Err(CaptureError::ForeignEvent.into())
-            }
+            Mark::Queued(_) if queues.captures.is_capturing(idx) => Err(CaptureError::ForeignEvent.into()),
             Mark::Queued(marker) => queues.push_wait(idx, marker, now_ns),
         })
     }
@@ -277,15 +232,11 @@ impl Gpu for HostGpu {
         Ok(end.saturating_sub(start))
     }
 
-    #[expect(
-        unsafe_code,
-        reason = "the trait's contract about addresses in the arguments"
-    )]
+    #[expect(unsafe_code, reason = "the trait's contract about addresses in the arguments")]
     unsafe fn launch(&self, stream: &Stream, launch: &Launch<'_>) -> Result<(), GpuError> {
         let idx = self.stream_idx(stream)?;
         let frozen = self.freeze(launch)?;
-        self.device
-            .change(|queues, now_ns| queues.push_launch(idx, frozen, now_ns))
+        self.device.change(|queues, now_ns| queues.push_launch(idx, frozen, now_ns))
     }
 
     fn begin_capture(&self, stream: &Stream) -> Result<(), GpuError> {
@@ -296,12 +247,7 @@ impl Gpu for HostGpu {
     fn end_capture(&self, stream: &Stream) -> Result<Graph, GpuError> {
         let idx = self.stream_idx(stream)?;
         let plan = self.device.queues.lock().captures.end(idx)?;
-        Ok(Graph::new(
-            self.device.id,
-            Arc::new(HostGraph {
-                plan: Arc::new(plan),
-            }),
-        ))
+        Ok(Graph::new(self.device.id, Arc::new(HostGraph { plan: Arc::new(plan) })))
     }
 
     fn is_capturing(&self, stream: &Stream) -> Result<bool, GpuError> {
@@ -326,17 +272,11 @@ impl Gpu for HostGpu {
             return Err(CaptureError::NotWhileCapturing.into());
         }
         self.device.wait_until(|queues| queues.is_idle(idx))?;
-        self.device
-            .queues
-            .lock()
-            .take_error(idx)
-            .map_or(Ok(()), Err)
+        self.device.queues.lock().take_error(idx).map_or(Ok(()), Err)
     }
 
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32 {
-        CORESIDENT_WARPS_MAX
-            .checked_div(warps_per_block)
-            .unwrap_or(0)
+        CORESIDENT_WARPS_MAX.checked_div(warps_per_block).unwrap_or(0)
     }
 
     fn captured_args(&self, graph: &Graph) -> Result<Vec<Vec<u8>>, GpuError> {
@@ -406,11 +346,7 @@ impl Device {
     /// Holding the lock proves it: work that names the memory was queued before the memory was dropped, and
     /// nothing is queued now.
     fn take_unused(&self, queues: &Queues) -> Vec<Mapping> {
-        if queues.all_idle() {
-            self.allocations.take_retired()
-        } else {
-            Vec::new()
-        }
+        if queues.all_idle() { self.allocations.take_retired() } else { Vec::new() }
     }
 
     fn wait_until(&self, reached: impl Fn(&Queues) -> bool) -> Result<(), GpuError> {
@@ -418,8 +354,7 @@ impl Device {
         self.stuck.store(driven.is_err(), Ordering::Relaxed);
         if driven? == Drive::Elsewhere {
             let mut queues = self.queues.lock();
-            self.finished
-                .wait_while(&mut queues, |queues| !reached(queues));
+            self.finished.wait_while(&mut queues, |queues| !reached(queues));
         }
         Ok(())
     }
@@ -434,13 +369,10 @@ impl Device {
         {
             return;
         }
-        let driven = self
-            .executor
-            .drive(&mut || self.queues.lock().num_running() == 0);
+        let driven = self.executor.drive(&mut || self.queues.lock().num_running() == 0);
         if driven == Ok(Drive::Elsewhere) {
             let mut queues = self.queues.lock();
-            self.finished
-                .wait_while_for(&mut queues, |queues| queues.num_running() > 0, DROP_WAIT);
+            self.finished.wait_while_for(&mut queues, |queues| queues.num_running() > 0, DROP_WAIT);
         }
     }
 }

@@ -177,10 +177,7 @@ pub trait Gpu: Send + Sync {
     /// stay valid for what that kernel does with it, until the launch has finished (for a captured
     /// launch: until the last replay of its graph has). Dropping a [`DeviceMemory`] of the same GPU
     /// is safe at any time for launches that were queued before.
-    #[expect(
-        unsafe_code,
-        reason = "arguments carry addresses that only the caller can vouch for"
-    )]
+    #[expect(unsafe_code, reason = "arguments carry addresses that only the caller can vouch for")]
     unsafe fn launch(&self, stream: &Stream, launch: &Launch<'_>) -> Result<(), GpuError>;
 
     /// Starts recording `stream` instead of running it.
@@ -253,11 +250,7 @@ pub struct DeviceMemory {
 impl DeviceMemory {
     /// For implementers of [`Gpu`]: `owner` gives `len` bytes at `addr` back when it is dropped.
     pub fn new(addr: u64, len: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
-        Self {
-            addr,
-            len,
-            _owner: owner,
-        }
+        Self { addr, len, _owner: owner }
     }
 
     /// Address of the first byte, as kernels see it.

@@ -10,10 +10,7 @@
 //! - Every accepted launch's `done` is called once, or dropped uncalled when the pool goes before the
 //!   kernel ends.
 //! - [`Progress`] and `done` run on a worker's own stack, never on a fiber's.
-#![expect(
-    unsafe_code,
-    reason = "the FFI island of the host SIMT runtime: kernels are C++"
-)]
+#![expect(unsafe_code, reason = "the FFI island of the host SIMT runtime: kernels are C++")]
 
 use core::ffi::{CStr, c_char, c_void};
 use core::fmt;
@@ -87,22 +84,12 @@ pub struct PoolConfig {
 impl PoolConfig {
     /// Worker threads in real time.
     pub fn real_time(workers: u32) -> Self {
-        Self {
-            mode: PoolMode::RealTime { workers },
-            progress: None,
-            stuck_after: None,
-            steps_max: None,
-        }
+        Self { mode: PoolMode::RealTime { workers }, progress: None, stuck_after: None, steps_max: None }
     }
 
     /// One seeded schedule in virtual time.
     pub fn simulation(seed: u64) -> Self {
-        Self {
-            mode: PoolMode::Simulation { seed },
-            progress: None,
-            stuck_after: None,
-            steps_max: None,
-        }
+        Self { mode: PoolMode::Simulation { seed }, progress: None, stuck_after: None, steps_max: None }
     }
 
     /// The same with something to step.
@@ -258,9 +245,7 @@ impl Pool {
         };
         check_range("workers", workers.into(), 1, WORKERS_MAX.into())?;
         let progress = config.progress.clone().map(Box::new);
-        let context = progress
-            .as_deref()
-            .map_or(core::ptr::null(), core::ptr::from_ref);
+        let context = progress.as_deref().map_or(core::ptr::null(), core::ptr::from_ref);
         let raw_config = ffi::PoolConfig {
             num_workers: workers,
             mode,
@@ -277,13 +262,8 @@ impl Pool {
         if raw.0.is_null() {
             return Err(PoolError::NoMemory);
         }
-        let mut pool = Self {
-            raw,
-            threads: Vec::new(),
-            config,
-            simulating: Mutex::new(()),
-            _progress: progress,
-        };
+        let mut pool =
+            Self { raw, threads: Vec::new(), config, simulating: Mutex::new(()), _progress: progress };
         if mode == ffi::MODE_REAL_TIME {
             for worker in 0..workers {
                 pool.threads.push(spawn_worker(raw, worker)?);
@@ -339,10 +319,7 @@ impl Pool {
     /// # Errors
     /// `Stuck` and `Livelock` when it can never hold, `NotSimulation`, `AlreadyRunning`.
     pub fn simulate(&self, until: &mut dyn FnMut() -> bool) -> Result<(), PoolError> {
-        let _running = self
-            .simulating
-            .try_lock()
-            .ok_or(PoolError::AlreadyRunning)?;
+        let _running = self.simulating.try_lock().ok_or(PoolError::AlreadyRunning)?;
         let mut until = until;
         let context: *mut &mut dyn FnMut() -> bool = &mut until;
         // SAFETY: the pool is alive, one simulation runs at a time, and `context` is valid for the call.
@@ -384,10 +361,7 @@ impl Pool {
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool")
-            .field("config", &self.config)
-            .field("stats", &self.stats())
-            .finish()
+        f.debug_struct("Pool").field("config", &self.config).field("stats", &self.stats()).finish()
     }
 }
 
@@ -423,16 +397,7 @@ pub fn kernel_args_len(id: u32) -> Option<usize> {
 }
 
 fn check_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), PoolError> {
-    if (min..=max).contains(&value) {
-        Ok(())
-    } else {
-        Err(PoolError::OutOfRange {
-            field,
-            value,
-            min,
-            max,
-        })
-    }
+    if (min..=max).contains(&value) { Ok(()) } else { Err(PoolError::OutOfRange { field, value, min, max }) }
 }
 
 /// Refuses what [`Pool::launch`] would refuse whatever else runs.
@@ -440,22 +405,13 @@ pub(super) fn check_launch(launch: &PoolLaunch<'_>) -> Result<(), PoolError> {
     let id = launch.kernel;
     let expected = kernel_args_len(id).ok_or(PoolError::UnknownKernel { id })?;
     if launch.args.len() != expected {
-        return Err(PoolError::ArgsLen {
-            id,
-            given: launch.args.len(),
-            expected,
-        });
+        return Err(PoolError::ArgsLen { id, given: launch.args.len(), expected });
     }
     // SAFETY: any id is valid.
     let warps_max = unsafe { ffi::ibex_kernel_threads_max(id) } / 32;
     check_range("blocks", launch.blocks.into(), 1, FIBERS_MAX.into())?;
     let warps_max = warps_max.min(WARPS_PER_BLOCK_MAX);
-    check_range(
-        "warps_per_block",
-        launch.warps_per_block.into(),
-        1,
-        warps_max.into(),
-    )
+    check_range("warps_per_block", launch.warps_per_block.into(), 1, warps_max.into())
 }
 
 fn spawn_worker(raw: RawPool, worker: u32) -> Result<JoinHandle<()>, PoolError> {
@@ -467,9 +423,7 @@ fn spawn_worker(raw: RawPool, worker: u32) -> Result<JoinHandle<()>, PoolError> 
     std::thread::Builder::new()
         .name(format!("ibex-worker-{worker}"))
         .spawn(body)
-        .map_err(|e| PoolError::Spawn {
-            code: e.raw_os_error().unwrap_or(0),
-        })
+        .map_err(|e| PoolError::Spawn { code: e.raw_os_error().unwrap_or(0) })
 }
 
 /// A panic in a callback cannot unwind through fibers and C++; leaving an `extern "C"` function it aborts.
@@ -478,9 +432,7 @@ extern "C" fn call_progress(ctx: *mut c_void, worker: u32, now_ns: u64, random: 
     let progress = unsafe { &*ctx.cast::<Arc<dyn Progress>>() };
     match progress.progress(worker, now_ns, random) {
         Progressed::Worked => ffi::PROGRESS_WORKED,
-        Progressed::Idle { next_deadline_ns } => {
-            next_deadline_ns.unwrap_or(ffi::PROGRESS_IDLE).max(1)
-        }
+        Progressed::Idle { next_deadline_ns } => next_deadline_ns.unwrap_or(ffi::PROGRESS_IDLE).max(1),
     }
 }
 
@@ -500,7 +452,5 @@ extern "C" fn call_until(ctx: *mut c_void) -> bool {
 
 fn saturating_ns(duration: Duration) -> u64 {
     // 0 means "default" to the C side.
-    u64::try_from(duration.as_nanos())
-        .unwrap_or(u64::MAX)
-        .max(1)
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX).max(1)
 }

@@ -99,7 +99,11 @@ pub(crate) struct LaneOrder {
 impl LaneOrder {
     pub(crate) fn new(ring: u32) -> Self {
         let slots = || vec![None; ring as usize];
-        Self { rings: [RingOrder::new(ring), RingOrder::new(ring)], last_send: None, received: [slots(), slots()] }
+        Self {
+            rings: [RingOrder::new(ring), RingOrder::new(ring)],
+            last_send: None,
+            received: [slots(), slots()],
+        }
     }
 
     pub(crate) fn ring(&self, op: usize) -> &RingOrder {
@@ -128,7 +132,12 @@ impl LaneOrder {
     }
 
     /// Notes a launched send half; returns its ordinal and its mark.
-    pub(crate) fn after_send(&mut self, gpu: &dyn Gpu, op: usize, stream: &Stream) -> Result<(u64, Mark), Error> {
+    pub(crate) fn after_send(
+        &mut self,
+        gpu: &dyn Gpu,
+        op: usize,
+        stream: &Stream,
+    ) -> Result<(u64, Mark), Error> {
         let mark = Mark::after(gpu, stream)?;
         self.last_send = Some(mark.clone());
         Ok((self.rings[op].launched_send(), mark))

@@ -55,27 +55,17 @@ pub(crate) fn build(flavor: Flavor) -> Result<PathBuf, String> {
     let object = rig.with_extension("runtime.o");
     let compiler = |sanitized: bool| {
         let mut command = compiler(flavor, sanitized);
-        command
-            .arg("-I")
-            .arg(&kernels)
-            .arg("-I")
-            .arg(kernels.join("include"));
+        command.arg("-I").arg(&kernels).arg("-I").arg(kernels.join("include"));
         command
     };
     // One relocatable object of the runtime, which the sanitizer must not see.
     let unit = rig.with_extension("runtime.cpp");
-    let includes = runtime
-        .iter()
-        .map(|path| format!("#include \"{}\"\n", path.display()));
+    let includes = runtime.iter().map(|path| format!("#include \"{}\"\n", path.display()));
     fs::write(&unit, includes.collect::<String>()).unwrap();
     run(compiler(false).arg("-c").arg(&unit).arg("-o").arg(&object));
     let mut link = compiler(true);
     link.args(cases).args(["-x", "c++"]).args(sources);
-    run(link
-        .args(["-x", "none"])
-        .arg(&object)
-        .args(["-lpthread", "-ldl", "-o"])
-        .arg(&rig));
+    run(link.args(["-x", "none"]).arg(&object).args(["-lpthread", "-ldl", "-o"]).arg(&rig));
     Ok(rig)
 }
 
@@ -104,11 +94,7 @@ fn compiler(flavor: Flavor, sanitized: bool) -> Command {
 /// Compiles, links and runs an empty program: is everything installed that the rig needs?
 fn check_compiler(flavor: Flavor) -> Result<(), String> {
     let probe = Path::new(env!("CARGO_TARGET_TMPDIR")).join("rig-probe");
-    let probe = probe.with_extension(if matches!(flavor, Flavor::Plain) {
-        "lane"
-    } else {
-        "tsan"
-    });
+    let probe = probe.with_extension(if matches!(flavor, Flavor::Plain) { "lane" } else { "tsan" });
     let source = probe.with_extension("cpp");
     fs::write(&source, "int main() { return 0; }\n").unwrap();
     let mut command = compiler(flavor, true);
@@ -117,35 +103,23 @@ fn check_compiler(flavor: Flavor) -> Result<(), String> {
     match command.output() {
         Err(error) => return Err(format!("{tool}: {error}")),
         Ok(output) if !output.status.success() => {
-            return Err(format!(
-                "{tool}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            ));
+            return Err(format!("{tool}: {}", String::from_utf8_lossy(&output.stderr)));
         }
         Ok(_) => {}
     }
     match Command::new(&probe).status() {
         Ok(status) if status.success() => Ok(()),
-        other => Err(format!(
-            "{tool}: an empty program does not run here: {other:?}"
-        )),
+        other => Err(format!("{tool}: an empty program does not run here: {other:?}")),
     }
 }
 
 fn run(command: &mut Command) {
     let output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command:?}\n{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
+    let mut found: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     found.retain(|path| path.extension() == Some(OsStr::new(extension)));
     found.sort();
     found
@@ -157,15 +131,7 @@ fn modified(path: &Path) -> Option<SystemTime> {
 
 /// When anything below `dir` was last changed.
 fn newest(dir: &Path) -> SystemTime {
-    let entries = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    let times = entries.map(|path| {
-        if path.is_dir() {
-            newest(&path)
-        } else {
-            modified(&path).unwrap()
-        }
-    });
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let times = entries.map(|path| if path.is_dir() { newest(&path) } else { modified(&path).unwrap() });
     times.max().unwrap_or(SystemTime::UNIX_EPOCH)
 }

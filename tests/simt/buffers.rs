@@ -84,14 +84,9 @@ impl Finished {
 
     pub(crate) fn wait_for(&self, wanted: u32) {
         let guard = self.count.lock().unwrap();
-        let (_guard, timeout) = self
-            .changed
-            .wait_timeout_while(guard, Duration::from_secs(60), |count| *count < wanted)
-            .unwrap();
-        assert!(
-            !timeout.timed_out(),
-            "{wanted} launches did not finish in a minute"
-        );
+        let (_guard, timeout) =
+            self.changed.wait_timeout_while(guard, Duration::from_secs(60), |count| *count < wanted).unwrap();
+        assert!(!timeout.timed_out(), "{wanted} launches did not finish in a minute");
     }
 }
 
@@ -110,9 +105,7 @@ pub(crate) struct Selftest {
 impl Selftest {
     pub(crate) fn new(blocks: u32, warps_per_block: u32, n16: u32) -> Self {
         let warps = (blocks * warps_per_block) as usize;
-        let src = (0..warps as u32 * n16)
-            .map(|i| [i, !i, i * 3, scramble(i)])
-            .collect();
+        let src = (0..warps as u32 * n16).map(|i| [i, !i, i * 3, scramble(i)]).collect();
         Self {
             blocks,
             warps_per_block,
@@ -158,10 +151,7 @@ impl Selftest {
         let all = 0..warps;
         assert_eq!(self.counters[0], warps);
         assert_eq!(self.counters[1], all.clone().sum::<u32>());
-        assert_eq!(
-            self.counters[2],
-            all.clone().fold(0, |mask, w| mask | 1 << (w % 32))
-        );
+        assert_eq!(self.counters[2], all.clone().fold(0, |mask, w| mask | 1 << (w % 32)));
         assert_eq!(self.counters[3], all.map(scramble).max().unwrap());
         assert_eq!(self.counters[4], 3 * warps);
         assert_eq!(self.counters[5..7], [1, 1], "exactly one exchange saw zero");
@@ -173,69 +163,25 @@ impl Selftest {
     pub(crate) fn check_warp(&self, warp: u32) {
         let out = &self.results[warp as usize * WORDS..][..WORDS];
         let x: Vec<u32> = (0..32).map(|l| scramble(warp * 32 + l)).collect();
-        let wide: u64 = x
-            .iter()
-            .map(|v| u64::from(*v) << 16)
-            .fold(0, u64::wrapping_add);
-        let high = |lanes: &[u32]| {
-            lanes
-                .iter()
-                .map(|v| v % 1000)
-                .max()
-                .unwrap()
-                .wrapping_sub(500)
-        };
+        let wide: u64 = x.iter().map(|v| u64::from(*v) << 16).fold(0, u64::wrapping_add);
+        let high = |lanes: &[u32]| lanes.iter().map(|v| v % 1000).max().unwrap().wrapping_sub(500);
         let id = warp % self.warps_per_block;
         let partner = id ^ 1;
-        assert_eq!(
-            out[0],
-            (0..32)
-                .filter(|l| l % 3 == 0)
-                .fold(0, |mask, l| mask | 1 << l),
-            "ballot"
-        );
+        assert_eq!(out[0], (0..32).filter(|l| l % 3 == 0).fold(0, |mask, l| mask | 1 << l), "ballot");
         assert_eq!(out[1], x[7], "bcast");
-        assert_eq!(
-            out[2],
-            x.iter().fold(0u32, |a, b| a.wrapping_add(*b)),
-            "reduce_add"
-        );
-        assert_eq!(
-            out[3..5],
-            [*x.iter().max().unwrap(), *x.iter().min().unwrap()],
-            "reduce_max, reduce_min"
-        );
+        assert_eq!(out[2], x.iter().fold(0u32, |a, b| a.wrapping_add(*b)), "reduce_add");
+        assert_eq!(out[3..5], [*x.iter().max().unwrap(), *x.iter().min().unwrap()], "reduce_max, reduce_min");
         assert_eq!(out[5], 0xff, "reduce_or");
-        assert_eq!(
-            u64::from(out[6]) | u64::from(out[7]) << 32,
-            wide,
-            "reduce_add, 64 bits"
-        );
+        assert_eq!(u64::from(out[6]) | u64::from(out[7]) << 32, wide, "reduce_add, 64 bits");
         assert_eq!(out[8], x[31], "shuffle");
-        assert_eq!(
-            out[9..11],
-            [high(&x[..16]), high(&x[16..])],
-            "reduce_max<16>"
-        );
+        assert_eq!(out[9..11], [high(&x[..16]), high(&x[16..])], "reduce_max<16>");
         assert_eq!(out[11], warp + 41, "one_lane");
         assert_eq!(out[12], id << 16 | self.warps_per_block, "id, count");
-        assert_eq!(
-            out[13],
-            (warp / self.warps_per_block) << 16 | self.blocks,
-            "block_id, num_blocks"
-        );
+        assert_eq!(out[13], (warp / self.warps_per_block) << 16 | self.blocks, "block_id, num_blocks");
         assert_eq!(out[14], 0b0110, "any, all");
-        assert_eq!(
-            out[16],
-            (self.warps_per_block - 1 - id).pow(2),
-            "shared memory across sync_block"
-        );
+        assert_eq!(out[16], (self.warps_per_block - 1 - id).pow(2), "shared memory across sync_block");
         // Fifteen barriers besides sync_block's, so fifteen pairs.
-        let paired = if partner < self.warps_per_block && id < 30 {
-            100 + partner
-        } else {
-            POISON
-        };
+        let paired = if partner < self.warps_per_block && id < 30 { 100 + partner } else { POISON };
         assert_eq!(out[17], paired, "shared memory across sync_warps");
         assert_eq!(out[18], 32 * 33 / 2, "exclusive_add's total");
         assert_eq!(out[19], self.blocks * self.warps_per_block, "grid barrier");
@@ -245,17 +191,8 @@ impl Selftest {
         let first = (warp * self.n16) as usize;
         let copied = (self.n16 - self.n16 / 4) as usize;
         let n16 = self.n16 as usize;
-        assert_eq!(
-            self.dst[first..first + copied],
-            self.src[first..first + copied],
-            "copy16"
-        );
-        assert!(
-            self.dst[first + copied..first + n16]
-                .iter()
-                .all(|v| *v == [1, 2, 3, 4]),
-            "fill16"
-        );
+        assert_eq!(self.dst[first..first + copied], self.src[first..first + copied], "copy16");
+        assert!(self.dst[first + copied..first + n16].iter().all(|v| *v == [1, 2, 3, 4]), "fill16");
     }
 }
 
@@ -298,24 +235,16 @@ impl Pair {
                 device,
                 fenced: 0,
             };
-            let launch = PoolLaunch {
-                kernel: PAIR,
-                device,
-                blocks: 2,
-                warps_per_block: 2,
-                args: bytes_of(&args),
-            };
+            let launch =
+                PoolLaunch { kernel: PAIR, device, blocks: 2, warps_per_block: 2, args: bytes_of(&args) };
             // SAFETY: every test waits for both launches before it touches or drops the pair.
             unsafe { pool.launch(&launch, finished.one()) }.unwrap();
         }
     }
 
     pub(crate) fn check(&self) {
-        let words = |round: u64| -> u64 {
-            (0..u64::from(self.n16))
-                .map(|i| 4 * (round * 1000 + i) + 6)
-                .sum()
-        };
+        let words =
+            |round: u64| -> u64 { (0..u64::from(self.n16)).map(|i| 4 * (round * 1000 + i) + 6).sum() };
         let expected: u64 = (1..=u64::from(self.rounds)).map(words).sum();
         assert_eq!(self.sums, [expected; 2]);
     }
@@ -331,15 +260,11 @@ pub(crate) struct Timer {
 impl Progress for Timer {
     fn progress(&self, _worker: u32, now_ns: u64, _random: u64) -> Progressed {
         if self.fired_at_ns.load(Ordering::Relaxed) != 0 {
-            return Progressed::Idle {
-                next_deadline_ns: None,
-            };
+            return Progressed::Idle { next_deadline_ns: None };
         }
         let at_ns = self.at_ns.load(Ordering::Relaxed);
         if now_ns < at_ns {
-            return Progressed::Idle {
-                next_deadline_ns: Some(at_ns),
-            };
+            return Progressed::Idle { next_deadline_ns: Some(at_ns) };
         }
         self.fired_at_ns.store(now_ns, Ordering::Relaxed);
         self.flag.store(1, Ordering::Release);
@@ -360,13 +285,7 @@ pub(crate) fn wait_for_timer(pool: &Pool, timer: &Timer, finished: &Arc<Finished
         device: 1,
         fenced: 0,
     };
-    let launch = PoolLaunch {
-        kernel: PAIR,
-        device: 0,
-        blocks: 1,
-        warps_per_block: 4,
-        args: bytes_of(&args),
-    };
+    let launch = PoolLaunch { kernel: PAIR, device: 0, blocks: 1, warps_per_block: 4, args: bytes_of(&args) };
     // SAFETY: the pair is returned and lives as long as the caller's pool runs it.
     unsafe { pool.launch(&launch, finished.one()) }.unwrap();
     pair

@@ -10,14 +10,7 @@ use crate::rig;
 #[test]
 fn every_collective_gives_what_the_lanes_say() {
     let pool = Pool::new(PoolConfig::real_time(2)).unwrap();
-    for (blocks, warps, n16) in [
-        (1, 1, 0),
-        (1, 1, 1),
-        (1, 2, 31),
-        (2, 5, 33),
-        (3, 16, 448),
-        (4, 32, 130),
-    ] {
+    for (blocks, warps, n16) in [(1, 1, 0), (1, 1, 1), (1, 2, 31), (2, 5, 33), (3, 16, 448), (4, 32, 130)] {
         let finished = Arc::new(Finished::default());
         let mut run = Selftest::new(blocks, warps, n16);
         run.launch(&pool, 0, &finished);
@@ -39,10 +32,7 @@ fn parse_selftest(text: &str, run: &mut Selftest) {
             "wide" => run.wide = words.collect(),
             "dst" => {
                 let words: Vec<u32> = words.map(narrow).collect();
-                run.dst = words
-                    .chunks_exact(4)
-                    .map(|v| v.try_into().unwrap())
-                    .collect();
+                run.dst = words.chunks_exact(4).map(|v| v.try_into().unwrap()).collect();
             }
             other => panic!("unknown line {other}"),
         }
@@ -61,15 +51,9 @@ fn lane_fibers_give_what_warp_fibers_give() {
     for (blocks, warps, n16) in [(1, 1, 0), (2, 5, 33), (3, 16, 448)] {
         for seed in ["0", "1", "2"] {
             let (b, w, n) = (blocks.to_string(), warps.to_string(), n16.to_string());
-            let shape = [
-                "--blocks", &b, "--warps", &w, "--n16", &n, "--seed", seed, "--print",
-            ];
+            let shape = ["--blocks", &b, "--warps", &w, "--n16", &n, "--seed", seed, "--print"];
             let output = rig::run_case(&rig, &[&["selftest"][..], &shape[..]].concat());
-            assert!(
-                output.status.success(),
-                "{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             let mut run = Selftest::new(blocks, warps, n16);
             run.dst.clear();
             parse_selftest(&String::from_utf8_lossy(&output.stdout), &mut run);
@@ -77,10 +61,6 @@ fn lane_fibers_give_what_warp_fibers_give() {
         }
     }
     for case in ["pair", "fence-pair"] {
-        assert!(
-            rig::run_case(&rig, &[case, "--rounds", "50"])
-                .status
-                .success()
-        );
+        assert!(rig::run_case(&rig, &[case, "--rounds", "50"]).status.success());
     }
 }

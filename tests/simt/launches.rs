@@ -53,13 +53,8 @@ fn ten_thousand_launches_cost_microseconds_and_no_memory() {
     let pool = Arc::new(Pool::new(PoolConfig::real_time(1)).unwrap());
     let counter = AtomicU32::new(0);
     let args = EmptyArgs { counter: &counter };
-    let launch = PoolLaunch {
-        kernel: EMPTY,
-        device: 0,
-        blocks: 8,
-        warps_per_block: 4,
-        args: bytes_of(&args),
-    };
+    let launch =
+        PoolLaunch { kernel: EMPTY, device: 0, blocks: 8, warps_per_block: 4, args: bytes_of(&args) };
     let finished = Arc::new(Finished::default());
     let mut mapped = 0;
     let begin = Instant::now();
@@ -83,71 +78,24 @@ fn a_refused_launch_says_why() {
     let pool = Pool::new(PoolConfig::real_time(1)).unwrap();
     let counter = AtomicU32::new(0);
     let args = EmptyArgs { counter: &counter };
-    let good = PoolLaunch {
-        kernel: EMPTY,
-        device: 0,
-        blocks: 1,
-        warps_per_block: 1,
-        args: bytes_of(&args),
-    };
+    let good = PoolLaunch { kernel: EMPTY, device: 0, blocks: 1, warps_per_block: 1, args: bytes_of(&args) };
     let refusal = |launch: PoolLaunch<'_>| {
         let called = Arc::new(Finished::default());
         // SAFETY: `counter` outlives the pool, and nothing runs.
         let error = unsafe { pool.launch(&launch, called.one()) }.unwrap_err();
-        assert_eq!(
-            (called.count(), Arc::strong_count(&called)),
-            (0, 1),
-            "done is dropped uncalled"
-        );
+        assert_eq!((called.count(), Arc::strong_count(&called)), (0, 1), "done is dropped uncalled");
         error
     };
-    assert_eq!(
-        refusal(PoolLaunch { kernel: 77, ..good }),
-        PoolError::UnknownKernel { id: 77 }
-    );
-    let short = PoolError::ArgsLen {
-        id: EMPTY,
-        given: 7,
-        expected: 8,
-    };
-    assert_eq!(
-        refusal(PoolLaunch {
-            args: &good.args[..7],
-            ..good
-        }),
-        short
-    );
-    let field = |field, value, max| PoolError::OutOfRange {
-        field,
-        value,
-        min: 1,
-        max,
-    };
-    assert_eq!(
-        refusal(PoolLaunch { blocks: 0, ..good }),
-        field("blocks", 0, 16384)
-    );
-    assert_eq!(
-        refusal(PoolLaunch {
-            warps_per_block: 33,
-            ..good
-        }),
-        field("warps_per_block", 33, 32)
-    );
-    let many = refusal(PoolLaunch {
-        blocks: 513,
-        warps_per_block: 32,
-        ..good
-    });
+    assert_eq!(refusal(PoolLaunch { kernel: 77, ..good }), PoolError::UnknownKernel { id: 77 });
+    let short = PoolError::ArgsLen { id: EMPTY, given: 7, expected: 8 };
+    assert_eq!(refusal(PoolLaunch { args: &good.args[..7], ..good }), short);
+    let field = |field, value, max| PoolError::OutOfRange { field, value, min: 1, max };
+    assert_eq!(refusal(PoolLaunch { blocks: 0, ..good }), field("blocks", 0, 16384));
+    assert_eq!(refusal(PoolLaunch { warps_per_block: 33, ..good }), field("warps_per_block", 33, 32));
+    let many = refusal(PoolLaunch { blocks: 513, warps_per_block: 32, ..good });
     assert_eq!(many, PoolError::TooManyFibers { fibers: 513 * 32 });
-    assert_eq!(
-        Pool::new(PoolConfig::real_time(0)).unwrap_err(),
-        field("workers", 0, 256)
-    );
-    assert_eq!(
-        pool.simulate(&mut || true).unwrap_err(),
-        PoolError::NotSimulation
-    );
+    assert_eq!(Pool::new(PoolConfig::real_time(0)).unwrap_err(), field("workers", 0, 256));
+    assert_eq!(pool.simulate(&mut || true).unwrap_err(), PoolError::NotSimulation);
     assert_eq!(counter.load(Ordering::Relaxed), 0);
 }
 
@@ -167,13 +115,7 @@ fn a_dropped_pool_abandons_what_waits_for_ever() {
         device: 1,
         fenced: 0,
     };
-    let launch = PoolLaunch {
-        kernel: PAIR,
-        device: 0,
-        blocks: 1,
-        warps_per_block: 1,
-        args: bytes_of(&args),
-    };
+    let launch = PoolLaunch { kernel: PAIR, device: 0, blocks: 1, warps_per_block: 1, args: bytes_of(&args) };
     // SAFETY: `pair` outlives the pool.
     unsafe { pool.launch(&launch, finished.one()) }.unwrap();
     while pool.stats().stalls == 0 {
@@ -184,11 +126,7 @@ fn a_dropped_pool_abandons_what_waits_for_ever() {
 }
 #[test]
 fn progress_runs_while_fibers_wait_in_real_time() {
-    let timer = Arc::new(Timer {
-        flag: 0.into(),
-        at_ns: u64::MAX.into(),
-        fired_at_ns: 0.into(),
-    });
+    let timer = Arc::new(Timer { flag: 0.into(), at_ns: u64::MAX.into(), fired_at_ns: 0.into() });
     let pool = Pool::new(PoolConfig::real_time(1).with_progress(timer.clone())).unwrap();
     let finished = Arc::new(Finished::default());
     let _pair = wait_for_timer(&pool, &timer, &finished);

@@ -40,11 +40,7 @@ fn virtual_time_stands_still_while_anything_moves() {
 
 #[test]
 fn virtual_time_reaches_a_device_deadline_exactly() {
-    let timer = Arc::new(Timer {
-        flag: 0.into(),
-        at_ns: 123_456_789.into(),
-        fired_at_ns: 0.into(),
-    });
+    let timer = Arc::new(Timer { flag: 0.into(), at_ns: 123_456_789.into(), fired_at_ns: 0.into() });
     let pool = Pool::new(PoolConfig::simulation(7).with_progress(timer.clone())).unwrap();
     let finished = Arc::new(Finished::default());
     let _pair = wait_for_timer(&pool, &timer, &finished);
@@ -56,23 +52,12 @@ fn virtual_time_reaches_a_device_deadline_exactly() {
 fn a_simulation_that_cannot_end_says_so() {
     let pool = Pool::new(PoolConfig::simulation(3)).unwrap();
     let finished = Arc::new(Finished::default());
-    let timer = Timer {
-        flag: 0.into(),
-        at_ns: 0.into(),
-        fired_at_ns: 0.into(),
-    };
+    let timer = Timer { flag: 0.into(), at_ns: 0.into(), fired_at_ns: 0.into() };
     let _pair = wait_for_timer(&pool, &timer, &finished);
-    assert_eq!(
-        pool.simulate(&mut || finished.count() == 1),
-        Err(PoolError::Stuck)
-    );
+    assert_eq!(pool.simulate(&mut || finished.count() == 1), Err(PoolError::Stuck));
     assert!(pool.now_ns() > 1_000_000_000_000);
     drop(pool);
-    assert_eq!(
-        Arc::strong_count(&finished),
-        1,
-        "done is dropped with the pool"
-    );
+    assert_eq!(Arc::strong_count(&finished), 1, "done is dropped with the pool");
 }
 
 /// Runs a hazard with four warps under one seed; returns how the simulation ended, the counter, and the
@@ -84,26 +69,13 @@ fn simulate_hazard(hazard: u32, rounds: u32, seed: u64) -> (Result<(), PoolError
     let pool = Pool::new(config).unwrap();
     let began = pool.now_ns();
     let finished = Arc::new(Finished::default());
-    let args = HazardArgs {
-        counter: &counter,
-        hazard,
-        rounds,
-    };
-    let launch = PoolLaunch {
-        kernel: HAZARD,
-        device: 0,
-        blocks: 1,
-        warps_per_block: 4,
-        args: bytes_of(&args),
-    };
+    let args = HazardArgs { counter: &counter, hazard, rounds };
+    let launch =
+        PoolLaunch { kernel: HAZARD, device: 0, blocks: 1, warps_per_block: 4, args: bytes_of(&args) };
     // SAFETY: `counter` outlives the pool.
     unsafe { pool.launch(&launch, finished.one()) }.unwrap();
     let ended = pool.simulate(&mut || finished.count() == 1);
-    (
-        ended,
-        counter.load(Ordering::Relaxed),
-        pool.now_ns() - began,
-    )
+    (ended, counter.load(Ordering::Relaxed), pool.now_ns() - began)
 }
 
 #[test]
@@ -123,18 +95,11 @@ fn memory_that_changes_for_ever_is_a_livelock() {
 /// same.
 #[test]
 fn schedules_differ_in_what_they_uncover() {
-    let counts: Vec<u32> = (0..64)
-        .map(|seed| simulate_hazard(LOST_UPDATE, 3, seed).1)
-        .collect();
-    let again: Vec<u32> = (0..64)
-        .map(|seed| simulate_hazard(LOST_UPDATE, 3, seed).1)
-        .collect();
+    let counts: Vec<u32> = (0..64).map(|seed| simulate_hazard(LOST_UPDATE, 3, seed).1).collect();
+    let again: Vec<u32> = (0..64).map(|seed| simulate_hazard(LOST_UPDATE, 3, seed).1).collect();
     assert_eq!(counts, again);
     let right = counts.iter().filter(|count| **count == 12).count();
     let distinct: std::collections::HashSet<&u32> = counts.iter().collect();
     println!("{right} of 64 schedules lose nothing; outcomes {distinct:?}");
-    assert!(
-        (4..60).contains(&right) && distinct.len() >= 4,
-        "{counts:?}"
-    );
+    assert!((4..60).contains(&right) && distinct.len() >= 4, "{counts:?}");
 }

@@ -41,11 +41,7 @@ const PURE: &[&str] = &[
     "runtime/membership",
 ];
 /// Rooms that parse what others wrote.
-const PARSERS: &[&str] = &[
-    "runtime/abi/src",
-    "runtime/roce/src",
-    "runtime/metadata/src",
-];
+const PARSERS: &[&str] = &["runtime/abi/src", "runtime/roce/src", "runtime/metadata/src"];
 /// Where clocks may be read: one file of the root package, and the thread that steps emulated devices.
 const CLOCKS: &[&str] = &["runtime/time.rs", "runtime/hca/src/emulated/thread.rs"];
 /// Where the command talks to people.
@@ -65,13 +61,7 @@ const PLAIN_LOADS: &str =
     "memory that is written while the kernel runs is not read through the non-coherent path";
 
 const fn ban(needle: &'static str, scope: Scope, instead: &'static str) -> Ban {
-    Ban {
-        needle,
-        scope,
-        only: &[],
-        except: &[],
-        instead,
-    }
+    Ban { needle, scope, only: &[], except: &[], instead }
 }
 
 impl Ban {
@@ -97,11 +87,7 @@ pub(crate) const BANS: &[Ban] = &[
     ban("env::var_os", Scope::ShippedRust, NO_ENV).except(&["build.rs", "runtime/config.rs"]),
     ban("getenv", Scope::ShippedRust, NO_ENV),
     ban("getenv", Scope::Kernels, NO_ENV),
-    ban(
-        ".unwrap(",
-        Scope::ShippedRust,
-        "return a typed error, or `expect` with the invariant that holds",
-    ),
+    ban(".unwrap(", Scope::ShippedRust, "return a typed error, or `expect` with the invariant that holds"),
     ban("todo!", Scope::Rust, NO_OPEN_POINT),
     ban("unimplemented!", Scope::Rust, NO_OPEN_POINT),
     ban("dbg!", Scope::Rust, NO_PRINT),
@@ -109,28 +95,11 @@ pub(crate) const BANS: &[Ban] = &[
     ban("print!", Scope::ShippedRust, NO_PRINT).except(COMMAND),
     ban("eprintln!", Scope::ShippedRust, NO_PRINT).except(COMMAND),
     ban("eprint!", Scope::ShippedRust, NO_PRINT).except(COMMAND),
-    ban(
-        "process::exit",
-        Scope::ShippedRust,
-        "return an error; main decides the exit code",
-    )
-    .except(COMMAND),
-    ban(
-        "process::abort",
-        Scope::ShippedRust,
-        "return an error; the process is not ours to end",
-    ),
-    ban(
-        "repr(packed)",
-        Scope::Rust,
-        "big-endian integer types have alignment 1; assert offsets instead",
-    ),
+    ban("process::exit", Scope::ShippedRust, "return an error; main decides the exit code").except(COMMAND),
+    ban("process::abort", Scope::ShippedRust, "return an error; the process is not ours to end"),
+    ban("repr(packed)", Scope::Rust, "big-endian integer types have alignment 1; assert offsets instead"),
     ban("static mut", Scope::Rust, "own the state, or use an atomic"),
-    ban(
-        "#[ignore]",
-        Scope::Rust,
-        "a skipped test says why: #[ignore = \"…\"], or prints its reason",
-    ),
+    ban("#[ignore]", Scope::Rust, "a skipped test says why: #[ignore = \"…\"], or prints its reason"),
     ban("anyhow", Scope::Rust, "errors are typed"),
     ban("panic!", Scope::ShippedRust, NO_PANIC).only(PARSERS),
     ban("unreachable!", Scope::ShippedRust, NO_PANIC).only(PARSERS),
@@ -176,15 +145,10 @@ impl Ban {
         if !self.covers(source) {
             return;
         }
-        let text = if self.scope == Scope::AnyText {
-            &source.text
-        } else {
-            &source.code
-        };
+        let text = if self.scope == Scope::AnyText { &source.text } else { &source.code };
         for at in find_words(text, self.needle) {
             let line = line_at(text, at);
-            let exempt =
-                self.scope == Scope::ShippedRust && source.in_test.get(line) == Some(&true);
+            let exempt = self.scope == Scope::ShippedRust && source.in_test.get(line) == Some(&true);
             if !exempt {
                 let what = format!("`{}`: {}", self.needle, self.instead);
                 findings.push(Finding::at(source, line, what));
@@ -220,28 +184,16 @@ mod tests {
             Scope::AnyText => return "README.md".into(),
             _ => ban.only.first().unwrap_or(&"runtime"),
         };
-        if dir.ends_with(".rs") {
-            (*dir).into()
-        } else {
-            format!("{dir}/sample.rs")
-        }
+        if dir.ends_with(".rs") { (*dir).into() } else { format!("{dir}/sample.rs") }
     }
 
     #[test]
     fn every_ban_fires_on_a_bad_sample_and_only_there() {
         for ban in BANS {
             let (path, needle) = (path_for(ban), ban.needle);
-            assert_eq!(
-                findings(&path, &format!("a {needle} b\n"), ban),
-                1,
-                "{needle} in {path}"
-            );
+            assert_eq!(findings(&path, &format!("a {needle} b\n"), ban), 1, "{needle} in {path}");
             for except in ban.except {
-                assert_eq!(
-                    findings(except, &format!("a {needle} b\n"), ban),
-                    0,
-                    "{needle} in {except}"
-                );
+                assert_eq!(findings(except, &format!("a {needle} b\n"), ban), 0, "{needle} in {except}");
             }
             if ban.scope == Scope::AnyText {
                 continue;

@@ -31,9 +31,7 @@ pub(crate) fn check_lock(source: &Source, findings: &mut Vec<Finding>) {
     for package in source.text.split("[[package]]") {
         let value = |key: &str| {
             let prefix = format!("{key} = \"");
-            let line = package
-                .lines()
-                .find_map(|line| line.strip_prefix(&prefix))?;
+            let line = package.lines().find_map(|line| line.strip_prefix(&prefix))?;
             line.strip_suffix('"')
         };
         if let Some(name) = value("name") {
@@ -69,10 +67,7 @@ pub(crate) fn check_licences(metadata: &serde_json::Value, findings: &mut Vec<Fi
 
 /// Whether an SPDX expression can be satisfied with listed licences. `A/B` is an old spelling of `A OR B`.
 fn is_allowed(expression: &str) -> bool {
-    let spaced = expression
-        .replace('/', " OR ")
-        .replace('(', " ( ")
-        .replace(')', " ) ");
+    let spaced = expression.replace('/', " OR ").replace('(', " ( ").replace(')', " ) ");
     let words: Vec<&str> = spaced.split_whitespace().collect();
     let mut at = 0;
     either(&words, &mut at) && at == words.len()
@@ -120,33 +115,20 @@ mod tests {
 
     fn lock_findings(text: &str) -> usize {
         let mut findings = Vec::new();
-        check_lock(
-            &Source::new(Path::new("Cargo.lock"), text.into()),
-            &mut findings,
-        );
+        check_lock(&Source::new(Path::new("Cargo.lock"), text.into()), &mut findings);
         findings.len()
     }
 
     #[test]
     fn packages_from_elsewhere_are_found() {
-        let package = |rest: &str| {
-            format!("version = 4\n\n[[package]]\nname = \"a\"\nversion = \"1\"\n{rest}")
-        };
+        let package =
+            |rest: &str| format!("version = 4\n\n[[package]]\nname = \"a\"\nversion = \"1\"\n{rest}");
         let registry = format!("source = \"{REGISTRY}\"\n");
-        assert_eq!(
-            lock_findings(&package(&format!("{registry}checksum = \"1\"\n"))),
-            0
-        );
+        assert_eq!(lock_findings(&package(&format!("{registry}checksum = \"1\"\n"))), 0);
         assert_eq!(lock_findings(&package(&registry)), 1, "no checksum");
         assert_eq!(lock_findings(&package("")), 1, "a path");
-        assert_eq!(
-            lock_findings(&package("source = \"git+https://example.invalid/a\"\n")),
-            1
-        );
-        assert_eq!(
-            lock_findings("[[package]]\nname = \"ibex-abi\"\nversion = \"1\"\n"),
-            0
-        );
+        assert_eq!(lock_findings(&package("source = \"git+https://example.invalid/a\"\n")), 1);
+        assert_eq!(lock_findings("[[package]]\nname = \"ibex-abi\"\nversion = \"1\"\n"), 0);
     }
 
     #[test]
@@ -160,14 +142,9 @@ mod tests {
         ] {
             assert!(is_allowed(good), "{good}");
         }
-        for bad in [
-            "GPL-3.0",
-            "MIT AND GPL-3.0",
-            "GPL-2.0 WITH LLVM-exception",
-            "none stated",
-            "",
-            "MIT GPL-3.0",
-        ] {
+        for bad in
+            ["GPL-3.0", "MIT AND GPL-3.0", "GPL-2.0 WITH LLVM-exception", "none stated", "", "MIT GPL-3.0"]
+        {
             assert!(!is_allowed(bad), "{bad}");
         }
     }

@@ -50,8 +50,7 @@ fn lengths(source: &Source, findings: &mut Vec<Finding>) {
     }
     for (name, line, num_lines) in source.functions() {
         if num_lines > FUNCTION_LINES_MAX {
-            let what =
-                format!("function {name} has {num_lines} lines, the limit is {FUNCTION_LINES_MAX}");
+            let what = format!("function {name} has {num_lines} lines, the limit is {FUNCTION_LINES_MAX}");
             findings.push(Finding::at(source, line, what));
         }
     }
@@ -59,16 +58,11 @@ fn lengths(source: &Source, findings: &mut Vec<Finding>) {
 
 fn names(source: &Source, findings: &mut Vec<Finding>) {
     let is_stale = |name: &str| {
-        STALE_ENDINGS.iter().any(|ending| name.ends_with(ending))
-            && !NAMES_WITH_REASON.contains(&name)
+        STALE_ENDINGS.iter().any(|ending| name.ends_with(ending)) && !NAMES_WITH_REASON.contains(&name)
     };
     let stem = source.path.file_stem().unwrap_or_default();
     if is_stale(&stem.to_string_lossy()) {
-        findings.push(Finding::at(
-            source,
-            0,
-            "name the file after what it is, not when".into(),
-        ));
+        findings.push(Finding::at(source, 0, "name the file after what it is, not when".into()));
     }
     if !matches!(source.language, Language::Rust | Language::Cpp) {
         return;
@@ -99,9 +93,7 @@ fn reasons(source: &Source, findings: &mut Vec<Finding>) {
     }
     for attribute in ["#[allow(", "#![allow(", "#[expect(", "#![expect("] {
         for (at, _) in source.code.match_indices(attribute) {
-            let end = source.code[at..]
-                .find(']')
-                .map_or(source.code.len(), |end| at + end);
+            let end = source.code[at..].find(']').map_or(source.code.len(), |end| at + end);
             if !source.code[at..end].contains("reason") {
                 let what = format!("`{attribute}…)]` without a reason");
                 findings.push(Finding::at(source, line_at(&source.code, at), what));
@@ -118,9 +110,7 @@ pub(crate) fn check_ordering(sources: &[Source], findings: &mut Vec<Finding>) {
     let rows = table_rows(&table.text);
     let mut places: BTreeMap<u32, BTreeSet<(usize, usize)>> = BTreeMap::new();
     for (file, source) in sources.iter().enumerate() {
-        if !matches!(source.language, Language::Rust | Language::Cpp)
-            || source.is_under("tests/tidy")
-        {
+        if !matches!(source.language, Language::Rust | Language::Cpp) || source.is_under("tests/tidy") {
             continue;
         }
         for (line, text) in source.comments.lines().enumerate() {
@@ -146,14 +136,7 @@ pub(crate) fn check_ordering(sources: &[Source], findings: &mut Vec<Finding>) {
 
 /// Numbers in the first cell of table rows.
 fn table_rows(text: &str) -> BTreeSet<u32> {
-    let first_cell = |line: &str| {
-        line.strip_prefix('|')?
-            .split('|')
-            .next()?
-            .trim()
-            .parse()
-            .ok()
-    };
+    let first_cell = |line: &str| line.strip_prefix('|')?.split('|').next()?.trim().parse().ok();
     text.lines().filter_map(first_cell).collect()
 }
 
@@ -183,22 +166,13 @@ mod tests {
     #[test]
     fn lengths_are_limited() {
         let long_line = format!("// {}\n", "x".repeat(LINE_LEN_MAX));
-        assert_eq!(
-            check_one("runtime/a.rs", &long_line),
-            ["the line has 123 columns, the limit is 120"]
-        );
+        assert_eq!(check_one("runtime/a.rs", &long_line), ["the line has 123 columns, the limit is 120"]);
         assert_eq!(check_one("tests/golden/a.rs", &long_line), [] as [&str; 0]);
         let long_file = "//\n".repeat(FILE_LINES_MAX + 1);
-        assert_eq!(
-            check_one("a.h", &long_file),
-            ["the file has 901 lines, the limit is 900"]
-        );
+        assert_eq!(check_one("a.h", &long_file), ["the file has 901 lines, the limit is 900"]);
         let body = "a();\n".repeat(FUNCTION_LINES_MAX - 1);
         let long_function = format!("fn f() {{\n{body}}}\n");
-        assert_eq!(
-            check_one("runtime/a.rs", &long_function),
-            ["function f has 121 lines, the limit is 120"]
-        );
+        assert_eq!(check_one("runtime/a.rs", &long_function), ["function f has 121 lines, the limit is 120"]);
         let long_kernel = format!("void f(int a) {{\n{body}}}\n");
         assert_eq!(check_one("a.cu", &long_kernel).len(), 1);
     }
@@ -207,30 +181,15 @@ mod tests {
     fn names_say_what_and_not_when() {
         assert_eq!(check_one("runtime/wqe_v2.rs", "").len(), 1);
         assert_eq!(check_one("runtime/a.rs", "fn post_new(a: u8) {}").len(), 1);
-        assert_eq!(
-            check_one("runtime/a.rs", "fn is_new() {} // post_new"),
-            [] as [&str; 0]
-        );
+        assert_eq!(check_one("runtime/a.rs", "fn is_new() {} // post_new"), [] as [&str; 0]);
     }
 
     #[test]
     fn unsafe_and_exceptions_need_reasons() {
-        assert_eq!(
-            check_one("runtime/a.rs", "fn a() { unsafe { b() } }").len(),
-            1
-        );
-        assert_eq!(
-            check_one("runtime/a.rs", "// SAFETY: c.\nfn a() { unsafe { b() } }"),
-            [] as [&str; 0]
-        );
-        assert_eq!(
-            check_one("runtime/a.rs", "unsafe impl Send for A {}").len(),
-            1
-        );
-        assert_eq!(
-            check_one("runtime/a.rs", "#[allow(dead_code)]\nfn a() {}").len(),
-            1
-        );
+        assert_eq!(check_one("runtime/a.rs", "fn a() { unsafe { b() } }").len(), 1);
+        assert_eq!(check_one("runtime/a.rs", "// SAFETY: c.\nfn a() { unsafe { b() } }"), [] as [&str; 0]);
+        assert_eq!(check_one("runtime/a.rs", "unsafe impl Send for A {}").len(), 1);
+        assert_eq!(check_one("runtime/a.rs", "#[allow(dead_code)]\nfn a() {}").len(), 1);
         let with_reason = "#[expect(\n dead_code,\n reason = \"b\"\n)]\nfn a() {}";
         assert_eq!(check_one("runtime/a.rs", with_reason), [] as [&str; 0]);
     }
@@ -239,27 +198,12 @@ mod tests {
     fn both_ends_of_an_edge_and_its_row_are_needed() {
         let check = |table: &str, code: &str| {
             let mut findings = Vec::new();
-            check_ordering(
-                &[source(ORDERING, table), source("runtime/a.rs", code)],
-                &mut findings,
-            );
+            check_ordering(&[source(ORDERING, table), source("runtime/a.rs", code)], &mut findings);
             findings.len()
         };
         assert_eq!(check("| 1 | a |\n", "// ORDER(1): b\n// ORDER(1): c\n"), 0);
-        assert_eq!(
-            check("| 1 | a |\n", "// ORDER(1): b\n"),
-            1,
-            "one end is missing"
-        );
-        assert_eq!(
-            check("| 1 | a |\n", "let a = \"ORDER(1)\"; // ORDER(1)\n"),
-            1,
-            "a string is no end"
-        );
-        assert_eq!(
-            check("| a | b |\n", "// ORDER(1): b\n// ORDER(1): c\n"),
-            2,
-            "the row is missing"
-        );
+        assert_eq!(check("| 1 | a |\n", "// ORDER(1): b\n"), 1, "one end is missing");
+        assert_eq!(check("| 1 | a |\n", "let a = \"ORDER(1)\"; // ORDER(1)\n"), 1, "a string is no end");
+        assert_eq!(check("| a | b |\n", "// ORDER(1): b\n// ORDER(1): c\n"), 2, "the row is missing");
     }
 }

@@ -37,14 +37,7 @@ impl Source {
             _ => (text.clone(), text.clone()),
         };
         let in_test = test_lines(path, language, &code);
-        Self {
-            path: path.to_owned(),
-            language,
-            text,
-            code,
-            comments,
-            in_test,
-        }
+        Self { path: path.to_owned(), language, text, code, comments, in_test }
     }
 
     /// Whether the path begins with `prefix`, component by component.
@@ -98,10 +91,7 @@ impl Splitter<'_> {
     fn step(&mut self, language: Language) {
         let rest = &self.text[self.at..];
         if rest.starts_with(b"//") {
-            let len = rest
-                .iter()
-                .position(|&byte| byte == b'\n')
-                .unwrap_or(rest.len());
+            let len = rest.iter().position(|&byte| byte == b'\n').unwrap_or(rest.len());
             self.take_comment(len);
         } else if rest.starts_with(b"/*") {
             self.take_comment(block_comment_len(rest, language == Language::Rust));
@@ -123,9 +113,7 @@ impl Splitter<'_> {
             Language::Rust => {
                 rest.first() == Some(&b'\\')
                     || rest.iter().skip(1).take(4).any(|&byte| byte == b'\'')
-                        && !rest[..rest.len().min(2)]
-                            .iter()
-                            .all(|byte| byte.is_ascii_alphanumeric())
+                        && !rest[..rest.len().min(2)].iter().all(|byte| byte.is_ascii_alphanumeric())
             }
             _ => self.at == 0 || !self.text[self.at - 1].is_ascii_alphanumeric(),
         }
@@ -202,28 +190,19 @@ fn quoted_len(text: &[u8], quote: u8) -> usize {
 fn raw_string_len(text: &[u8], language: Language) -> Option<usize> {
     let (opening, closing) = match language {
         Language::Rust => {
-            let hashes = text
-                .strip_prefix(b"r")?
-                .iter()
-                .take_while(|&&byte| byte == b'#')
-                .count();
+            let hashes = text.strip_prefix(b"r")?.iter().take_while(|&&byte| byte == b'#').count();
             if text.get(1 + hashes) != Some(&b'"') {
                 return None;
             }
             (2 + hashes, [b"\"".to_vec(), vec![b'#'; hashes]].concat())
         }
         _ => {
-            let tag_len = text
-                .strip_prefix(b"R\"")?
-                .iter()
-                .position(|&byte| byte == b'(')?;
+            let tag_len = text.strip_prefix(b"R\"")?.iter().position(|&byte| byte == b'(')?;
             let tag = &text[2..2 + tag_len];
             (3 + tag_len, [b")", tag, b"\""].concat())
         }
     };
-    let end = text[opening..]
-        .windows(closing.len())
-        .position(|window| window == closing);
+    let end = text[opening..].windows(closing.len()).position(|window| window == closing);
     Some(end.map_or(text.len(), |end| opening + end + closing.len()))
 }
 
@@ -247,10 +226,7 @@ pub(crate) fn block_end(code: &str, from: usize) -> Option<usize> {
 
 /// Line (from 0) of a byte offset.
 pub(crate) fn line_at(text: &str, offset: usize) -> usize {
-    text.as_bytes()[..offset]
-        .iter()
-        .filter(|&&byte| byte == b'\n')
-        .count()
+    text.as_bytes()[..offset].iter().filter(|&&byte| byte == b'\n').count()
 }
 
 /// Marks lines of `#[cfg(test)]` items, and all lines of files that hold only tests, benches or examples.
@@ -271,11 +247,7 @@ fn test_lines(path: &Path, language: Language, code: &str) -> Vec<bool> {
         let item = &code[at..];
         let semicolon = item.find(';').unwrap_or(item.len());
         let brace = item.find('{').unwrap_or(item.len());
-        let end = if semicolon < brace {
-            at + semicolon
-        } else {
-            block_end(code, at).unwrap_or(code.len())
-        };
+        let end = if semicolon < brace { at + semicolon } else { block_end(code, at).unwrap_or(code.len()) };
         let (first, last) = (line_at(code, at), line_at(code, end));
         for mark in marked.iter_mut().take(last + 1).skip(first) {
             *mark = true;
@@ -292,27 +264,18 @@ pub(crate) fn is_word(byte: u8) -> bool {
 pub(crate) fn find_words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
     let first_is_word = word.bytes().next().is_some_and(is_word);
     let last_is_word = word.bytes().last().is_some_and(is_word);
-    code.match_indices(word)
-        .map(|(at, _)| at)
-        .filter(move |&at| {
-            let before = code.as_bytes()[..at].last().copied().is_some_and(is_word);
-            let after = code
-                .as_bytes()
-                .get(at + word.len())
-                .copied()
-                .is_some_and(is_word);
-            !(first_is_word && before || last_is_word && after)
-        })
+    code.match_indices(word).map(|(at, _)| at).filter(move |&at| {
+        let before = code.as_bytes()[..at].last().copied().is_some_and(is_word);
+        let after = code.as_bytes().get(at + word.len()).copied().is_some_and(is_word);
+        !(first_is_word && before || last_is_word && after)
+    })
 }
 
 fn rust_functions(code: &str) -> Vec<(String, usize, usize)> {
     let mut functions = Vec::new();
     for at in find_words(code, "fn") {
-        let name: String = code[at + 2..]
-            .trim_start()
-            .chars()
-            .take_while(|&c| c == '_' || c.is_alphanumeric())
-            .collect();
+        let name: String =
+            code[at + 2..].trim_start().chars().take_while(|&c| c == '_' || c.is_alphanumeric()).collect();
         let rest = &code[at..];
         let brace = rest.find('{').unwrap_or(rest.len());
         // `[u8; 4]` in a signature is not the end of a declaration without a body.
@@ -350,9 +313,7 @@ fn cpp_functions(code: &str) -> Vec<(String, usize, usize)> {
         let head = code[..brace].trim_end();
         let head = ["const", "noexcept", "override"]
             .iter()
-            .fold(head, |head, word| {
-                head.strip_suffix(word).unwrap_or(head).trim_end()
-            });
+            .fold(head, |head, word| head.strip_suffix(word).unwrap_or(head).trim_end());
         if !head.ends_with(')') {
             continue;
         }
@@ -360,16 +321,10 @@ fn cpp_functions(code: &str) -> Vec<(String, usize, usize)> {
             continue;
         };
         let before = head[..open].trim_end();
-        let name: String = before
-            .chars()
-            .rev()
-            .take_while(|&c| c == '_' || c.is_alphanumeric())
-            .collect();
+        let name: String = before.chars().rev().take_while(|&c| c == '_' || c.is_alphanumeric()).collect();
         let name: String = name.chars().rev().collect();
-        let statement = matches!(
-            name.as_str(),
-            "" | "if" | "for" | "while" | "switch" | "catch" | "EACH_LANE"
-        );
+        let statement =
+            matches!(name.as_str(), "" | "if" | "for" | "while" | "switch" | "catch" | "EACH_LANE");
         if statement {
             continue;
         }
@@ -412,38 +367,22 @@ mod tests {
     #[test]
     fn code_and_comments_are_told_apart() {
         let source = rust("let a = \"// no\"; // yes\n/* b /* c */ d */ let e = 'x';");
-        assert_eq!(
-            source.code,
-            "let a = \"     \";       \n                  let e = ' ';"
-        );
+        assert_eq!(source.code, "let a = \"     \";       \n                  let e = ' ';");
         assert_eq!(source.comments.trim(), "// yes\n/* b /* c */ d */");
     }
 
     #[test]
     fn literals_of_all_kinds_are_blanked() {
-        for text in [
-            "r#\"a // \" b\"#",
-            "\"a \\\" b\"",
-            "'\\''",
-            "b'\"'",
-            "'\\u{1f600}'",
-        ] {
+        for text in ["r#\"a // \" b\"#", "\"a \\\" b\"", "'\\''", "b'\"'", "'\\u{1f600}'"] {
             let source = rust(&format!("{text}; end"));
             assert!(source.code.ends_with("; end"), "{text}: {}", source.code);
-            assert!(
-                !source.code.contains('a') && !source.code.contains("//"),
-                "{text}: {}",
-                source.code
-            );
+            assert!(!source.code.contains('a') && !source.code.contains("//"), "{text}: {}", source.code);
         }
         assert_eq!(
             rust("fn f<'a>(x: &'a u8, y: &'static str) {}").code,
             "fn f<'a>(x: &'a u8, y: &'static str) {}"
         );
-        assert_eq!(
-            cpp("R\"x(a)\" )x\"; 1'000'000 // c").code.trim_end(),
-            "R         \"; 1'000'000"
-        );
+        assert_eq!(cpp("R\"x(a)\" )x\"; 1'000'000 // c").code.trim_end(), "R         \"; 1'000'000");
     }
 
     #[test]
@@ -451,29 +390,23 @@ mod tests {
         let text = "fn a() {}\n#[cfg(test)]\nmod tests {\n  fn b() {}\n}\n\
                     fn c() {}\n#[cfg(test)]\nmod tests;\nfn d() {}";
         let source = rust(text);
-        assert_eq!(
-            source.in_test,
-            [false, true, true, true, true, false, true, true, false]
-        );
+        assert_eq!(source.in_test, [false, true, true, true, true, false, true, true, false]);
         let all = Source::new(Path::new("runtime/gpu/host/tests.rs"), "fn a() {}\n".into());
         assert_eq!(all.in_test, [true]);
     }
 
     #[test]
     fn functions_and_their_lengths_are_found() {
-        let source =
-            rust("trait T { fn a(x: [u8; 2]); }\nfn b(y: [u8; 4]) {\n  if true {\n  }\n}\n");
+        let source = rust("trait T { fn a(x: [u8; 2]); }\nfn b(y: [u8; 4]) {\n  if true {\n  }\n}\n");
         assert_eq!(source.functions(), [("b".to_owned(), 1, 4)]);
-        let source = cpp(
-            "template <class T> void f(int a) const {\n  if (a) {\n  }\n  EACH_LANE(l) {\n  }\n}\n",
-        );
+        let source =
+            cpp("template <class T> void f(int a) const {\n  if (a) {\n  }\n  EACH_LANE(l) {\n  }\n}\n");
         assert_eq!(source.functions(), [("f".to_owned(), 0, 6)]);
     }
 
     #[test]
     fn words_are_found_whole() {
-        let found: Vec<usize> =
-            find_words("unwrap unwrap_or my_unwrap .unwrap(", "unwrap").collect();
+        let found: Vec<usize> = find_words("unwrap unwrap_or my_unwrap .unwrap(", "unwrap").collect();
         assert_eq!(found, [0, 28]);
         let found: Vec<usize> = find_words("a.unwrap() b.unwrap_or()", ".unwrap(").collect();
         assert_eq!(found, [1]);

@@ -20,10 +20,7 @@
 //! time. Enumerations are constants with the C names. `ibv_query_port` is the exported function: it
 //! fills the fields of `ibv_port_attr` up to `link_layer`.
 
-#![expect(
-    unsafe_code,
-    reason = "calls into C libraries that are loaded at run time"
-)]
+#![expect(unsafe_code, reason = "calls into C libraries that are loaded at run time")]
 
 use std::ffi::OsStr;
 use std::ops::Deref;
@@ -95,17 +92,11 @@ impl Library {
         // SAFETY: opening runs the library's constructors. Those of libmlx5 and libibverbs only
         // register providers; for another name the caller chose code to run, as with any linker.
         let opened = unsafe { libloading::Library::new(name) };
-        let library = opened.map_err(|source| LoadError::NotFound {
-            name: shown(),
-            source,
-        })?;
+        let library = opened.map_err(|source| LoadError::NotFound { name: shown(), source })?;
         // SAFETY: the generated signatures are those of the headers these names come from, and
         // rdma-core keeps them: a change of signature gets a new symbol version.
         let functions = unsafe { Functions::from_library(library) };
-        let functions = functions.map_err(|source| LoadError::Function {
-            name: shown(),
-            source,
-        })?;
+        let functions = functions.map_err(|source| LoadError::Function { name: shown(), source })?;
         Ok(Self { functions })
     }
 }
@@ -134,11 +125,7 @@ mod tests {
     fn a_missing_library_is_a_typed_error_that_says_what_to_install() {
         let error = Library::load_from("libibex-is-not-there.so.1").unwrap_err();
         assert!(matches!(&error, LoadError::NotFound { name, .. } if name.contains("not-there")));
-        assert!(
-            error
-                .to_string()
-                .contains("apt-get install ibverbs-providers")
-        );
+        assert!(error.to_string().contains("apt-get install ibverbs-providers"));
     }
 
     #[test]

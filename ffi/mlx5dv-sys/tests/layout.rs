@@ -6,8 +6,7 @@ use ibex_abi::cqe::{CompletionWord, Cqe64, CqeOpcode, ErrorCqe, Syndrome, WcOpco
 use ibex_abi::doorbell::DoorbellRecord;
 use ibex_abi::types::{PathMtu, QpState};
 use ibex_abi::wqe::{
-    AtomicSeg, CqUpdate, CtrlFlags, CtrlSeg, DataSeg, FenceMode, INVALID_LKEY, InlineHeader,
-    Opcode, RaddrSeg,
+    AtomicSeg, CqUpdate, CtrlFlags, CtrlSeg, DataSeg, FenceMode, INVALID_LKEY, InlineHeader, Opcode, RaddrSeg,
 };
 use ibex_mlx5dv_sys as sys;
 
@@ -78,14 +77,8 @@ fn completions_lie_as_in_the_headers() {
 #[test]
 fn doorbell_records_lie_as_in_the_headers() {
     // The headers give word indices.
-    assert_eq!(
-        offset_of!(DoorbellRecord, rcv),
-        4 * sys::MLX5_RCV_DBR as usize
-    );
-    assert_eq!(
-        offset_of!(DoorbellRecord, snd),
-        4 * sys::MLX5_SND_DBR as usize
-    );
+    assert_eq!(offset_of!(DoorbellRecord, rcv), 4 * sys::MLX5_RCV_DBR as usize);
+    assert_eq!(offset_of!(DoorbellRecord, snd), 4 * sys::MLX5_SND_DBR as usize);
 }
 
 #[test]
@@ -117,17 +110,10 @@ fn opcodes_and_flags_have_the_numbers_of_the_headers() {
     }
     // WAIT and DUMP are in no public header of rdma-core.
     assert_eq!(opcodes.len() + 2, Opcode::ALL.len());
-    let flags =
-        |fence, completion, solicited| u32::from(CtrlFlags::new(fence, completion, solicited).0);
+    let flags = |fence, completion, solicited| u32::from(CtrlFlags::new(fence, completion, solicited).0);
     let none = FenceMode::None;
-    assert_eq!(
-        flags(none, CqUpdate::Always, false),
-        sys::MLX5_WQE_CTRL_CQ_UPDATE
-    );
-    assert_eq!(
-        flags(none, CqUpdate::OnError, true),
-        sys::MLX5_WQE_CTRL_SOLICITED
-    );
+    assert_eq!(flags(none, CqUpdate::Always, false), sys::MLX5_WQE_CTRL_CQ_UPDATE);
+    assert_eq!(flags(none, CqUpdate::OnError, true), sys::MLX5_WQE_CTRL_SOLICITED);
     let fence = flags(FenceMode::SmallAndFence, CqUpdate::OnError, false);
     assert_eq!(fence, sys::MLX5_WQE_CTRL_FENCE);
     let small = flags(FenceMode::InitiatorSmall, CqUpdate::OnError, false);
@@ -155,84 +141,33 @@ fn completion_numbers_are_those_of_the_headers() {
         assert_eq!(u32::from(ours.code()), theirs, "{ours:?}");
     }
     let syndromes = [
-        (
-            Syndrome::LOCAL_LENGTH,
-            sys::MLX5_CQE_SYNDROME_LOCAL_LENGTH_ERR,
-            sys::IBV_WC_LOC_LEN_ERR,
-        ),
-        (
-            Syndrome::LOCAL_QP_OP,
-            sys::MLX5_CQE_SYNDROME_LOCAL_QP_OP_ERR,
-            sys::IBV_WC_LOC_QP_OP_ERR,
-        ),
-        (
-            Syndrome::LOCAL_PROT,
-            sys::MLX5_CQE_SYNDROME_LOCAL_PROT_ERR,
-            sys::IBV_WC_LOC_PROT_ERR,
-        ),
-        (
-            Syndrome::WR_FLUSH,
-            sys::MLX5_CQE_SYNDROME_WR_FLUSH_ERR,
-            sys::IBV_WC_WR_FLUSH_ERR,
-        ),
-        (
-            Syndrome::MW_BIND,
-            sys::MLX5_CQE_SYNDROME_MW_BIND_ERR,
-            sys::IBV_WC_MW_BIND_ERR,
-        ),
-        (
-            Syndrome::BAD_RESP,
-            sys::MLX5_CQE_SYNDROME_BAD_RESP_ERR,
-            sys::IBV_WC_BAD_RESP_ERR,
-        ),
-        (
-            Syndrome::LOCAL_ACCESS,
-            sys::MLX5_CQE_SYNDROME_LOCAL_ACCESS_ERR,
-            sys::IBV_WC_LOC_ACCESS_ERR,
-        ),
+        (Syndrome::LOCAL_LENGTH, sys::MLX5_CQE_SYNDROME_LOCAL_LENGTH_ERR, sys::IBV_WC_LOC_LEN_ERR),
+        (Syndrome::LOCAL_QP_OP, sys::MLX5_CQE_SYNDROME_LOCAL_QP_OP_ERR, sys::IBV_WC_LOC_QP_OP_ERR),
+        (Syndrome::LOCAL_PROT, sys::MLX5_CQE_SYNDROME_LOCAL_PROT_ERR, sys::IBV_WC_LOC_PROT_ERR),
+        (Syndrome::WR_FLUSH, sys::MLX5_CQE_SYNDROME_WR_FLUSH_ERR, sys::IBV_WC_WR_FLUSH_ERR),
+        (Syndrome::MW_BIND, sys::MLX5_CQE_SYNDROME_MW_BIND_ERR, sys::IBV_WC_MW_BIND_ERR),
+        (Syndrome::BAD_RESP, sys::MLX5_CQE_SYNDROME_BAD_RESP_ERR, sys::IBV_WC_BAD_RESP_ERR),
+        (Syndrome::LOCAL_ACCESS, sys::MLX5_CQE_SYNDROME_LOCAL_ACCESS_ERR, sys::IBV_WC_LOC_ACCESS_ERR),
         (
             Syndrome::REMOTE_INVAL_REQ,
             sys::MLX5_CQE_SYNDROME_REMOTE_INVAL_REQ_ERR,
             sys::IBV_WC_REM_INV_REQ_ERR,
         ),
-        (
-            Syndrome::REMOTE_ACCESS,
-            sys::MLX5_CQE_SYNDROME_REMOTE_ACCESS_ERR,
-            sys::IBV_WC_REM_ACCESS_ERR,
-        ),
-        (
-            Syndrome::REMOTE_OP,
-            sys::MLX5_CQE_SYNDROME_REMOTE_OP_ERR,
-            sys::IBV_WC_REM_OP_ERR,
-        ),
+        (Syndrome::REMOTE_ACCESS, sys::MLX5_CQE_SYNDROME_REMOTE_ACCESS_ERR, sys::IBV_WC_REM_ACCESS_ERR),
+        (Syndrome::REMOTE_OP, sys::MLX5_CQE_SYNDROME_REMOTE_OP_ERR, sys::IBV_WC_REM_OP_ERR),
         (
             Syndrome::TRANSPORT_RETRY_EXC,
             sys::MLX5_CQE_SYNDROME_TRANSPORT_RETRY_EXC_ERR,
             sys::IBV_WC_RETRY_EXC_ERR,
         ),
-        (
-            Syndrome::RNR_RETRY_EXC,
-            sys::MLX5_CQE_SYNDROME_RNR_RETRY_EXC_ERR,
-            sys::IBV_WC_RNR_RETRY_EXC_ERR,
-        ),
-        (
-            Syndrome::REMOTE_ABORTED,
-            sys::MLX5_CQE_SYNDROME_REMOTE_ABORTED_ERR,
-            sys::IBV_WC_REM_ABORT_ERR,
-        ),
+        (Syndrome::RNR_RETRY_EXC, sys::MLX5_CQE_SYNDROME_RNR_RETRY_EXC_ERR, sys::IBV_WC_RNR_RETRY_EXC_ERR),
+        (Syndrome::REMOTE_ABORTED, sys::MLX5_CQE_SYNDROME_REMOTE_ABORTED_ERR, sys::IBV_WC_REM_ABORT_ERR),
     ];
     assert_eq!(syndromes.map(|(ours, ..)| ours), Syndrome::ALL);
     for (ours, syndrome, status) in syndromes {
-        assert_eq!(
-            (u32::from(ours.0), u32::from(ours.status().code())),
-            (syndrome, status),
-            "{ours}"
-        );
+        assert_eq!((u32::from(ours.0), u32::from(ours.status().code())), (syndrome, status), "{ours}");
     }
-    assert_eq!(
-        u32::from(WcStatus::GeneralErr.code()),
-        sys::IBV_WC_GENERAL_ERR
-    );
+    assert_eq!(u32::from(WcStatus::GeneralErr.code()), sys::IBV_WC_GENERAL_ERR);
     let work = [
         (WcOpcode::Send, sys::IBV_WC_SEND),
         (WcOpcode::RdmaWrite, sys::IBV_WC_RDMA_WRITE),
@@ -249,21 +184,10 @@ fn completion_numbers_are_those_of_the_headers() {
 
 #[test]
 fn path_numbers_are_those_of_the_headers() {
-    let mtus = [
-        sys::IBV_MTU_256,
-        sys::IBV_MTU_512,
-        sys::IBV_MTU_1024,
-        sys::IBV_MTU_2048,
-        sys::IBV_MTU_4096,
-    ];
+    let mtus = [sys::IBV_MTU_256, sys::IBV_MTU_512, sys::IBV_MTU_1024, sys::IBV_MTU_2048, sys::IBV_MTU_4096];
     assert_eq!(PathMtu::ALL.map(|mtu| u32::from(mtu.code())), mtus);
     // The verbs number states otherwise than the device from SQD on.
-    let states = [
-        sys::IBV_QPS_RESET,
-        sys::IBV_QPS_INIT,
-        sys::IBV_QPS_RTR,
-        sys::IBV_QPS_RTS,
-    ];
+    let states = [sys::IBV_QPS_RESET, sys::IBV_QPS_INIT, sys::IBV_QPS_RTR, sys::IBV_QPS_RTS];
     let ours = [QpState::Reset, QpState::Init, QpState::Rtr, QpState::Rts];
     assert_eq!(ours.map(|state| u32::from(state.code())), states);
 }

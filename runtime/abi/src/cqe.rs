@@ -147,9 +147,7 @@ pub const fn owner_bit(counter: u32, log_size: u8) -> bool {
 ///  3c                          3e            3f
 /// | wqe_counter               | signature   | op_own      |
 /// ```
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct CompletionWord {
     /// Index of the first basic block of the WQE that completed, modulo 2^16.
@@ -204,9 +202,7 @@ pub fn completion_word(wqe_counter: u16, signature: u8, op_own: OpOwn) -> [u8; 4
 /// ```
 ///
 /// SPEC: mlx5dv.h `mlx5_cqe64`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Cqe64 {
     /// Reserved.
@@ -258,9 +254,7 @@ pub struct Cqe64 {
 /// ```
 ///
 /// SPEC: mlx5dv.h `mlx5_err_cqe`; bytes 0x34, 0x35 as in rdma-core v65.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct ErrorCqe {
     /// Reserved.
@@ -444,17 +438,12 @@ mod tests {
     fn bits_that_hardware_sets_at_will_do_not_change_the_opcode() {
         // The last 16 bytes of an error that a public hardware log shows: bit 1 set, signature 0xf6.
         let mut bytes = [0; 64];
-        bytes[48..].copy_from_slice(&[
-            0, 0, 0, 0, 0, 0, 0x88, 0x13, 8, 0, 0x62, 0x14, 0, 0, 0xf6, 0xd2,
-        ]);
+        bytes[48..].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0x88, 0x13, 8, 0, 0x62, 0x14, 0, 0, 0xf6, 0xd2]);
         let Cqe::Error(CqeOpcode::ReqErr, cqe) = Cqe::parse(&bytes).unwrap() else {
             panic!("must be a failed request")
         };
         assert_eq!(Syndrome(cqe.syndrome), Syndrome::REMOTE_ACCESS);
-        assert_eq!(
-            VendorSyndrome(cqe.vendor_err_synd),
-            VendorSyndrome::REMOTE_ACCESS
-        );
+        assert_eq!(VendorSyndrome(cqe.vendor_err_synd), VendorSyndrome::REMOTE_ACCESS);
         assert_eq!((cqe.qpn(), cqe.wqe_opcode()), (QpNum::new(0x6214), 8));
         assert!(!cqe.word.op_own().owner());
     }
@@ -464,18 +453,13 @@ mod tests {
         let bytes = completion_word(0x1234, 0x56, OpOwn::new(CqeOpcode::ReqErr, true));
         assert_eq!(bytes, [0x12, 0x34, 0x56, 0xd1]);
         let word = CompletionWord::from_register(u32::from_ne_bytes(bytes));
-        assert_eq!(
-            (word.wqe_counter.get(), word.signature, word.op_own),
-            (0x1234, 0x56, 0xd1)
-        );
+        assert_eq!((word.wqe_counter.get(), word.signature, word.op_own), (0x1234, 0x56, 0xd1));
         assert_eq!(word.to_register().to_ne_bytes(), bytes);
     }
 
     #[test]
     fn opcode_codes_round_trip() {
-        let known: Vec<u8> = (0..16)
-            .filter(|&code| CqeOpcode::from_code(code).is_some())
-            .collect();
+        let known: Vec<u8> = (0..16).filter(|&code| CqeOpcode::from_code(code).is_some()).collect();
         assert_eq!(known, [0, 1, 2, 3, 4, 5, 6, 12, 13, 14, 15]);
         for code in known {
             assert_eq!(CqeOpcode::from_code(code).map(CqeOpcode::code), Some(code));

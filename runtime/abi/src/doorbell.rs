@@ -21,9 +21,7 @@ use crate::wqe::num_wqebbs;
 /// ```
 ///
 /// SPEC: mlx5dv.h `MLX5_RCV_DBR`, `MLX5_SND_DBR`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct DoorbellRecord {
     /// Receive counter: WQEs posted to the receive queue.
@@ -40,9 +38,7 @@ pub struct DoorbellRecord {
 /// ```
 ///
 /// SPEC: rdma-core providers/mlx5 `MLX5_CQ_SET_CI`, `MLX5_CQ_ARM_DB`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct CqDoorbellRecord {
     /// Consumer index, low 24 bits.
@@ -67,10 +63,7 @@ impl DoorbellRecord {
     /// A record with these counters; only the low 16 bits of each are stored.
     #[must_use]
     pub fn new(rcv: u16, snd: u16) -> Self {
-        Self {
-            rcv: U32::new(u32::from(rcv)),
-            snd: U32::new(u32::from(snd)),
-        }
+        Self { rcv: U32::new(u32::from(rcv)), snd: U32::new(u32::from(snd)) }
     }
 
     /// The send counter, modulo 2^16.
@@ -160,11 +153,7 @@ impl Doorbell {
 impl std::fmt::Debug for Doorbell {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (qpn, producer_idx) = (self.qpn(), self.producer_idx());
-        write!(
-            f,
-            "Doorbell({:016x}: qpn {qpn}, producer_idx {producer_idx})",
-            self.0
-        )
+        write!(f, "Doorbell({:016x}: qpn {qpn}, producer_idx {producer_idx})", self.0)
     }
 }
 
@@ -187,14 +176,7 @@ mod tests {
 
     #[test]
     fn the_producer_index_wraps_at_2_to_the_16() {
-        let ctrl = CtrlSeg::new(
-            0,
-            0xffff,
-            Opcode::RdmaWrite,
-            QpNum::MAX,
-            3,
-            CtrlFlags::SIGNALED,
-        );
+        let ctrl = CtrlSeg::new(0, 0xffff, Opcode::RdmaWrite, QpNum::MAX, 3, CtrlFlags::SIGNALED);
         let head: [u8; 8] = ctrl.as_bytes()[..8].try_into().unwrap();
         let doorbell = Doorbell::from_bytes(head);
         assert_eq!((doorbell.qpn(), doorbell.producer_idx()), (QpNum::MAX, 0));
@@ -203,21 +185,14 @@ mod tests {
     #[test]
     fn the_register_value_has_the_bytes_in_memory_order() {
         let doorbell = Doorbell::from_bytes([1, 2, 3, 4, 5, 6, 7, 8]);
-        assert_eq!(
-            doorbell.to_register().to_ne_bytes(),
-            [1, 2, 3, 4, 5, 6, 7, 8]
-        );
+        assert_eq!(doorbell.to_register().to_ne_bytes(), [1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(Doorbell::from_register(doorbell.to_register()), doorbell);
     }
 
     #[test]
     fn a_record_keeps_the_low_half_of_its_counters() {
-        let record =
-            DoorbellRecord::read_from_bytes(&[0, 1, 0x12, 0x34, 0, 2, 0xff, 0xff]).unwrap();
+        let record = DoorbellRecord::read_from_bytes(&[0, 1, 0x12, 0x34, 0, 2, 0xff, 0xff]).unwrap();
         assert_eq!((record.recv_idx(), record.send_idx()), (0x1234, 0xffff));
-        assert_eq!(
-            DoorbellRecord::new(1, 0x1a).as_bytes(),
-            [0, 0, 0, 1, 0, 0, 0, 0x1a]
-        );
+        assert_eq!(DoorbellRecord::new(1, 0x1a).as_bytes(), [0, 0, 0, 1, 0, 0, 0, 0x1a]);
     }
 }

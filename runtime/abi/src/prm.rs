@@ -64,32 +64,20 @@ impl Field {
     /// The same field, counted from the start of the structure that `outer` nests.
     #[must_use]
     pub const fn within(self, outer: Self) -> Self {
-        assert!(
-            self.bit_off + self.width <= outer.width,
-            "a nested field lies inside its structure"
-        );
-        Self {
-            bit_off: self.bit_off + outer.bit_off,
-            width: self.width,
-        }
+        assert!(self.bit_off + self.width <= outer.width, "a nested field lies inside its structure");
+        Self { bit_off: self.bit_off + outer.bit_off, width: self.width }
     }
 
     /// The `idx`-th of a list whose first element is this field.
     #[must_use]
     pub const fn element(self, idx: u32) -> Self {
-        Self {
-            bit_off: self.bit_off + idx * self.width,
-            width: self.width,
-        }
+        Self { bit_off: self.bit_off + idx * self.width, width: self.width }
     }
 
     /// The largest value that fits, of a field of at most 64 bits.
     #[must_use]
     pub const fn value_max(self) -> u64 {
-        assert!(
-            self.width <= 64,
-            "a field wider than 64 bits is a structure"
-        );
+        assert!(self.width <= 64, "a field wider than 64 bits is a structure");
         u64::MAX >> (64 - self.width)
     }
 
@@ -114,9 +102,7 @@ impl Field {
 #[must_use]
 pub fn get(bytes: &[u8], field: Field) -> u64 {
     let window = &bytes[field.bytes()];
-    let wide = window
-        .iter()
-        .fold(0u128, |value, &byte| value << 8 | u128::from(byte));
+    let wide = window.iter().fold(0u128, |value, &byte| value << 8 | u128::from(byte));
     // CAST: the mask keeps at most 64 bits.
     (wide >> field.tail_bits()) as u64 & field.value_max()
 }
@@ -132,16 +118,10 @@ pub fn try_get(bytes: &[u8], field: Field) -> Option<u64> {
 /// # Panics
 /// PANIC: if the value does not fit the field, or `bytes` ends before the field does.
 pub fn set(bytes: &mut [u8], field: Field, value: u64) {
-    assert!(
-        value <= field.value_max(),
-        "value {value:#x} does not fit {field:?}"
-    );
+    assert!(value <= field.value_max(), "value {value:#x} does not fit {field:?}");
     let window = &mut bytes[field.bytes()];
     let shift = field.tail_bits();
-    let (mut value, mut mask) = (
-        u128::from(value) << shift,
-        u128::from(field.value_max()) << shift,
-    );
+    let (mut value, mut mask) = (u128::from(value) << shift, u128::from(field.value_max()) << shift);
     for byte in window.iter_mut().rev() {
         // CAST: the low byte of each, one after the other.
         let (value_byte, mask_byte) = (value as u8, mask as u8);
@@ -190,10 +170,7 @@ pub fn set_bytes(bytes: &mut [u8], first: Field, list: &[u8]) {
 }
 
 fn list_start(first: Field) -> usize {
-    assert!(
-        first.width == 8 && first.bit_off.is_multiple_of(8),
-        "{first:?} is not a list of bytes"
-    );
+    assert!(first.width == 8 && first.bit_off.is_multiple_of(8), "{first:?} is not a list of bytes");
     first.bytes().start
 }
 
@@ -210,14 +187,7 @@ pub struct Layout {
 
 /// Every layout this crate knows.
 pub fn all_layouts() -> impl Iterator<Item = &'static Layout> {
-    [
-        device::LAYOUTS,
-        memory::LAYOUTS,
-        queues::LAYOUTS,
-        qp::LAYOUTS,
-    ]
-    .into_iter()
-    .flatten()
+    [device::LAYOUTS, memory::LAYOUTS, queues::LAYOUTS, qp::LAYOUTS].into_iter().flatten()
 }
 
 /// Declares one module per layout, and the list `LAYOUTS` of all of them.

@@ -306,13 +306,7 @@ pub enum PathMtu {
 
 impl PathMtu {
     /// Every MTU, smallest first.
-    pub const ALL: [Self; 5] = [
-        Self::B256,
-        Self::B512,
-        Self::B1024,
-        Self::B2048,
-        Self::B4096,
-    ];
+    pub const ALL: [Self; 5] = [Self::B256, Self::B512, Self::B1024, Self::B2048, Self::B4096];
 
     /// The code that mailboxes carry.
     #[must_use]
@@ -324,9 +318,7 @@ impl PathMtu {
     /// The MTU that a mailbox code stands for.
     #[must_use]
     pub fn from_code(code: u64) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|mtu| u64::from(mtu.code()) == code)
+        Self::ALL.into_iter().find(|mtu| u64::from(mtu.code()) == code)
     }
 
     /// Payload of one full packet, in bytes.
@@ -347,18 +339,8 @@ mod tests {
     fn a_number_above_its_field_is_refused_with_its_limit() {
         assert_eq!(QpNum::try_from(0xff_ffff).unwrap(), QpNum::MAX);
         let refused = QpNum::try_from(0x100_0000).unwrap_err();
-        assert_eq!(
-            refused,
-            OutOfRange {
-                what: "QpNum",
-                value: 0x100_0000,
-                limit: 0xff_ffff
-            }
-        );
-        assert_eq!(
-            refused.to_string(),
-            "QpNum is 0x1000000, above its limit of 0xffffff"
-        );
+        assert_eq!(refused, OutOfRange { what: "QpNum", value: 0x100_0000, limit: 0xff_ffff });
+        assert_eq!(refused.to_string(), "QpNum is 0x1000000, above its limit of 0xffffff");
         assert!(Eqn::try_from(256).is_err());
     }
 

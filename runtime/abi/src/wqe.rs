@@ -24,12 +24,10 @@ mod view;
 
 pub use owned::{Ctrl, Remote, Request, SegmentBuf, Wqe};
 pub use segments::{
-    AtomicSeg, CtrlSeg, DataSeg, InlineHeader, MASKED_ATOMIC_OPMOD_4B, MASKED_ATOMIC_OPMOD_8B,
-    MaskedCs32Seg, MaskedCs64Seg, MaskedFa32Seg, MaskedFa64Seg, RaddrSeg,
+    AtomicSeg, CtrlSeg, DataSeg, InlineHeader, MASKED_ATOMIC_OPMOD_4B, MASKED_ATOMIC_OPMOD_8B, MaskedCs32Seg,
+    MaskedCs64Seg, MaskedFa32Seg, MaskedFa64Seg, RaddrSeg,
 };
-pub use view::{
-    AtomicOp, Payload, RequestView, Segment, Segments, WqeError, WqeView, recv_segments,
-};
+pub use view::{AtomicOp, Payload, RequestView, Segment, Segments, WqeError, WqeView, recv_segments};
 
 /// Size of a basic block: WQEs start at multiples of it and queue depths count it.
 pub const WQEBB: usize = 64;
@@ -186,10 +184,7 @@ impl FenceMode {
     /// Whether earlier reads and atomics must have completed first.
     #[must_use]
     pub const fn waits_for_reads(self) -> bool {
-        matches!(
-            self,
-            Self::Fence | Self::StrongOrdering | Self::SmallAndFence
-        )
+        matches!(self, Self::Fence | Self::StrongOrdering | Self::SmallAndFence)
     }
 }
 
@@ -300,9 +295,6 @@ mod tests {
 
     #[test]
     fn a_wqe_takes_one_block_per_four_segments_begun() {
-        assert_eq!(
-            [0, 1, 2, 3, 4, 5, 8, 9, 63].map(num_wqebbs),
-            [0, 1, 1, 1, 1, 2, 2, 3, 16]
-        );
+        assert_eq!([0, 1, 2, 3, 4, 5, 8, 9, 63].map(num_wqebbs), [0, 1, 1, 1, 1, 2, 2, 3, 16]);
     }
 }

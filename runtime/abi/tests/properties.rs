@@ -6,8 +6,8 @@ use ibex_abi::doorbell::Doorbell;
 use ibex_abi::prm::{self, Field};
 use ibex_abi::types::{Iova, Psn, QpNum, Rkey};
 use ibex_abi::wqe::{
-    AtomicOp, Ctrl, CtrlFlags, CtrlSeg, DataSeg, InlineHeader, Opcode, Payload, Remote, Request,
-    RequestView, SegmentBuf, Wqe, WqeError, WqeView, recv_segments,
+    AtomicOp, Ctrl, CtrlFlags, CtrlSeg, DataSeg, InlineHeader, Opcode, Payload, Remote, Request, RequestView,
+    SegmentBuf, Wqe, WqeError, WqeView, recv_segments,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -18,29 +18,20 @@ fn qpn() -> impl Strategy<Value = QpNum> {
 }
 
 fn ctrl() -> impl Strategy<Value = Ctrl> {
-    (
-        any::<u16>(),
-        qpn(),
-        any::<u8>(),
-        any::<u32>(),
-        any::<u8>(),
-        any::<u16>(),
-    )
-        .prop_map(|(wqe_idx, qpn, flags, imm, signature, dci_stream)| Ctrl {
+    (any::<u16>(), qpn(), any::<u8>(), any::<u32>(), any::<u8>(), any::<u16>()).prop_map(
+        |(wqe_idx, qpn, flags, imm, signature, dci_stream)| Ctrl {
             wqe_idx,
             qpn,
             flags: CtrlFlags(flags),
             imm,
             signature,
             dci_stream,
-        })
+        },
+    )
 }
 
 fn remote() -> impl Strategy<Value = Remote> {
-    (any::<u64>(), any::<u32>()).prop_map(|(addr, rkey)| Remote {
-        addr: Iova(addr),
-        rkey: Rkey(rkey),
-    })
+    (any::<u64>(), any::<u32>()).prop_map(|(addr, rkey)| Remote { addr: Iova(addr), rkey: Rkey(rkey) })
 }
 
 fn data() -> impl Strategy<Value = DataSeg> {
@@ -59,30 +50,11 @@ fn atomic_op() -> impl Strategy<Value = AtomicOp> {
     let narrow = (any::<u32>(), any::<u32>(), any::<u32>(), any::<u32>());
     (0..6, wide, narrow).prop_map(|(which, (a, b, c, d), (e, f, g, h))| match which {
         0 => AtomicOp::FetchAdd { add: a },
-        1 => AtomicOp::CmpSwap {
-            swap: a,
-            compare: b,
-        },
-        2 => AtomicOp::MaskedFetchAdd32 {
-            add: e,
-            field_boundary: f,
-        },
-        3 => AtomicOp::MaskedFetchAdd64 {
-            add: a,
-            field_boundary: b,
-        },
-        4 => AtomicOp::MaskedCmpSwap32 {
-            swap: e,
-            compare: f,
-            swap_mask: g,
-            compare_mask: h,
-        },
-        _ => AtomicOp::MaskedCmpSwap64 {
-            swap: a,
-            compare: b,
-            swap_mask: c,
-            compare_mask: d,
-        },
+        1 => AtomicOp::CmpSwap { swap: a, compare: b },
+        2 => AtomicOp::MaskedFetchAdd32 { add: e, field_boundary: f },
+        3 => AtomicOp::MaskedFetchAdd64 { add: a, field_boundary: b },
+        4 => AtomicOp::MaskedCmpSwap32 { swap: e, compare: f, swap_mask: g, compare_mask: h },
+        _ => AtomicOp::MaskedCmpSwap64 { swap: a, compare: b, swap_mask: c, compare_mask: d },
     })
 }
 
@@ -95,8 +67,7 @@ fn request() -> impl Strategy<Value = Request> {
         payload().prop_map(|payload| Request::Dump { payload }),
         (remote(), payload()).prop_map(|(remote, payload)| Request::Write { remote, payload }),
         (remote(), payload()).prop_map(|(remote, payload)| Request::WriteImm { remote, payload }),
-        (remote(), vec(data(), 0..10))
-            .prop_map(|(remote, scatter)| Request::Read { remote, scatter }),
+        (remote(), vec(data(), 0..10)).prop_map(|(remote, scatter)| Request::Read { remote, scatter }),
         (remote(), atomic_op(), data()).prop_map(|(remote, op, result)| Request::Atomic {
             remote,
             op,
@@ -117,20 +88,9 @@ fn plausible_bytes() -> impl Strategy<Value = Vec<u8>> {
     ];
     // Lengths near the end of the entry, so that inline segments both fit and do not.
     let header = (0..120u32).prop_map(|len| (InlineHeader::FLAG | len).to_be_bytes());
-    let parts = (
-        vec(any::<u8>(), 256),
-        opcode,
-        0..18u8,
-        any::<bool>(),
-        header,
-        1..4usize,
-    );
+    let parts = (vec(any::<u8>(), 256), opcode, 0..18u8, any::<bool>(), header, 1..4usize);
     parts.prop_map(|(mut bytes, opcode, ds, masked, header, at)| {
-        bytes[0] = if masked {
-            0x08 | bytes[0] & 1
-        } else {
-            bytes[0]
-        };
+        bytes[0] = if masked { 0x08 | bytes[0] & 1 } else { bytes[0] };
         bytes[3] = opcode;
         bytes[7] = ds;
         bytes[16 * at..16 * at + 4].copy_from_slice(&header);
@@ -256,71 +216,33 @@ fn each_malformed_entry_is_refused_with_its_reason() {
     };
     let refused = |bytes: &[u8]| WqeView::parse(bytes).unwrap_err();
 
-    assert_eq!(
-        refused(&[0; 15]),
-        WqeError::Truncated {
-            needed: 16,
-            len: 15
-        }
-    );
+    assert_eq!(refused(&[0; 15]), WqeError::Truncated { needed: 16, len: 15 });
     let write = entry(0, Opcode::RdmaWrite, 3);
-    assert_eq!(
-        refused(&write[..47]),
-        WqeError::Truncated {
-            needed: 48,
-            len: 47
-        }
-    );
+    assert_eq!(refused(&write[..47]), WqeError::Truncated { needed: 48, len: 47 });
     assert_eq!(refused(&entry(0, Opcode::RdmaWrite, 0)), WqeError::Empty);
     let mut unknown = write;
     unknown[3] = 0x7f;
     assert_eq!(refused(&unknown), WqeError::UnknownOpcode(0x7f));
-    assert_eq!(
-        refused(&entry(0, Opcode::Umr, 3)),
-        WqeError::UnsupportedOpcode(Opcode::Umr)
-    );
+    assert_eq!(refused(&entry(0, Opcode::Umr, 3)), WqeError::UnsupportedOpcode(Opcode::Umr));
 
-    let missing = |opcode, ds, segment| WqeError::MissingSegment {
-        opcode,
-        ds,
-        segment,
-    };
+    let missing = |opcode, ds, segment| WqeError::MissingSegment { opcode, ds, segment };
     for opcode in [Opcode::RdmaWrite, Opcode::RdmaRead, Opcode::AtomicFa] {
-        assert_eq!(
-            refused(&entry(0, opcode, 1)),
-            missing(opcode, 1, "remote address")
-        );
+        assert_eq!(refused(&entry(0, opcode, 1)), missing(opcode, 1, "remote address"));
     }
     let fetch_add = |ds| refused(&entry(0, Opcode::AtomicFa, ds));
     assert_eq!(fetch_add(2), missing(Opcode::AtomicFa, 2, "operand"));
     assert_eq!(fetch_add(3), missing(Opcode::AtomicFa, 3, "result"));
-    assert_eq!(
-        fetch_add(5),
-        WqeError::TrailingSegments {
-            opcode: Opcode::AtomicFa,
-            ds: 5
-        }
-    );
+    assert_eq!(fetch_add(5), WqeError::TrailingSegments { opcode: Opcode::AtomicFa, ds: 5 });
     let wide = refused(&entry(9, Opcode::AtomicMaskedCs, 3));
     assert_eq!(wide, missing(Opcode::AtomicMaskedCs, 3, "operand"));
     let opcode = Opcode::AtomicMaskedFa;
-    assert_eq!(
-        refused(&entry(7, opcode, 4)),
-        WqeError::OperandSize { opcode, opmod: 7 }
-    );
+    assert_eq!(refused(&entry(7, opcode, 4)), WqeError::OperandSize { opcode, opmod: 7 });
 
     let mut inline = write;
     inline[32..36].copy_from_slice(InlineHeader::new(12).as_bytes());
     assert!(WqeView::parse(&inline).is_ok());
     inline[32..36].copy_from_slice(InlineHeader::new(13).as_bytes());
-    assert_eq!(
-        refused(&inline),
-        WqeError::InlineOverrun {
-            offset: 32,
-            len: 13,
-            end: 48
-        }
-    );
+    assert_eq!(refused(&inline), WqeError::InlineOverrun { offset: 32, len: 13, end: 48 });
     inline[3] = Opcode::RdmaRead.byte();
     inline[32..36].copy_from_slice(InlineHeader::new(12).as_bytes());
     assert_eq!(refused(&inline), WqeError::InlineScatter(Opcode::RdmaRead));
@@ -332,11 +254,7 @@ fn each_malformed_entry_is_refused_with_its_reason() {
 #[test]
 fn a_list_of_receive_segments_ends_at_the_invalid_key() {
     let mut stride = Vec::new();
-    for seg in [
-        DataSeg::new(1, 2, 3),
-        DataSeg::new(4, 5, 6),
-        DataSeg::new(0, 0x100, 0),
-    ] {
+    for seg in [DataSeg::new(1, 2, 3), DataSeg::new(4, 5, 6), DataSeg::new(0, 0x100, 0)] {
         stride.extend_from_slice(seg.as_bytes());
     }
     stride.extend_from_slice(DataSeg::new(7, 8, 9).as_bytes());

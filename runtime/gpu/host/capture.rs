@@ -63,10 +63,7 @@ pub(super) struct Captures {
 
 impl Captures {
     pub(super) fn new() -> Self {
-        Self {
-            open: BTreeMap::new(),
-            begun: 0,
-        }
+        Self { open: BTreeMap::new(), begun: 0 }
     }
 
     /// Captures begun so far.
@@ -79,17 +76,11 @@ impl Captures {
     }
 
     fn find(&self, stream: StreamIdx) -> Option<CaptureId> {
-        self.open
-            .iter()
-            .find(|(_, capture)| capture.tips.contains_key(&stream))
-            .map(|(&id, _)| id)
+        self.open.iter().find(|(_, capture)| capture.tips.contains_key(&stream)).map(|(&id, _)| id)
     }
 
     fn of(&mut self, stream: StreamIdx) -> Option<(CaptureId, &mut Capture)> {
-        self.open
-            .iter_mut()
-            .find(|(_, capture)| capture.tips.contains_key(&stream))
-            .map(|(&id, c)| (id, c))
+        self.open.iter_mut().find(|(_, capture)| capture.tips.contains_key(&stream)).map(|(&id, c)| (id, c))
     }
 
     pub(super) fn begin(&mut self, stream: StreamIdx) -> Result<(), CaptureError> {
@@ -97,56 +88,34 @@ impl Captures {
             return Err(CaptureError::AlreadyCapturing);
         }
         let tips = BTreeMap::from([(stream, BTreeSet::new())]);
-        self.open.insert(
-            CaptureId(self.begun),
-            Capture {
-                origin: stream,
-                nodes: Vec::new(),
-                tips,
-            },
-        );
+        self.open.insert(CaptureId(self.begun), Capture { origin: stream, nodes: Vec::new(), tips });
         self.begun += 1;
         Ok(())
     }
 
     /// Records a launch behind the stream's tips.
     pub(super) fn push(&mut self, stream: StreamIdx, launch: FrozenLaunch) {
-        let (_, capture) = self
-            .of(stream)
-            .expect("the caller checked that the stream is captured");
+        let (_, capture) = self.of(stream).expect("the caller checked that the stream is captured");
         // CAST: the nodes of a graph are held in memory, 2^32 of them do not fit.
         let node = capture.nodes.len() as u32;
         let tips = capture.tips.insert(stream, BTreeSet::from([node]));
         let predecessors = tips.expect("`of` found the stream by its tips");
-        capture.nodes.push(Node {
-            launch: Arc::new(launch),
-            predecessors,
-        });
+        capture.nodes.push(Node { launch: Arc::new(launch), predecessors });
     }
 
     /// What an event recorded now in `stream` marks; none if the stream is not captured.
     pub(super) fn mark(&self, stream: StreamIdx) -> Option<CapturedMark> {
         let id = self.find(stream)?;
-        Some(CapturedMark {
-            capture: id,
-            tips: self.open[&id].tips[&stream].clone(),
-        })
+        Some(CapturedMark { capture: id, tips: self.open[&id].tips[&stream].clone() })
     }
 
     /// Lets `stream` wait for captured work; it joins that capture.
-    pub(super) fn wait(
-        &mut self,
-        stream: StreamIdx,
-        mark: &CapturedMark,
-    ) -> Result<(), CaptureError> {
+    pub(super) fn wait(&mut self, stream: StreamIdx, mark: &CapturedMark) -> Result<(), CaptureError> {
         if self.find(stream).is_some_and(|id| id != mark.capture) {
             return Err(CaptureError::ForeignEvent);
         }
         // The capture may have ended since: then its work only runs in replays.
-        let capture = self
-            .open
-            .get_mut(&mark.capture)
-            .ok_or(CaptureError::ForeignEvent)?;
+        let capture = self.open.get_mut(&mark.capture).ok_or(CaptureError::ForeignEvent)?;
         capture.tips.entry(stream).or_default().extend(&mark.tips);
         Ok(())
     }
@@ -193,19 +162,13 @@ impl Capture {
                 successors[before as usize].push(idx);
             }
         }
-        let nodes = self
-            .nodes
-            .into_iter()
-            .zip(successors)
-            .map(|(node, successors)| PlanNode {
-                launch: node.launch,
-                successors,
-                // CAST: fewer than the number of nodes, which fits (see `push`).
-                num_predecessors: node.predecessors.len() as u32,
-            });
-        Plan {
-            nodes: nodes.collect(),
-        }
+        let nodes = self.nodes.into_iter().zip(successors).map(|(node, successors)| PlanNode {
+            launch: node.launch,
+            successors,
+            // CAST: fewer than the number of nodes, which fits (see `push`).
+            num_predecessors: node.predecessors.len() as u32,
+        });
+        Plan { nodes: nodes.collect() }
     }
 }
 
@@ -218,12 +181,7 @@ mod tests {
     const SIDE: StreamIdx = StreamIdx(1);
 
     fn launch(tag: u8) -> FrozenLaunch {
-        FrozenLaunch {
-            kernel: KernelId::Selftest,
-            args: Box::new([tag]),
-            blocks: 1,
-            warps_per_block: 1,
-        }
+        FrozenLaunch { kernel: KernelId::Selftest, args: Box::new([tag]), blocks: 1, warps_per_block: 1 }
     }
 
     /// (tag, tags of successors) of every node.
@@ -231,12 +189,7 @@ mod tests {
         let tag = |idx: u32| plan.nodes[idx as usize].launch.args[0];
         plan.nodes
             .iter()
-            .map(|node| {
-                (
-                    node.launch.args[0],
-                    node.successors.iter().map(|&n| tag(n)).collect(),
-                )
-            })
+            .map(|node| (node.launch.args[0], node.successors.iter().map(|&n| tag(n)).collect()))
             .collect()
     }
 
@@ -266,12 +219,7 @@ mod tests {
         captures.wait(MAIN, &join).unwrap();
         captures.push(MAIN, launch(b'D'));
         let plan = captures.end(MAIN).unwrap();
-        let expected = [
-            (b'A', vec![b'B', b'C']),
-            (b'B', vec![b'D']),
-            (b'C', vec![b'D']),
-            (b'D', vec![]),
-        ];
+        let expected = [(b'A', vec![b'B', b'C']), (b'B', vec![b'D']), (b'C', vec![b'D']), (b'D', vec![])];
         assert_eq!(edges(&plan), expected);
         assert_eq!(plan.nodes[3].num_predecessors, 2);
         assert!(!captures.is_capturing(SIDE));
@@ -285,10 +233,7 @@ mod tests {
         captures.wait(SIDE, &fork).unwrap();
         captures.push(SIDE, launch(1));
         captures.push(SIDE, launch(2));
-        assert_eq!(
-            captures.end(MAIN).unwrap_err(),
-            CaptureError::Unjoined { unjoined: 2 }
-        );
+        assert_eq!(captures.end(MAIN).unwrap_err(), CaptureError::Unjoined { unjoined: 2 });
         assert!(!captures.is_capturing(MAIN) && !captures.is_capturing(SIDE));
     }
 
@@ -297,10 +242,7 @@ mod tests {
         let mut captures = Captures::new();
         assert_eq!(captures.end(MAIN).unwrap_err(), CaptureError::NotCapturing);
         captures.begin(MAIN).unwrap();
-        assert_eq!(
-            captures.begin(MAIN).unwrap_err(),
-            CaptureError::AlreadyCapturing
-        );
+        assert_eq!(captures.begin(MAIN).unwrap_err(), CaptureError::AlreadyCapturing);
         let fork = captures.mark(MAIN).unwrap();
         captures.wait(SIDE, &fork).unwrap();
         assert_eq!(captures.end(SIDE).unwrap_err(), CaptureError::NotTheOrigin);
@@ -337,9 +279,6 @@ mod tests {
         captures.wait(SIDE, &fork).unwrap();
         captures.push(SIDE, launch(1));
         captures.abandon(SIDE);
-        assert_eq!(
-            captures.end(MAIN).unwrap_err(),
-            CaptureError::Unjoined { unjoined: 1 }
-        );
+        assert_eq!(captures.end(MAIN).unwrap_err(), CaptureError::Unjoined { unjoined: 1 });
     }
 }

@@ -46,10 +46,7 @@ pub(super) struct PoolExecutor {
 
 impl PoolExecutor {
     pub(super) fn new(pool: Arc<Pool>, device: u32) -> Self {
-        Self {
-            pool: ManuallyDrop::new(pool),
-            device,
-        }
+        Self { pool: ManuallyDrop::new(pool), device }
     }
 
     fn describe<'a>(&self, launch: &'a FrozenLaunch) -> PoolLaunch<'a> {
@@ -68,10 +65,7 @@ impl Executor for PoolExecutor {
         Ok(pool::check_launch(&self.describe(launch))?)
     }
 
-    #[expect(
-        unsafe_code,
-        reason = "the one place where a host GPU hands a launch to the fibers"
-    )]
+    #[expect(unsafe_code, reason = "the one place where a host GPU hands a launch to the fibers")]
     fn start(&self, launch: &FrozenLaunch, done: Completion) -> Result<(), GpuError> {
         let done = Box::new(move || {
             IN_COMPLETION.set(true);
@@ -105,10 +99,7 @@ thread_local! {
 }
 
 impl Drop for PoolExecutor {
-    #[expect(
-        unsafe_code,
-        reason = "the pool must not be dropped in place on its own worker"
-    )]
+    #[expect(unsafe_code, reason = "the pool must not be dropped in place on its own worker")]
     fn drop(&mut self) {
         // SAFETY: taken once, here, and the executor is not used afterwards.
         let pool = unsafe { ManuallyDrop::take(&mut self.pool) };
@@ -125,9 +116,7 @@ fn release_elsewhere(pool: Arc<Pool>) {
     // longer than a hang.
     let pool = ManuallyDrop::new(pool);
     let release = move || drop(ManuallyDrop::into_inner(pool));
-    let _ = std::thread::Builder::new()
-        .name("ibex-release".into())
-        .spawn(release);
+    let _ = std::thread::Builder::new().name("ibex-release".into()).spawn(release);
 }
 
 impl From<PoolError> for GpuError {

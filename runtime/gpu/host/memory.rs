@@ -50,11 +50,7 @@ impl Mapping {
         if len >= HUGE_PAGE {
             back_with_huge_pages(addr, len.next_multiple_of(PAGE));
         }
-        Ok(Self {
-            base,
-            mapped_len,
-            addr,
-        })
+        Ok(Self { base, mapped_len, addr })
     }
 
     pub(super) fn addr(&self) -> u64 {
@@ -74,12 +70,7 @@ fn check_range(field: GpuField, value: usize, max: usize) -> Result<(), GpuError
     if (1..=max).contains(&value) {
         return Ok(());
     }
-    Err(GpuError::OutOfRange {
-        field,
-        value: value as u64,
-        min: 1,
-        max: max as u64,
-    })
+    Err(GpuError::OutOfRange { field, value: value as u64, min: 1, max: max as u64 })
 }
 
 fn map_pages(len: usize) -> Result<usize, GpuError> {
@@ -141,16 +132,12 @@ impl Allocations {
 
     pub(super) fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError> {
         // SAFETY: `with_live` has checked that the range stays mapped during the call.
-        self.with_live(addr, bytes.len(), || unsafe {
-            copy_in(addr as usize, bytes)
-        })
+        self.with_live(addr, bytes.len(), || unsafe { copy_in(addr as usize, bytes) })
     }
 
     pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         // SAFETY: as above.
-        self.with_live(addr, bytes.len(), || unsafe {
-            copy_out(addr as usize, bytes)
-        })
+        self.with_live(addr, bytes.len(), || unsafe { copy_out(addr as usize, bytes) })
     }
 
     pub(super) fn fill(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
@@ -187,12 +174,7 @@ impl Allocations {
     }
 
     /// Runs `access` on one naturally aligned word that is known to stay mapped.
-    fn with_word<T>(
-        &self,
-        addr: u64,
-        len: usize,
-        access: impl FnOnce(*mut u8) -> T,
-    ) -> Result<T, GpuError> {
+    fn with_word<T>(&self, addr: u64, len: usize, access: impl FnOnce(*mut u8) -> T) -> Result<T, GpuError> {
         let align = len as u64;
         if !addr.is_multiple_of(align) {
             return Err(GpuError::Misaligned { addr, align });
@@ -201,12 +183,7 @@ impl Allocations {
     }
 
     /// Runs `access` while the range is known to stay mapped.
-    fn with_live<T>(
-        &self,
-        addr: u64,
-        len: usize,
-        access: impl FnOnce() -> T,
-    ) -> Result<T, GpuError> {
+    fn with_live<T>(&self, addr: u64, len: usize, access: impl FnOnce() -> T) -> Result<T, GpuError> {
         let live = self.live.read();
         let refused = GpuError::NotAllocated { addr, len };
         let Some((&begin, &live_len)) = live.range(..=addr).next_back() else {
@@ -315,13 +292,7 @@ mod tests {
 
     #[test]
     fn memory_is_zeroed_and_aligned() {
-        for (len, align) in [
-            (1, 1),
-            (4097, 64),
-            (100, 1 << 16),
-            (3 << 20, 4096),
-            (10, 4 << 20),
-        ] {
+        for (len, align) in [(1, 1), (4097, 64), (100, 1 << 16), (3 << 20, 4096), (10, 4 << 20)] {
             let (allocations, mapping) = live(len, align);
             assert!(mapping.addr().is_multiple_of(align.max(4096) as u64));
             let mut bytes = vec![0xff; len];
@@ -337,22 +308,13 @@ mod tests {
         for offset in 0..24 {
             for len in 0..=data.len() {
                 allocations.fill(mapping.addr(), 0xa5, 64).unwrap();
-                allocations
-                    .write(mapping.addr() + offset as u64, &data[..len])
-                    .unwrap();
+                allocations.write(mapping.addr() + offset as u64, &data[..len]).unwrap();
                 let mut all = [0; 64];
                 allocations.read(mapping.addr(), &mut all).unwrap();
                 let mut part = vec![0; len];
-                allocations
-                    .read(mapping.addr() + offset as u64, &mut part)
-                    .unwrap();
+                allocations.read(mapping.addr() + offset as u64, &mut part).unwrap();
                 assert_eq!(part, &data[..len]);
-                assert!(
-                    all[..offset]
-                        .iter()
-                        .chain(&all[offset + len..])
-                        .all(|&byte| byte == 0xa5)
-                );
+                assert!(all[..offset].iter().chain(&all[offset + len..]).all(|&byte| byte == 0xa5));
             }
         }
     }
@@ -362,17 +324,11 @@ mod tests {
         let (allocations, mapping) = live(64, 64);
         for (offset, len) in [(0, 64), (1, 5), (3, 30), (7, 1), (8, 8), (9, 0)] {
             allocations.fill(mapping.addr(), 0, 64).unwrap();
-            allocations
-                .fill(mapping.addr() + offset as u64, 7, len)
-                .unwrap();
+            allocations.fill(mapping.addr() + offset as u64, 7, len).unwrap();
             let mut all = [0; 64];
             allocations.read(mapping.addr(), &mut all).unwrap();
             for (i, &byte) in all.iter().enumerate() {
-                assert_eq!(
-                    byte == 7,
-                    (offset..offset + len).contains(&i),
-                    "byte {i} of {offset}+{len}"
-                );
+                assert_eq!(byte == 7, (offset..offset + len).contains(&i), "byte {i} of {offset}+{len}");
             }
         }
     }
@@ -381,23 +337,15 @@ mod tests {
     fn a_range_outside_one_live_allocation_is_refused() {
         let (allocations, mapping) = live(100, 64);
         let addr = mapping.addr();
-        for (addr, len) in [
-            (addr, 101),
-            (addr + 100, 1),
-            (addr - 1, 1),
-            (addr + 1, usize::MAX),
-            (u64::MAX, 2),
-            (0, 0),
-        ] {
+        for (addr, len) in
+            [(addr, 101), (addr + 100, 1), (addr - 1, 1), (addr + 1, usize::MAX), (u64::MAX, 2), (0, 0)]
+        {
             let refused = Err(GpuError::NotAllocated { addr, len });
             assert_eq!(allocations.fill(addr, 0, len), refused);
         }
         assert_eq!(allocations.fill(addr + 100, 0, 0), Ok(()));
         allocations.retire(mapping);
-        assert_eq!(
-            allocations.read(addr, &mut [0]),
-            Err(GpuError::NotAllocated { addr, len: 1 })
-        );
+        assert_eq!(allocations.read(addr, &mut [0]), Err(GpuError::NotAllocated { addr, len: 1 }));
     }
 
     #[test]
@@ -408,38 +356,20 @@ mod tests {
         assert_eq!(allocations.load_u64(addr + 8), Ok(u64::MAX - 1));
         allocations.store_u32(addr + 4, 9).unwrap();
         assert_eq!(allocations.load_u32(addr + 4), Ok(9));
-        assert_eq!(
-            allocations.load_u64(addr + 4),
-            Err(GpuError::Misaligned {
-                addr: addr + 4,
-                align: 8
-            })
-        );
+        assert_eq!(allocations.load_u64(addr + 4), Err(GpuError::Misaligned { addr: addr + 4, align: 8 }));
         assert_eq!(
             allocations.store_u32(addr + 2, 0),
-            Err(GpuError::Misaligned {
-                addr: addr + 2,
-                align: 4
-            })
+            Err(GpuError::Misaligned { addr: addr + 2, align: 4 })
         );
     }
 
     #[test]
     fn bad_sizes_and_alignments_are_refused() {
         let refused = |len, align| Mapping::new(len, align).err();
-        let range = |field, value, max: usize| {
-            Some(GpuError::OutOfRange {
-                field,
-                value,
-                min: 1,
-                max: max as u64,
-            })
-        };
+        let range =
+            |field, value, max: usize| Some(GpuError::OutOfRange { field, value, min: 1, max: max as u64 });
         assert_eq!(refused(0, 8), range(GpuField::AllocLen, 0, ALLOC_LEN_MAX));
-        assert_eq!(
-            refused(ALLOC_LEN_MAX + 1, 8),
-            range(GpuField::AllocLen, (1 << 46) + 1, ALLOC_LEN_MAX)
-        );
+        assert_eq!(refused(ALLOC_LEN_MAX + 1, 8), range(GpuField::AllocLen, (1 << 46) + 1, ALLOC_LEN_MAX));
         assert_eq!(refused(8, 0), range(GpuField::AllocAlign, 0, ALLOC_LEN_MAX));
         assert_eq!(refused(8, 24), Some(GpuError::BadAlignment { align: 24 }));
     }

@@ -99,11 +99,7 @@ impl Checker<'_> {
         self.issued = self.predecessors.len();
         self.check();
         while self.finish_one(random) {}
-        assert_eq!(
-            self.finished.len(),
-            self.predecessors.len(),
-            "some launches never ran"
-        );
+        assert_eq!(self.finished.len(), self.predecessors.len(), "some launches never ran");
     }
 }
 
@@ -128,12 +124,8 @@ fn queued_programs_keep_exactly_the_order_of_streams_and_events() {
         let (script, gpu) = gpu();
         let streams: Vec<Stream> = (0..NUM_STREAMS).map(|_| gpu.stream()).collect();
         let events: Vec<Event> = (0..NUM_EVENTS).map(|_| gpu.event()).collect();
-        let mut checker = Checker {
-            script: &script,
-            predecessors: &predecessors,
-            finished: BTreeSet::new(),
-            issued: 0,
-        };
+        let mut checker =
+            Checker { script: &script, predecessors: &predecessors, finished: BTreeSet::new(), issued: 0 };
         let mut tag = 0;
         for &step in &program {
             issue(&gpu, step, &streams, &events, &mut tag);

@@ -56,9 +56,7 @@ pub(super) struct Marker {
 
 impl Marker {
     fn new() -> Arc<Self> {
-        Arc::new(Self {
-            done_ns: OnceLock::new(),
-        })
+        Arc::new(Self { done_ns: OnceLock::new() })
     }
 
     /// When the marked work had finished, if it has.
@@ -104,12 +102,7 @@ struct StreamState {
 
 impl StreamState {
     fn new() -> Self {
-        Self {
-            ops: VecDeque::new(),
-            head: Head::Idle,
-            error: None,
-            orphaned: false,
-        }
+        Self { ops: VecDeque::new(), head: Head::Idle, error: None, orphaned: false }
     }
 
     fn is_idle(&self) -> bool {
@@ -178,11 +171,7 @@ impl Queues {
     }
 
     /// Queues a mark and returns it.
-    pub(super) fn push_record(
-        &mut self,
-        stream: StreamIdx,
-        now_ns: u64,
-    ) -> Result<Arc<Marker>, GpuError> {
+    pub(super) fn push_record(&mut self, stream: StreamIdx, now_ns: u64) -> Result<Arc<Marker>, GpuError> {
         let marker = Marker::new();
         self.push(stream, Op::Record(Arc::clone(&marker)), now_ns)?;
         Ok(marker)
@@ -201,10 +190,7 @@ impl Queues {
         let state = self.state(stream);
         let queued = state.ops.len();
         if queued >= STREAM_QUEUE_MAX {
-            return Err(GpuError::QueueFull {
-                queued,
-                limit: STREAM_QUEUE_MAX,
-            });
+            return Err(GpuError::QueueFull { queued, limit: STREAM_QUEUE_MAX });
         }
         state.ops.push_back(op);
         self.advance(stream, now_ns);
@@ -331,22 +317,14 @@ impl Queues {
     }
 
     fn start_graph(&mut self, stream: StreamIdx, plan: Arc<Plan>) {
-        let missing = plan
-            .nodes
-            .iter()
-            .map(|node| node.num_predecessors)
-            .collect();
+        let missing = plan.nodes.iter().map(|node| node.num_predecessors).collect();
         for (idx, node) in (0..).zip(&plan.nodes) {
             if node.num_predecessors == 0 {
                 self.start(Token { stream, node: idx }, Arc::clone(&node.launch));
             }
         }
         let unfinished = plan.nodes.len();
-        self.state(stream).head = Head::Graph(GraphRun {
-            plan,
-            missing,
-            unfinished,
-        });
+        self.state(stream).head = Head::Graph(GraphRun { plan, missing, unfinished });
     }
 
     /// Starts, or after a failure skips, the nodes that waited for this one only.
@@ -376,10 +354,7 @@ impl Queues {
                 if skip {
                     finished.push(next);
                 } else {
-                    let token = Token {
-                        stream: token.stream,
-                        node: next,
-                    };
+                    let token = Token { stream: token.stream, node: next };
                     self.start(token, Arc::clone(&plan.nodes[next as usize].launch));
                 }
             }

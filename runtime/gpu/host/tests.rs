@@ -48,9 +48,7 @@ impl Script {
         let done = {
             let mut started = self.started.lock();
             let position = started.iter().position(|&(running, _)| running == tag);
-            started
-                .remove(position.unwrap_or_else(|| panic!("{tag} does not run")))
-                .1
+            started.remove(position.unwrap_or_else(|| panic!("{tag} does not run"))).1
         };
         self.now_ns.fetch_add(10, Ordering::Relaxed);
         done();
@@ -69,19 +67,8 @@ pub(super) fn gpu() -> (Arc<Script>, HostGpu) {
 }
 
 #[expect(unsafe_code, reason = "the scripted executor runs nothing")]
-fn try_launch(
-    gpu: &HostGpu,
-    stream: &Stream,
-    args: &[u8],
-    blocks: u32,
-    warps: u32,
-) -> Result<(), GpuError> {
-    let launch = Launch {
-        kernel: KernelId::Selftest,
-        args,
-        blocks,
-        warps_per_block: warps,
-    };
+fn try_launch(gpu: &HostGpu, stream: &Stream, args: &[u8], blocks: u32, warps: u32) -> Result<(), GpuError> {
+    let launch = Launch { kernel: KernelId::Selftest, args, blocks, warps_per_block: warps };
     // SAFETY: no kernel runs, so no address is used.
     unsafe { gpu.launch(stream, &launch) }
 }
@@ -110,11 +97,7 @@ fn an_event_orders_two_streams() {
     let (script, gpu) = gpu();
     let (a, b) = (gpu.stream(), gpu.stream());
     let event = gpu.event();
-    assert_eq!(
-        gpu.query(&event),
-        Ok(true),
-        "a fresh event counts as completed"
-    );
+    assert_eq!(gpu.query(&event), Ok(true), "a fresh event counts as completed");
     launch(&gpu, &a, 1);
     gpu.record(&event, &a).unwrap();
     launch(&gpu, &a, 2);
@@ -135,11 +118,7 @@ fn a_wait_names_the_recording_that_stood_when_it_was_queued() {
     let event = gpu.event();
     gpu.wait(&event, &b).unwrap();
     launch(&gpu, &b, 9);
-    assert_eq!(
-        script.running(),
-        [9],
-        "an event that was never recorded holds nobody up"
-    );
+    assert_eq!(script.running(), [9], "an event that was never recorded holds nobody up");
     launch(&gpu, &a, 1);
     gpu.record(&event, &a).unwrap();
     gpu.wait(&event, &b).unwrap();
@@ -148,11 +127,7 @@ fn a_wait_names_the_recording_that_stood_when_it_was_queued() {
     gpu.record(&event, &a).unwrap();
     script.finish(9);
     script.finish(1);
-    assert_eq!(
-        script.running(),
-        [2, 3],
-        "the second recording does not move the earlier wait"
-    );
+    assert_eq!(script.running(), [2, 3], "the second recording does not move the earlier wait");
     assert_eq!(gpu.query(&event), Ok(false));
     script.finish_all();
 }
@@ -263,20 +238,11 @@ fn what_needs_work_to_run_is_refused_during_capture() {
     let outside = gpu.event();
     gpu.record(&outside, &side).unwrap();
     gpu.begin_capture(&main).unwrap();
-    assert_eq!(
-        gpu.synchronize(&main),
-        Err(CaptureError::NotWhileCapturing.into())
-    );
-    assert_eq!(
-        gpu.wait(&outside, &main),
-        Err(CaptureError::ForeignEvent.into())
-    );
+    assert_eq!(gpu.synchronize(&main), Err(CaptureError::NotWhileCapturing.into()));
+    assert_eq!(gpu.wait(&outside, &main), Err(CaptureError::ForeignEvent.into()));
     let graph = gpu.end_capture(&main).unwrap();
     gpu.begin_capture(&main).unwrap();
-    assert_eq!(
-        gpu.replay(&graph, &main),
-        Err(CaptureError::NotWhileCapturing.into())
-    );
+    assert_eq!(gpu.replay(&graph, &main), Err(CaptureError::NotWhileCapturing.into()));
 }
 
 #[test]
@@ -290,11 +256,7 @@ fn a_failed_launch_is_reported_once_and_the_stream_goes_on() {
     gpu.record(&event, &a).unwrap();
     gpu.wait(&event, &b).unwrap();
     launch(&gpu, &b, 9);
-    assert_eq!(
-        script.running(),
-        [9],
-        "8 is skipped, the waiting stream is not held up"
-    );
+    assert_eq!(script.running(), [9], "8 is skipped, the waiting stream is not held up");
     assert_eq!(gpu.synchronize(&a), Err(PoolError::NoMemory.into()));
     assert_eq!(gpu.synchronize(&a), Ok(()));
     launch(&gpu, &a, 1);
@@ -320,38 +282,13 @@ fn a_failed_node_ends_its_graph() {
 fn launches_out_of_range_are_refused_and_nothing_is_queued() {
     let (script, gpu) = gpu();
     let stream = gpu.stream();
-    let refused = |field, value, max| {
-        Err(GpuError::OutOfRange {
-            field,
-            value,
-            min: 1,
-            max,
-        })
-    };
-    assert_eq!(
-        try_launch(&gpu, &stream, &[], 1, 1),
-        refused(GpuField::ArgsLen, 0, 4096)
-    );
-    assert_eq!(
-        try_launch(&gpu, &stream, &[0; 4097], 1, 1),
-        refused(GpuField::ArgsLen, 4097, 4096)
-    );
-    assert_eq!(
-        try_launch(&gpu, &stream, &[0], 1, 0),
-        refused(GpuField::WarpsPerBlock, 0, 32)
-    );
-    assert_eq!(
-        try_launch(&gpu, &stream, &[0], 1, 33),
-        refused(GpuField::WarpsPerBlock, 33, 32)
-    );
-    assert_eq!(
-        try_launch(&gpu, &stream, &[0], 0, 8),
-        refused(GpuField::Blocks, 0, 128)
-    );
-    assert_eq!(
-        try_launch(&gpu, &stream, &[0], 129, 8),
-        refused(GpuField::Blocks, 129, 128)
-    );
+    let refused = |field, value, max| Err(GpuError::OutOfRange { field, value, min: 1, max });
+    assert_eq!(try_launch(&gpu, &stream, &[], 1, 1), refused(GpuField::ArgsLen, 0, 4096));
+    assert_eq!(try_launch(&gpu, &stream, &[0; 4097], 1, 1), refused(GpuField::ArgsLen, 4097, 4096));
+    assert_eq!(try_launch(&gpu, &stream, &[0], 1, 0), refused(GpuField::WarpsPerBlock, 0, 32));
+    assert_eq!(try_launch(&gpu, &stream, &[0], 1, 33), refused(GpuField::WarpsPerBlock, 33, 32));
+    assert_eq!(try_launch(&gpu, &stream, &[0], 0, 8), refused(GpuField::Blocks, 0, 128));
+    assert_eq!(try_launch(&gpu, &stream, &[0], 129, 8), refused(GpuField::Blocks, 129, 128));
     assert_eq!(gpu.max_coresident_blocks(0), 0);
     assert!(script.running().is_empty());
 }
@@ -364,10 +301,7 @@ fn a_full_queue_is_refused() {
     for _ in 0..STREAM_QUEUE_MAX {
         launch(&gpu, &stream, 1);
     }
-    let full = GpuError::QueueFull {
-        queued: STREAM_QUEUE_MAX,
-        limit: STREAM_QUEUE_MAX,
-    };
+    let full = GpuError::QueueFull { queued: STREAM_QUEUE_MAX, limit: STREAM_QUEUE_MAX };
     assert_eq!(try_launch(&gpu, &stream, &[2], 1, 1), Err(full.clone()));
     assert_eq!(gpu.record(&gpu.event(), &stream), Err(full));
     script.finish(0);
@@ -383,21 +317,12 @@ fn handles_of_another_gpu_are_refused() {
     let (stream, event) = (other.stream(), other.event());
     other.begin_capture(&stream).unwrap();
     let graph = other.end_capture(&stream).unwrap();
-    assert_eq!(
-        try_launch(&gpu, &stream, &[0], 1, 1),
-        foreign(HandleKind::Stream)
-    );
+    assert_eq!(try_launch(&gpu, &stream, &[0], 1, 1), foreign(HandleKind::Stream));
     assert_eq!(gpu.synchronize(&stream), foreign(HandleKind::Stream));
     assert_eq!(gpu.begin_capture(&stream), foreign(HandleKind::Stream));
-    assert_eq!(
-        gpu.record(&event, &gpu.stream()),
-        foreign(HandleKind::Event)
-    );
+    assert_eq!(gpu.record(&event, &gpu.stream()), foreign(HandleKind::Event));
     assert_eq!(gpu.wait(&event, &gpu.stream()), foreign(HandleKind::Event));
-    assert_eq!(
-        gpu.replay(&graph, &gpu.stream()),
-        foreign(HandleKind::Graph)
-    );
+    assert_eq!(gpu.replay(&graph, &gpu.stream()), foreign(HandleKind::Graph));
 }
 
 #[test]
@@ -483,11 +408,7 @@ fn dropping_a_gpu_forgets_queued_work_and_outlives_its_handles() {
     });
     assert!(script.running().is_empty(), "2 and 3 never start");
     drop((memory, stream, blocked, event, device));
-    assert_eq!(
-        Arc::strong_count(&script),
-        1,
-        "nothing keeps the device alive"
-    );
+    assert_eq!(Arc::strong_count(&script), 1, "nothing keeps the device alive");
 }
 
 #[test]
@@ -498,11 +419,7 @@ fn dropping_a_gpu_gives_up_on_a_kernel_that_does_not_end_and_keeps_its_memory() 
     launch(&gpu, &stream, 1);
     let device = Arc::downgrade(&gpu.device);
     drop((memory, gpu, stream));
-    assert!(
-        device
-            .upgrade()
-            .is_some_and(|device| device.allocations.num_retired() == 1)
-    );
+    assert!(device.upgrade().is_some_and(|device| device.allocations.num_retired() == 1));
     script.finish(1);
     assert!(device.upgrade().is_none());
 }

@@ -270,9 +270,7 @@ impl WcOpcode {
     pub const fn of(cqe: CqeOpcode, wqe_opcode: u8) -> Option<Self> {
         Some(match (cqe, Opcode::from_byte(wqe_opcode)) {
             (CqeOpcode::RespWriteImm, _) => Self::RecvRdmaWithImm,
-            (CqeOpcode::RespSend | CqeOpcode::RespSendImm | CqeOpcode::RespSendInval, _) => {
-                Self::Recv
-            }
+            (CqeOpcode::RespSend | CqeOpcode::RespSendImm | CqeOpcode::RespSendInval, _) => Self::Recv,
             (CqeOpcode::Req, Some(wqe)) => match wqe {
                 Opcode::RdmaWrite | Opcode::RdmaWriteImm => Self::RdmaWrite,
                 Opcode::Send | Opcode::SendImm | Opcode::SendInval => Self::Send,
@@ -295,24 +293,14 @@ mod tests {
         for code in 0..=u8::MAX {
             let syndrome = Syndrome(code);
             let named = Syndrome::ALL.contains(&syndrome);
-            assert_eq!(
-                syndrome.status() != WcStatus::GeneralErr,
-                named,
-                "{syndrome}"
-            );
+            assert_eq!(syndrome.status() != WcStatus::GeneralErr, named, "{syndrome}");
             assert_eq!(syndrome.name() != "unknown syndrome", named, "{syndrome}");
         }
     }
 
     #[test]
     fn a_syndrome_prints_its_number_and_name() {
-        assert_eq!(
-            Syndrome::REMOTE_ACCESS.to_string(),
-            "0x13 remote access error"
-        );
-        assert_eq!(
-            format!("{:?}", Syndrome(0x77)),
-            "Syndrome(0x77 unknown syndrome)"
-        );
+        assert_eq!(Syndrome::REMOTE_ACCESS.to_string(), "0x13 remote access error");
+        assert_eq!(format!("{:?}", Syndrome(0x77)), "Syndrome(0x77 unknown syndrome)");
     }
 }

@@ -273,10 +273,7 @@ mod tests {
     fn codes_round_trip_and_others_are_unknown() {
         for &op in Op::ALL {
             assert_eq!(Op::from_code(op.code()), Ok(op));
-            assert_eq!(
-                op.transition().map(Op::of_transition),
-                op.transition().map(|_| op)
-            );
+            assert_eq!(op.transition().map(Op::of_transition), op.transition().map(|_| op));
         }
         assert_eq!(Op::from_code(0), Err(UnknownOp(0)));
         for &status in Status::ALL {

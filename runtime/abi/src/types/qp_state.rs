@@ -63,9 +63,7 @@ impl QpState {
     /// The state that a code stands for.
     #[must_use]
     pub fn from_code(code: u64) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|state| u64::from(state.code()) == code)
+        Self::ALL.into_iter().find(|state| u64::from(state.code()) == code)
     }
 
     /// The state that a legal command leads to.
@@ -83,10 +81,7 @@ impl QpState {
             | (Sqd, QpTransition::Sqd2Rts) => Ok(Rts),
             (_, QpTransition::ToErr) => Ok(Error),
             (_, QpTransition::ToReset) => Ok(Reset),
-            _ => Err(IllegalTransition {
-                state: self,
-                command,
-            }),
+            _ => Err(IllegalTransition { state: self, command }),
         }
     }
 
@@ -99,10 +94,7 @@ impl QpState {
     /// Whether the device accepts packets from the remote end in this state.
     #[must_use]
     pub const fn responds(self) -> bool {
-        matches!(
-            self,
-            Self::Rtr | Self::Rts | Self::Sqer | Self::Sqd | Self::SqDraining
-        )
+        matches!(self, Self::Rtr | Self::Rts | Self::Sqer | Self::Sqd | Self::SqDraining)
     }
 }
 
@@ -222,10 +214,7 @@ SUSPENDED  | -         -         -         -         -         -         -      
             }
             lines.push(line);
         }
-        lines
-            .iter()
-            .map(|line| format!("{}\n", line.trim_end()))
-            .collect()
+        lines.iter().map(|line| format!("{}\n", line.trim_end())).collect()
     }
 
     #[test]

@@ -9,9 +9,9 @@ use zerocopy::byteorder::big_endian::{U16, U32, U64};
 
 use super::view::inline_size;
 use super::{
-    AtomicOp, AtomicSeg, CtrlFlags, CtrlSeg, DS_MAX, DataSeg, InlineHeader, MaskedCs32Seg,
-    MaskedCs64Seg, MaskedFa32Seg, MaskedFa64Seg, Opcode, Payload, RaddrSeg, RequestView, SEG,
-    Segment, WqeError, WqeView, num_wqebbs,
+    AtomicOp, AtomicSeg, CtrlFlags, CtrlSeg, DS_MAX, DataSeg, InlineHeader, MaskedCs32Seg, MaskedCs64Seg,
+    MaskedFa32Seg, MaskedFa64Seg, Opcode, Payload, RaddrSeg, RequestView, SEG, Segment, WqeError, WqeView,
+    num_wqebbs,
 };
 use crate::types::{Iova, QpNum, Rkey};
 
@@ -37,14 +37,7 @@ impl Ctrl {
     #[must_use]
     pub const fn signaled(wqe_idx: u16, qpn: QpNum) -> Self {
         let flags = CtrlFlags::SIGNALED;
-        Self {
-            wqe_idx,
-            qpn,
-            flags,
-            imm: 0,
-            signature: 0,
-            dci_stream: 0,
-        }
+        Self { wqe_idx, qpn, flags, imm: 0, signature: 0, dci_stream: 0 }
     }
 }
 
@@ -154,46 +147,33 @@ impl Wqe {
         let request = match (view.request, view.opcode) {
             (RequestView::Nop, _) => {
                 let body = &bytes[SEG..usize::from(seg.ds()) * SEG];
-                Request::Nop {
-                    body: body.as_chunks().0.to_vec(),
-                }
+                Request::Nop { body: body.as_chunks().0.to_vec() }
             }
-            (RequestView::Send { payload }, Opcode::SendImm) => Request::SendImm {
-                payload: to_owned(payload),
-            },
-            (RequestView::Send { payload }, Opcode::SendInval) => Request::SendInval {
-                payload: to_owned(payload),
-            },
-            (RequestView::Send { payload }, _) => Request::Send {
-                payload: to_owned(payload),
-            },
-            (RequestView::Write { remote, payload }, Opcode::RdmaWriteImm) => Request::WriteImm {
-                remote: remote.into(),
-                payload: to_owned(payload),
-            },
-            (RequestView::Write { remote, payload }, _) => Request::Write {
-                remote: remote.into(),
-                payload: to_owned(payload),
-            },
+            (RequestView::Send { payload }, Opcode::SendImm) => {
+                Request::SendImm { payload: to_owned(payload) }
+            }
+            (RequestView::Send { payload }, Opcode::SendInval) => {
+                Request::SendInval { payload: to_owned(payload) }
+            }
+            (RequestView::Send { payload }, _) => Request::Send { payload: to_owned(payload) },
+            (RequestView::Write { remote, payload }, Opcode::RdmaWriteImm) => {
+                Request::WriteImm { remote: remote.into(), payload: to_owned(payload) }
+            }
+            (RequestView::Write { remote, payload }, _) => {
+                Request::Write { remote: remote.into(), payload: to_owned(payload) }
+            }
             (RequestView::Read { remote, scatter }, _) => {
                 let data = |segment| match segment {
                     Segment::Data(data) => Some(*data),
                     Segment::Inline(_) => None,
                 };
                 let scatter = scatter.segments().filter_map(data).collect();
-                Request::Read {
-                    remote: remote.into(),
-                    scatter,
-                }
+                Request::Read { remote: remote.into(), scatter }
             }
-            (RequestView::Atomic { remote, op, result }, _) => Request::Atomic {
-                remote: remote.into(),
-                op,
-                result: *result,
-            },
-            (RequestView::Dump { payload }, _) => Request::Dump {
-                payload: to_owned(payload),
-            },
+            (RequestView::Atomic { remote, op, result }, _) => {
+                Request::Atomic { remote: remote.into(), op, result: *result }
+            }
+            (RequestView::Dump { payload }, _) => Request::Dump { payload: to_owned(payload) },
         };
         Ok(Self { ctrl, request })
     }
@@ -225,9 +205,7 @@ impl Wqe {
             | Request::SendImm { payload }
             | Request::SendInval { payload }
             | Request::Dump { payload } => num_segs(payload),
-            Request::Write { payload, .. } | Request::WriteImm { payload, .. } => {
-                1 + num_segs(payload)
-            }
+            Request::Write { payload, .. } | Request::WriteImm { payload, .. } => 1 + num_segs(payload),
             Request::Read { scatter, .. } => 1 + scatter.len(),
             Request::Atomic { op, .. } => 1 + op.operands_size() / SEG + 1,
         };
@@ -254,28 +232,16 @@ impl Wqe {
     pub fn emit(&self, out: &mut [u8]) -> Result<usize, WqeError> {
         let ds = self.ds()?;
         let (needed, len) = (usize::from(ds) * SEG, out.len());
-        let out = out
-            .get_mut(..needed)
-            .ok_or(WqeError::Truncated { needed, len })?;
+        let out = out.get_mut(..needed).ok_or(WqeError::Truncated { needed, len })?;
         let (opcode, opmod) = self.opcode();
-        let mut seg = CtrlSeg::new(
-            opmod,
-            self.ctrl.wqe_idx,
-            opcode,
-            self.ctrl.qpn,
-            ds,
-            self.ctrl.flags,
-        );
+        let mut seg = CtrlSeg::new(opmod, self.ctrl.wqe_idx, opcode, self.ctrl.qpn, ds, self.ctrl.flags);
         seg.signature = self.ctrl.signature;
         seg.dci_stream = U16::new(self.ctrl.dci_stream);
         seg.imm = U32::new(self.ctrl.imm);
         let mut cursor = Cursor { rest: out };
         cursor.put(seg.as_bytes());
         self.request.emit(&mut cursor);
-        assert!(
-            cursor.rest.is_empty(),
-            "ds() and emit() disagree on the size"
-        );
+        assert!(cursor.rest.is_empty(), "ds() and emit() disagree on the size");
         Ok(needed)
     }
 }
@@ -307,10 +273,7 @@ impl Request {
 
 impl From<&RaddrSeg> for Remote {
     fn from(seg: &RaddrSeg) -> Self {
-        Self {
-            addr: Iova(seg.raddr.get()),
-            rkey: Rkey(seg.rkey.get()),
-        }
+        Self { addr: Iova(seg.raddr.get()), rkey: Rkey(seg.rkey.get()) }
     }
 }
 
@@ -355,8 +318,7 @@ impl Cursor<'_> {
                     // CAST: ds() bounded the payload to less than 1 KiB.
                     self.put(InlineHeader::new(bytes.len() as u32).as_bytes());
                     self.put(bytes);
-                    let padding =
-                        inline_size(bytes.len()) - size_of::<InlineHeader>() - bytes.len();
+                    let padding = inline_size(bytes.len()) - size_of::<InlineHeader>() - bytes.len();
                     self.put(&[0; SEG][..padding]);
                 }
             }
@@ -366,52 +328,22 @@ impl Cursor<'_> {
     fn put_operands(&mut self, op: AtomicOp) {
         match op {
             AtomicOp::FetchAdd { add } => {
-                let seg = AtomicSeg {
-                    swap_add: U64::new(add),
-                    compare: U64::ZERO,
-                };
+                let seg = AtomicSeg { swap_add: U64::new(add), compare: U64::ZERO };
                 self.put(seg.as_bytes());
             }
             AtomicOp::CmpSwap { swap, compare } => {
-                let seg = AtomicSeg {
-                    swap_add: U64::new(swap),
-                    compare: U64::new(compare),
-                };
+                let seg = AtomicSeg { swap_add: U64::new(swap), compare: U64::new(compare) };
                 self.put(seg.as_bytes());
             }
-            AtomicOp::MaskedFetchAdd32 {
-                add,
-                field_boundary,
-            } => {
+            AtomicOp::MaskedFetchAdd32 { add, field_boundary } => {
                 let (add, field_boundary) = (U32::new(add), U32::new(field_boundary));
-                self.put(
-                    MaskedFa32Seg {
-                        add,
-                        field_boundary,
-                        reserved: U64::ZERO,
-                    }
-                    .as_bytes(),
-                );
+                self.put(MaskedFa32Seg { add, field_boundary, reserved: U64::ZERO }.as_bytes());
             }
-            AtomicOp::MaskedFetchAdd64 {
-                add,
-                field_boundary,
-            } => {
+            AtomicOp::MaskedFetchAdd64 { add, field_boundary } => {
                 let (add, field_boundary) = (U64::new(add), U64::new(field_boundary));
-                self.put(
-                    MaskedFa64Seg {
-                        add,
-                        field_boundary,
-                    }
-                    .as_bytes(),
-                );
+                self.put(MaskedFa64Seg { add, field_boundary }.as_bytes());
             }
-            AtomicOp::MaskedCmpSwap32 {
-                swap,
-                compare,
-                swap_mask,
-                compare_mask,
-            } => {
+            AtomicOp::MaskedCmpSwap32 { swap, compare, swap_mask, compare_mask } => {
                 let seg = MaskedCs32Seg {
                     swap: U32::new(swap),
                     compare: U32::new(compare),
@@ -420,12 +352,7 @@ impl Cursor<'_> {
                 };
                 self.put(seg.as_bytes());
             }
-            AtomicOp::MaskedCmpSwap64 {
-                swap,
-                compare,
-                swap_mask,
-                compare_mask,
-            } => {
+            AtomicOp::MaskedCmpSwap64 { swap, compare, swap_mask, compare_mask } => {
                 let seg = MaskedCs64Seg {
                     swap: U64::new(swap),
                     compare: U64::new(compare),

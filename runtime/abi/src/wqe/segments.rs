@@ -25,9 +25,7 @@ use crate::types::QpNum;
 /// validated.
 ///
 /// SPEC: mlx5dv.h `mlx5_wqe_ctrl_seg`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct CtrlSeg {
     /// `opmod:8, wqe_idx:16, opcode:8`.
@@ -60,14 +58,7 @@ impl CtrlSeg {
     /// # Panics
     /// PANIC: if `ds` is above [`DS_MAX`].
     #[must_use]
-    pub fn new(
-        opmod: u8,
-        wqe_idx: u16,
-        opcode: Opcode,
-        qpn: QpNum,
-        ds: u8,
-        flags: CtrlFlags,
-    ) -> Self {
+    pub fn new(opmod: u8, wqe_idx: u16, opcode: Opcode, qpn: QpNum, ds: u8, flags: CtrlFlags) -> Self {
         assert!(usize::from(ds) <= DS_MAX, "ds is a 6-bit field");
         let [idx_hi, idx_lo] = wqe_idx.to_be_bytes();
         Self {
@@ -138,9 +129,7 @@ impl CtrlSeg {
 /// ```
 ///
 /// SPEC: mlx5dv.h `mlx5_wqe_raddr_seg`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct RaddrSeg {
     /// Address in the remote key's range.
@@ -162,11 +151,7 @@ impl RaddrSeg {
     /// A segment that names `raddr` under `rkey`.
     #[must_use]
     pub fn new(raddr: u64, rkey: u32) -> Self {
-        Self {
-            raddr: U64::new(raddr),
-            rkey: U32::new(rkey),
-            reserved: U32::ZERO,
-        }
+        Self { raddr: U64::new(raddr), rkey: U32::new(rkey), reserved: U32::ZERO }
     }
 }
 
@@ -178,9 +163,7 @@ impl RaddrSeg {
 /// ```
 ///
 /// SPEC: mlx5dv.h `mlx5_wqe_data_seg`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct DataSeg {
     /// Length in bytes; bit 31 is zero, or the segment is an [`InlineHeader`].
@@ -208,15 +191,8 @@ impl DataSeg {
     /// PANIC: if `byte_count` is above [`Self::BYTE_COUNT_MAX`].
     #[must_use]
     pub fn new(byte_count: u32, lkey: u32, addr: u64) -> Self {
-        assert!(
-            byte_count <= Self::BYTE_COUNT_MAX,
-            "byte_count is a 31-bit field"
-        );
-        Self {
-            byte_count: U32::new(byte_count),
-            lkey: U32::new(lkey),
-            addr: U64::new(addr),
-        }
+        assert!(byte_count <= Self::BYTE_COUNT_MAX, "byte_count is a 31-bit field");
+        Self { byte_count: U32::new(byte_count), lkey: U32::new(lkey), addr: U64::new(addr) }
     }
 
     /// Length in bytes. Zero stands for 2^31 on hardware, which is why drivers skip empty
@@ -238,9 +214,7 @@ impl DataSeg {
 /// ```
 ///
 /// SPEC: mlx5dv.h `mlx5_wqe_inl_data_seg`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct InlineHeader {
     /// Length of the payload, with bit 31 set.
@@ -262,9 +236,7 @@ impl InlineHeader {
     #[must_use]
     pub fn new(len: u32) -> Self {
         assert!(len <= Self::LEN_MAX, "an inline payload must fit a WQE");
-        Self {
-            byte_count: U32::new(Self::FLAG | len),
-        }
+        Self { byte_count: U32::new(Self::FLAG | len) }
     }
 
     /// Whether this is the header of an inline segment.
@@ -288,9 +260,7 @@ impl InlineHeader {
 /// ```
 ///
 /// SPEC: mlx5dv.h `mlx5_wqe_atomic_seg`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct AtomicSeg {
     /// Value to store if the comparison holds, or value to add.
@@ -307,9 +277,7 @@ pub struct AtomicSeg {
 /// ```
 ///
 /// SPEC: NVSHMEM `ibgda_atomic_32_masked_fa_seg_t`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct MaskedFa32Seg {
     /// Value to add.
@@ -328,9 +296,7 @@ pub struct MaskedFa32Seg {
 /// ```
 ///
 /// SPEC: NVSHMEM `ibgda_atomic_64_masked_fa_seg_t`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct MaskedFa64Seg {
     /// Value to add.
@@ -347,9 +313,7 @@ pub struct MaskedFa64Seg {
 /// ```
 ///
 /// SPEC: NVSHMEM `ibgda_atomic_32_masked_cs_seg_t`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct MaskedCs32Seg {
     /// Value whose masked bits are stored if the comparison holds.
@@ -371,9 +335,7 @@ pub struct MaskedCs32Seg {
 /// ```
 ///
 /// SPEC: NVSHMEM `ibgda_atomic_64_masked_cs_seg_t`, twice.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct MaskedCs64Seg {
     /// Value whose masked bits are stored if the comparison holds.
@@ -417,10 +379,7 @@ mod tests {
     fn control_fields_survive_at_their_extremes() {
         let qpn = QpNum::MAX;
         let ctrl = CtrlSeg::new(0xff, 0xffff, Opcode::Mmo, qpn, 63, CtrlFlags(0xff));
-        assert_eq!(
-            (ctrl.opmod(), ctrl.wqe_idx(), ctrl.opcode()),
-            (0xff, 0xffff, Some(Opcode::Mmo))
-        );
+        assert_eq!((ctrl.opmod(), ctrl.wqe_idx(), ctrl.opcode()), (0xff, 0xffff, Some(Opcode::Mmo)));
         assert_eq!((ctrl.qpn(), ctrl.ds(), ctrl.num_wqebbs()), (qpn, 63, 16));
     }
 

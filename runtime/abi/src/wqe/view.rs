@@ -8,9 +8,8 @@
 use zerocopy::FromBytes;
 
 use super::{
-    AtomicSeg, CtrlSeg, DataSeg, INVALID_LKEY, InlineHeader, MASKED_ATOMIC_OPMOD_4B,
-    MASKED_ATOMIC_OPMOD_8B, MaskedCs32Seg, MaskedCs64Seg, MaskedFa32Seg, MaskedFa64Seg, Opcode,
-    RaddrSeg, SEG,
+    AtomicSeg, CtrlSeg, DataSeg, INVALID_LKEY, InlineHeader, MASKED_ATOMIC_OPMOD_4B, MASKED_ATOMIC_OPMOD_8B,
+    MaskedCs32Seg, MaskedCs64Seg, MaskedFa32Seg, MaskedFa64Seg, Opcode, RaddrSeg, SEG,
 };
 
 /// Why bytes are not a work queue entry that this crate can describe.
@@ -124,17 +123,11 @@ impl<'a> Payload<'a> {
             let len = header.byte_len() as usize;
             if len > wqe.len() - at - size_of::<InlineHeader>() {
                 let (len, end) = (header.byte_len(), wqe.len());
-                return Err(WqeError::InlineOverrun {
-                    offset: at,
-                    len,
-                    end,
-                });
+                return Err(WqeError::InlineOverrun { offset: at, len, end });
             }
             at += inline_size(len);
         }
-        Ok(Self {
-            bytes: &wqe[start..],
-        })
+        Ok(Self { bytes: &wqe[start..] })
     }
 
     /// The segments in order.
@@ -185,9 +178,7 @@ impl<'a> Iterator for Segments<'a> {
         }
         // CAST: 31 bits fit usize on the 64-bit targets this crate supports.
         let len = (data.byte_count.get() & !InlineHeader::FLAG) as usize;
-        let inline = self
-            .rest
-            .get(size_of::<InlineHeader>()..size_of::<InlineHeader>() + len)?;
+        let inline = self.rest.get(size_of::<InlineHeader>()..size_of::<InlineHeader>() + len)?;
         self.rest = self.rest.get(inline_size(len)..)?;
         Some(Segment::Inline(inline))
     }
@@ -276,11 +267,7 @@ impl AtomicOp {
 
     /// Reads the operand segments; gives the operation and their size in bytes.
     fn parse(ctrl: &CtrlSeg, opcode: Opcode, bytes: &[u8]) -> Result<(Self, usize), WqeError> {
-        let missing = WqeError::MissingSegment {
-            opcode,
-            ds: ctrl.ds(),
-            segment: "operand",
-        };
+        let missing = WqeError::MissingSegment { opcode, ds: ctrl.ds(), segment: "operand" };
         let opmod = ctrl.opmod();
         let op = match (opcode, opmod) {
             (Opcode::AtomicFa | Opcode::AtomicCs, _) => {
@@ -288,27 +275,18 @@ impl AtomicOp {
                 let (swap_add, compare) = (seg.swap_add.get(), seg.compare.get());
                 match opcode {
                     Opcode::AtomicFa => Self::FetchAdd { add: swap_add },
-                    _ => Self::CmpSwap {
-                        swap: swap_add,
-                        compare,
-                    },
+                    _ => Self::CmpSwap { swap: swap_add, compare },
                 }
             }
             (Opcode::AtomicMaskedFa, MASKED_ATOMIC_OPMOD_4B) => {
                 let seg = view::<MaskedFa32Seg>(bytes).ok_or(missing)?;
                 let field_boundary = seg.field_boundary.get();
-                Self::MaskedFetchAdd32 {
-                    add: seg.add.get(),
-                    field_boundary,
-                }
+                Self::MaskedFetchAdd32 { add: seg.add.get(), field_boundary }
             }
             (Opcode::AtomicMaskedFa, MASKED_ATOMIC_OPMOD_8B) => {
                 let seg = view::<MaskedFa64Seg>(bytes).ok_or(missing)?;
                 let field_boundary = seg.field_boundary.get();
-                Self::MaskedFetchAdd64 {
-                    add: seg.add.get(),
-                    field_boundary,
-                }
+                Self::MaskedFetchAdd64 { add: seg.add.get(), field_boundary }
             }
             (Opcode::AtomicMaskedCs, MASKED_ATOMIC_OPMOD_4B) => {
                 let seg = view::<MaskedCs32Seg>(bytes).ok_or(missing)?;
@@ -417,60 +395,41 @@ impl<'a> WqeView<'a> {
         if needed == 0 {
             return Err(WqeError::Empty);
         }
-        let wqe = bytes
-            .get(..needed)
-            .ok_or(WqeError::Truncated { needed, len })?;
-        let opcode = ctrl
-            .opcode()
-            .ok_or(WqeError::UnknownOpcode(ctrl.opcode_byte()))?;
+        let wqe = bytes.get(..needed).ok_or(WqeError::Truncated { needed, len })?;
+        let opcode = ctrl.opcode().ok_or(WqeError::UnknownOpcode(ctrl.opcode_byte()))?;
         let request = match opcode {
             Opcode::Nop => RequestView::Nop,
-            Opcode::Send | Opcode::SendImm | Opcode::SendInval => RequestView::Send {
-                payload: Payload::parse(wqe, SEG)?,
-            },
+            Opcode::Send | Opcode::SendImm | Opcode::SendInval => {
+                RequestView::Send { payload: Payload::parse(wqe, SEG)? }
+            }
             Opcode::RdmaWrite | Opcode::RdmaWriteImm => RequestView::Write {
                 remote: remote(ctrl, opcode, wqe)?,
                 payload: Payload::parse(wqe, 2 * SEG)?,
             },
-            Opcode::RdmaRead => RequestView::Read {
-                remote: remote(ctrl, opcode, wqe)?,
-                scatter: scatter(opcode, wqe)?,
-            },
-            Opcode::AtomicCs
-            | Opcode::AtomicFa
-            | Opcode::AtomicMaskedCs
-            | Opcode::AtomicMaskedFa => atomic(ctrl, opcode, wqe)?,
-            Opcode::Dump => RequestView::Dump {
-                payload: Payload::parse(wqe, SEG)?,
-            },
+            Opcode::RdmaRead => {
+                RequestView::Read { remote: remote(ctrl, opcode, wqe)?, scatter: scatter(opcode, wqe)? }
+            }
+            Opcode::AtomicCs | Opcode::AtomicFa | Opcode::AtomicMaskedCs | Opcode::AtomicMaskedFa => {
+                atomic(ctrl, opcode, wqe)?
+            }
+            Opcode::Dump => RequestView::Dump { payload: Payload::parse(wqe, SEG)? },
             other => return Err(WqeError::UnsupportedOpcode(other)),
         };
-        Ok(Self {
-            ctrl,
-            opcode,
-            request,
-        })
+        Ok(Self { ctrl, opcode, request })
     }
 }
 
 /// The remote address segment, second in every RDMA and atomic entry.
 #[inline]
 fn remote<'a>(ctrl: &CtrlSeg, opcode: Opcode, wqe: &'a [u8]) -> Result<&'a RaddrSeg, WqeError> {
-    let missing = WqeError::MissingSegment {
-        opcode,
-        ds: ctrl.ds(),
-        segment: "remote address",
-    };
+    let missing = WqeError::MissingSegment { opcode, ds: ctrl.ds(), segment: "remote address" };
     view::<RaddrSeg>(&wqe[SEG..]).ok_or(missing)
 }
 
 /// The scatter list of a read: data segments only.
 fn scatter(opcode: Opcode, wqe: &[u8]) -> Result<Payload<'_>, WqeError> {
     let list = Payload::parse(wqe, 2 * SEG)?;
-    match list
-        .segments()
-        .all(|segment| matches!(segment, Segment::Data(_)))
-    {
+    match list.segments().all(|segment| matches!(segment, Segment::Data(_))) {
         true => Ok(list),
         false => Err(WqeError::InlineScatter(opcode)),
     }
@@ -482,11 +441,7 @@ fn atomic<'a>(ctrl: &CtrlSeg, opcode: Opcode, wqe: &'a [u8]) -> Result<RequestVi
     let ds = ctrl.ds();
     let (op, operands) = AtomicOp::parse(ctrl, opcode, &wqe[2 * SEG..])?;
     let rest = &wqe[2 * SEG + operands..];
-    let missing = WqeError::MissingSegment {
-        opcode,
-        ds,
-        segment: "result",
-    };
+    let missing = WqeError::MissingSegment { opcode, ds, segment: "result" };
     let result = view::<DataSeg>(rest).ok_or(missing)?;
     if result.byte_count.get() & InlineHeader::FLAG != 0 {
         return Err(WqeError::InlineScatter(opcode));
@@ -501,8 +456,5 @@ fn atomic<'a>(ctrl: &CtrlSeg, opcode: Opcode, wqe: &'a [u8]) -> Result<RequestVi
 ///
 /// A receive WQE has no control segment. SPEC: mlx5dv.h `MLX5_INVALID_LKEY`.
 pub fn recv_segments(stride: &[u8]) -> impl Iterator<Item = &DataSeg> {
-    stride
-        .chunks_exact(SEG)
-        .filter_map(view::<DataSeg>)
-        .take_while(|seg| seg.lkey.get() != INVALID_LKEY)
+    stride.chunks_exact(SEG).filter_map(view::<DataSeg>).take_while(|seg| seg.lkey.get() != INVALID_LKEY)
 }

@@ -13,10 +13,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::text::hex;
 
-const REMOTE: Remote = Remote {
-    addr: Iova(0x5583_4fb6_e000),
-    rkey: Rkey(0x1000),
-};
+const REMOTE: Remote = Remote { addr: Iova(0x5583_4fb6_e000), rkey: Rkey(0x1000) };
 
 fn local(len: u32) -> DataSeg {
     DataSeg::new(len, 0x1000, 0x5583_4fb6_c000)
@@ -34,19 +31,9 @@ fn assert_encodes(wqe: &Wqe, expected: &str) {
 #[test]
 fn compare_and_swap_is_swap_then_compare() {
     // libmlx5.
-    let op = AtomicOp::CmpSwap {
-        swap: 0x2222_2222_2222_2222,
-        compare: 0x1111_1111_1111_1111,
-    };
-    let request = Request::Atomic {
-        remote: REMOTE,
-        op,
-        result: local(8),
-    };
-    let wqe = Wqe {
-        ctrl: Ctrl::signaled(7, QpNum::new(0x100)),
-        request,
-    };
+    let op = AtomicOp::CmpSwap { swap: 0x2222_2222_2222_2222, compare: 0x1111_1111_1111_1111 };
+    let request = Request::Atomic { remote: REMOTE, op, result: local(8) };
+    let wqe = Wqe { ctrl: Ctrl::signaled(7, QpNum::new(0x100)), request };
     assert_encodes(
         &wqe,
         "00000711 00010004 00000008 00000000  000055834fb6e000 00001000 00000000
@@ -58,14 +45,8 @@ fn compare_and_swap_is_swap_then_compare() {
 fn a_fenced_solicited_signalled_send_with_immediate_has_flags_8a() {
     // libmlx5.
     let flags = CtrlFlags::new(FenceMode::SmallAndFence, CqUpdate::Always, true);
-    let ctrl = Ctrl {
-        flags,
-        imm: 0xdead_beef,
-        ..Ctrl::signaled(0, QpNum::new(0x100))
-    };
-    let request = Request::SendImm {
-        payload: vec![SegmentBuf::Data(local(64))],
-    };
+    let ctrl = Ctrl { flags, imm: 0xdead_beef, ..Ctrl::signaled(0, QpNum::new(0x100)) };
+    let request = Request::SendImm { payload: vec![SegmentBuf::Data(local(64))] };
     assert_encodes(
         &Wqe { ctrl, request },
         "0000000b 00010002 0000008a deadbeef  00000040 00001000 000055834fb6c000",
@@ -76,29 +57,15 @@ fn a_fenced_solicited_signalled_send_with_immediate_has_flags_8a() {
 fn masked_fetch_and_add_has_its_size_in_opmod() {
     // NVSHMEM ibgda headers: opmod 0x08 for 4 bytes, 0x09 for 8 bytes.
     let ctrl = Ctrl::signaled(1, QpNum::new(0x100));
-    let op = AtomicOp::MaskedFetchAdd64 {
-        add: 5,
-        field_boundary: 1 << 63,
-    };
-    let request = Request::Atomic {
-        remote: REMOTE,
-        op,
-        result: local(8),
-    };
+    let op = AtomicOp::MaskedFetchAdd64 { add: 5, field_boundary: 1 << 63 };
+    let request = Request::Atomic { remote: REMOTE, op, result: local(8) };
     assert_encodes(
         &Wqe { ctrl, request },
         "09000115 00010004 00000008 00000000  000055834fb6e000 00001000 00000000
          0000000000000005 8000000000000000  00000008 00001000 000055834fb6c000",
     );
-    let op = AtomicOp::MaskedFetchAdd32 {
-        add: 5,
-        field_boundary: 0x8000_0000,
-    };
-    let request = Request::Atomic {
-        remote: REMOTE,
-        op,
-        result: local(4),
-    };
+    let op = AtomicOp::MaskedFetchAdd32 { add: 5, field_boundary: 0x8000_0000 };
+    let request = Request::Atomic { remote: REMOTE, op, result: local(4) };
     assert_encodes(
         &Wqe { ctrl, request },
         "08000115 00010004 00000008 00000000  000055834fb6e000 00001000 00000000
@@ -110,33 +77,15 @@ fn masked_fetch_and_add_has_its_size_in_opmod() {
 fn masked_compare_and_swap_takes_one_or_two_operand_segments() {
     // NVSHMEM ibgda headers.
     let ctrl = Ctrl::signaled(1, QpNum::new(0x100));
-    let op = AtomicOp::MaskedCmpSwap32 {
-        swap: 1,
-        compare: 2,
-        swap_mask: 3,
-        compare_mask: 4,
-    };
-    let request = Request::Atomic {
-        remote: REMOTE,
-        op,
-        result: local(4),
-    };
+    let op = AtomicOp::MaskedCmpSwap32 { swap: 1, compare: 2, swap_mask: 3, compare_mask: 4 };
+    let request = Request::Atomic { remote: REMOTE, op, result: local(4) };
     assert_encodes(
         &Wqe { ctrl, request },
         "08000114 00010004 00000008 00000000  000055834fb6e000 00001000 00000000
          00000001 00000002 00000003 00000004  00000004 00001000 000055834fb6c000",
     );
-    let op = AtomicOp::MaskedCmpSwap64 {
-        swap: 1,
-        compare: 2,
-        swap_mask: 3,
-        compare_mask: 4,
-    };
-    let request = Request::Atomic {
-        remote: REMOTE,
-        op,
-        result: local(8),
-    };
+    let op = AtomicOp::MaskedCmpSwap64 { swap: 1, compare: 2, swap_mask: 3, compare_mask: 4 };
+    let request = Request::Atomic { remote: REMOTE, op, result: local(8) };
     assert_encodes(
         &Wqe { ctrl, request },
         "09000114 00010005 00000008 00000000  000055834fb6e000 00001000 00000000
@@ -149,10 +98,7 @@ fn masked_compare_and_swap_takes_one_or_two_operand_segments() {
 fn a_doorbell_of_doca_names_the_producer_index_itself() {
     // DOCA GPUNetIO headers: {BE32(prod_index << 8), BE32(qpn << 8)}.
     let doorbell = Doorbell::from_bytes(hex("00001300 00010000").try_into().unwrap());
-    assert_eq!(
-        (doorbell.qpn(), doorbell.producer_idx()),
-        (QpNum::new(0x100), 0x13)
-    );
+    assert_eq!((doorbell.qpn(), doorbell.producer_idx()), (QpNum::new(0x100), 0x13));
     assert_eq!(Doorbell::of_producer_idx(0x13, QpNum::new(0x100)), doorbell);
 }
 
@@ -160,26 +106,15 @@ fn a_doorbell_of_doca_names_the_producer_index_itself() {
 fn the_good_completion_that_libmlx5_accepts_is_the_one_we_write() {
     // libmlx5: bytes 0x20..0x40 of a CQE that ibv_poll_cq took for a success.
     let tail = hex("00000000 00000000 00000000 00001c00 00000000 00000001 08000100 00000000");
-    let mut cqe = Cqe64::new(
-        8,
-        QpNum::new(0x100),
-        0x1c00,
-        0,
-        OpOwn::new(CqeOpcode::Req, false),
-    );
+    let mut cqe = Cqe64::new(8, QpNum::new(0x100), 0x1c00, 0, OpOwn::new(CqeOpcode::Req, false));
     cqe.timestamp.set(1);
     assert_eq!(cqe.as_bytes()[0x20..], tail);
     let mut bytes = [0xa5; 64];
     bytes[0x20..].copy_from_slice(&tail);
-    let Ok(Cqe::Good(CqeOpcode::Req, read)) = Cqe::parse(&bytes) else {
-        panic!("must be good")
-    };
+    let Ok(Cqe::Good(CqeOpcode::Req, read)) = Cqe::parse(&bytes) else { panic!("must be good") };
     assert_eq!((read.qpn(), read.wqe_opcode()), (QpNum::new(0x100), 8));
     assert_eq!((read.byte_cnt.get(), read.timestamp.get()), (0x1c00, 1));
-    assert_eq!(
-        (read.word.wqe_counter.get(), read.word.op_own().owner()),
-        (0, false)
-    );
+    assert_eq!((read.word.wqe_counter.get(), read.word.op_own().owner()), (0, false));
 }
 
 #[test]
@@ -202,27 +137,14 @@ fn a_dump_from_hardware_decodes_although_spare_bits_are_set() {
     };
     assert_eq!(Syndrome(read.syndrome), Syndrome::REMOTE_ACCESS);
     assert_eq!((read.qpn(), read.wqe_opcode()), (QpNum::new(0x6214), 8));
-    assert_eq!(
-        (read.word.signature, read.word.op_own().owner()),
-        (0xf6, false)
-    );
+    assert_eq!((read.word.signature, read.word.op_own().owner()), (0xf6, false));
 }
 
 #[test]
 fn vendor_syndromes_are_those_of_public_hardware_logs() {
-    let pairs = [
-        (0x15, 0x81),
-        (0x13, 0x88),
-        (0x12, 0x8a),
-        (0x05, 0xf9),
-        (0x04, 0x51),
-        (0x22, 0x93),
-    ];
+    let pairs = [(0x15, 0x81), (0x13, 0x88), (0x12, 0x8a), (0x05, 0xf9), (0x04, 0x51), (0x22, 0x93)];
     for (syndrome, vendor) in pairs {
-        assert_eq!(
-            Syndrome(syndrome).usual_vendor(),
-            Some(VendorSyndrome(vendor))
-        );
+        assert_eq!(Syndrome(syndrome).usual_vendor(), Some(VendorSyndrome(vendor)));
     }
     assert_eq!(Syndrome::RNR_RETRY_EXC.usual_vendor(), None);
     assert_eq!(VendorSyndrome::LOCAL_PROT_KEY.0, 0x52);

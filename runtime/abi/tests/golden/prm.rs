@@ -43,11 +43,7 @@ fn read() -> Vec<Sent> {
         let text = text.trim();
         match text.split_once(": ") {
             Some((offset, bytes)) => {
-                assert_eq!(
-                    usize::from_str_radix(offset, 16),
-                    Ok(sent.bytes.len()),
-                    "line {line}"
-                );
+                assert_eq!(usize::from_str_radix(offset, 16), Ok(sent.bytes.len()), "line {line}");
                 sent.bytes.extend(hex(bytes));
             }
             None if text == "in" => {}
@@ -55,12 +51,7 @@ fn read() -> Vec<Sent> {
         }
     }
     for sent in &all {
-        assert_eq!(
-            sent.bytes.len(),
-            sent.input_len.min(256),
-            "line {}",
-            sent.line
-        );
+        assert_eq!(sent.bytes.len(), sent.input_len.min(256), "line {}", sent.line);
     }
     all
 }
@@ -102,13 +93,7 @@ fn nested(outer: &str, field: &str, input: &[u8]) -> Option<&'static Layout> {
 }
 
 /// Fields that are the first element of a list, which goes on to the end of the mailbox.
-const LISTS: [&str; 5] = [
-    "pas",
-    "klm_pas_mtt",
-    "mtt",
-    "event_bitmask",
-    "register_data",
-];
+const LISTS: [&str; 5] = ["pas", "klm_pas_mtt", "mtt", "event_bitmask", "register_data"];
 
 /// Reads each named field out of one buffer and writes it into another, nested ones included.
 struct Walk<'a> {
@@ -153,37 +138,17 @@ fn every_mailbox_is_explained_by_named_fields_to_its_last_bit() {
     for sent in &all {
         let op = Op::from_code(u16::try_from(sent.op).unwrap()).unwrap();
         assert_eq!(prm::op_of(&sent.bytes), Ok(op), "line {}", sent.line);
-        assert_eq!(
-            prm::get(&sent.bytes, cmd_in::OP_MOD),
-            sent.op_mod,
-            "line {}",
-            sent.line
-        );
-        assert!(
-            sent.input_len >= op.input_len_min(),
-            "{op} at line {}",
-            sent.line
-        );
-        assert!(
-            sent.output_len >= op.output_len_min(),
-            "{op} at line {}",
-            sent.line
-        );
+        assert_eq!(prm::get(&sent.bytes, cmd_in::OP_MOD), sent.op_mod, "line {}", sent.line);
+        assert!(sent.input_len >= op.input_len_min(), "{op} at line {}", sent.line);
+        assert!(sent.output_len >= op.output_len_min(), "{op} at line {}", sent.line);
 
         let rebuilt = vec![0; sent.bytes.len()];
-        let mut walk = Walk {
-            input: &sent.bytes,
-            rebuilt,
-            read: BTreeSet::new(),
-        };
+        let mut walk = Walk { input: &sent.bytes, rebuilt, read: BTreeSet::new() };
         walk.layout(input_layout(op), 0);
         let differs = (0..sent.bytes.len()).find(|&at| walk.rebuilt[at] != sent.bytes[at]);
         if let Some(at) = differs {
             let byte = sent.bytes[at];
-            panic!(
-                "{op} at line {}: no field explains byte {at:#x} = {byte:#04x}",
-                sent.line
-            );
+            panic!("{op} at line {}: no field explains byte {at:#x} = {byte:#04x}", sent.line);
         }
         assert!(walk.read.len() >= 2, "{op} at line {}", sent.line);
     }
@@ -191,9 +156,7 @@ fn every_mailbox_is_explained_by_named_fields_to_its_last_bit() {
 
 /// The words of a remark that are `key=value` or `key value`, in order.
 fn numbers_in(remark: &str) -> Vec<u64> {
-    let words = remark
-        .split([' ', '='])
-        .filter(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    let words = remark.split([' ', '=']).filter(|word| word.starts_with(|c: char| c.is_ascii_digit()));
     words.map(number).collect()
 }
 
@@ -209,19 +172,11 @@ fn reading(op: Op, input: &[u8], remark: &str) -> Vec<u64> {
             let index = MkeyIndex::of_key(u32::try_from(object).unwrap());
             let key = index.key(u8::try_from(variant).unwrap());
             let fields = [mkc::START_ADDR, mkc::REGION_LEN, mkc::LOG_PAGE_SIZE];
-            [
-                vec![u64::from(key)],
-                fields.map(|field| at(field, context)).to_vec(),
-            ]
-            .concat()
+            [vec![u64::from(key)], fields.map(|field| at(field, context)).to_vec()].concat()
         }
         Op::CreateUmem => {
             let fields = [umem::LOG_PAGE_SIZE, umem::NUM_OF_MTT, umem::PAGE_OFFSET];
-            [
-                vec![object],
-                fields.map(|field| at(field, create_umem_in::UMEM)).to_vec(),
-            ]
-            .concat()
+            [vec![object], fields.map(|field| at(field, create_umem_in::UMEM)).to_vec()].concat()
         }
         Op::CreateCq => {
             let fields = [cqc::LOG_CQ_SIZE, cqc::CC, cqc::CQE_SZ];
@@ -233,11 +188,7 @@ fn reading(op: Op, input: &[u8], remark: &str) -> Vec<u64> {
             let stride = 16 << at(qpc::LOG_RQ_STRIDE, context);
             let (log_sq, log_rq) = (at(qpc::LOG_SQ_SIZE, context), at(qpc::LOG_RQ_SIZE, context));
             let cq = at(qpc::CQN_SND, context);
-            assert_eq!(
-                cq,
-                at(qpc::CQN_RCV, context),
-                "one completion queue for both"
-            );
+            assert_eq!(cq, at(qpc::CQN_RCV, context), "one completion queue for both");
             vec![object, log_sq, log_rq, stride, cq]
         }
         Op::Rst2InitQp | Op::Init2RtrQp | Op::Rtr2RtsQp => {
@@ -265,11 +216,7 @@ fn our_fields_say_what_the_device_that_answered_read() {
     for sent in read() {
         for remark in &sent.remarks {
             let op = prm::op_of(&sent.bytes).unwrap();
-            assert_eq!(
-                reading(op, &sent.bytes, remark),
-                numbers_in(remark),
-                "{remark}"
-            );
+            assert_eq!(reading(op, &sent.bytes, remark), numbers_in(remark), "{remark}");
             checked += 1;
         }
     }
@@ -279,44 +226,18 @@ fn our_fields_say_what_the_device_that_answered_read() {
 #[test]
 fn a_connected_queue_pair_says_what_libmlx5_was_asked_for() {
     let all = read();
-    let find = |op: Op| {
-        all.iter()
-            .find(|sent| sent.op == u64::from(op.code()))
-            .unwrap()
-    };
+    let find = |op: Op| all.iter().find(|sent| sent.op == u64::from(op.code())).unwrap();
     let context = |op: Op| prm::part(&find(op).bytes, Field::new(0xc0, 0x740));
     let init = context(Op::Rst2InitQp);
-    let path =
-        |qpc_bytes, field: Field| prm::get(qpc_bytes, field.within(qpc::PRIMARY_ADDRESS_PATH));
+    let path = |qpc_bytes, field: Field| prm::get(qpc_bytes, field.within(qpc::PRIMARY_ADDRESS_PATH));
     assert_eq!((prm::get(init, qpc::RRE), prm::get(init, qpc::RWE)), (1, 1));
     assert_eq!(path(init, prm::ads::VHCA_PORT_NUM), 1);
     let rtr = context(Op::Init2RtrQp);
-    assert_eq!(
-        (prm::get(rtr, qpc::MTU), prm::get(rtr, qpc::LOG_MSG_MAX)),
-        (3, 20)
-    );
-    assert_eq!(
-        (
-            prm::get(rtr, qpc::MIN_RNR_NAK),
-            prm::get(rtr, qpc::NEXT_RCV_PSN)
-        ),
-        (12, 0x1c_5522)
-    );
+    assert_eq!((prm::get(rtr, qpc::MTU), prm::get(rtr, qpc::LOG_MSG_MAX)), (3, 20));
+    assert_eq!((prm::get(rtr, qpc::MIN_RNR_NAK), prm::get(rtr, qpc::NEXT_RCV_PSN)), (12, 0x1c_5522));
     assert_eq!(path(rtr, prm::ads::RLID), 5);
     let rts = context(Op::Rtr2RtsQp);
-    assert_eq!(
-        (
-            prm::get(rts, qpc::RETRY_COUNT),
-            prm::get(rts, qpc::RNR_RETRY)
-        ),
-        (7, 7)
-    );
-    assert_eq!(
-        (
-            prm::get(rts, qpc::LOG_SRA_MAX),
-            path(rts, prm::ads::ACK_TIMEOUT)
-        ),
-        (4, 14)
-    );
+    assert_eq!((prm::get(rts, qpc::RETRY_COUNT), prm::get(rts, qpc::RNR_RETRY)), (7, 7));
+    assert_eq!((prm::get(rts, qpc::LOG_SRA_MAX), path(rts, prm::ads::ACK_TIMEOUT)), (4, 14));
     assert_eq!(prm::get(rts, qpc::NEXT_SEND_PSN), 0x82_9d34);
 }
