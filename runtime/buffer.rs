@@ -1,6 +1,6 @@
 //! All memory of one lane: what it is, who writes it, and the keys under which the HCA knows it.
 //!
-//! A [`LaneBuffers`] owns its memory and its memory keys from construction to drop; no address in it ever moves, so
+//! A `LaneBuffers` owns its memory and its memory keys from construction to drop; no address in it ever moves, so
 //! graphs captured against it stay valid. Keys are registered per source rank: a peer can write its own region and
 //! the combine slab, and retiring a dead rank's keys touches nobody else.
 //!
@@ -327,10 +327,6 @@ impl LaneBuffers {
 
     pub(crate) fn region_addr(&self, source: Rank) -> u64 {
         self.window.addr() + self.plan.region_offset(source)
-    }
-
-    pub(crate) fn combine_slab_addr(&self) -> u64 {
-        self.combine_slab.addr()
     }
 
     fn at(&self, offset: u64) -> u64 {

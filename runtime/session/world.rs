@@ -127,8 +127,8 @@ impl Progress for Agents {
             // Workers start at different devices, so that they do not queue for the same one.
             let device = &self.devices[(i + worker as usize * count / 2) % count];
             let step = if self.simulated {
-                let _ = random;
-                device.step(Nanos(now_ns))
+                let mut choices = Choices(random.wrapping_add(i as u64));
+                device.step_seeded(Nanos(now_ns), &mut |n| choices.below(n))
             } else {
                 device.step(Nanos(now_ns))
             };
