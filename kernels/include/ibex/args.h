@@ -124,7 +124,9 @@ struct alignas(64) QpDeviceCtx {
   uint32_t staging_pi[kMaxStagingSlots];///< producer_idx after the last WQE that names rows of that staging slot
   uint64_t signal_last[kNumOps][kMaxRing];  ///< fetch-add mode: value our adds have produced at the peer
   uint64_t ring_head, reserved1;            ///< ring_head: next row of the combine staging ring
-  uint64_t reserved2[4];
+  uint32_t counted_idx, doorbells;          ///< producer_idx up to which WQEs are counted; doorbells to be counted
+  uint32_t cqes, reserved2;                 ///< CQEs seen, to be counted
+  uint64_t reserved3[2];
 };
 static_assert(sizeof(QpDeviceCtx) == 320 && offsetof(QpDeviceCtx, producer_idx) == 64);
 

@@ -60,7 +60,11 @@ IBEX_DEV uint32_t completed_idx(const Completion& c, uint32_t consumer_idx) {
 /// is the verdict; in a collapsed CQ the flush overwrites the first error.
 IBEX_DEV bool poll_cq(QpDeviceCtx& qp) {
   const Completion c = read_cqe(qp);
-  if (c.valid()) qp.consumer_idx = completed_idx(c, qp.consumer_idx);
+  if (c.valid()) {
+    const uint32_t completed = completed_idx(c, qp.consumer_idx);
+    qp.cqes += completed != qp.consumer_idx ? 1 : 0;
+    qp.consumer_idx = completed;
+  }
   if (c.syndrome() != 0) qp.syndrome = c.syndrome();
   return qp.syndrome != 0;
 }
@@ -111,6 +115,7 @@ IBEX_DEV void ring_doorbell(Batch& b, Ctrl last) {
   ONE_LANE {
     QpDeviceCtx& qp = *b.qp;
     qp.producer_idx = b.next_idx;
+    qp.doorbells += 1;
     st_release_sys(reinterpret_cast<uint32_t*>(qp.doorbell_record), bswap32(b.next_idx & 0xffffu));
     fence_acq_rel_sys();
     st_relaxed_mmio_sys(reinterpret_cast<uint64_t*>(qp.doorbell),

@@ -30,13 +30,10 @@ enum SendPhase : uint32_t {
   kPhaseDrain,
   kPhaseLost,
   kPhaseDone,
-};
-
-/// What one look at a QP came to: its next phase, or one of these.
-enum SendOutcome : uint32_t {
-  kStays = kPhaseDone + 1,  ///< something was done, there is more of it
-  kIdles,                   ///< waits for this GPU's own casters, which always finish
-  kStarves,                 ///< waits for its peer or for CQEs, and that wait is bounded
+  // What one look at a QP came to: its next phase, or one of these.
+  kStays,    ///< something was done, there is more of it
+  kIdles,    ///< waits for this GPU's own casters, which always finish
+  kStarves,  ///< waits for its peer or for CQEs, and that wait is bounded
 };
 
 /// One QP in one send half.
@@ -57,13 +54,27 @@ IBEX_DEV SendJob job_of(const LaneArgs& a, const HalfContext& h, uint32_t q) {
   return SendJob{a, h, a.qps[q], a.peers[peer], a.cursors[q], peer, q - peer * a.shape.num_channels};
 }
 
-/// Adds to the byte counter of the route that the job's peer is reached by. Lane 0 only.
+/// Adds what this QP has done since it was last counted. Lane 0 only.
+IBEX_DEV void count_queue(SendJob& j) {
+  QpDeviceCtx& qp = j.qp;
+  PeerTelemetry& t = j.a.telemetry[j.peer];
+  add_relaxed_sys(&t.wqes, uint64_t{qp.producer_idx - qp.counted_idx});
+  add_relaxed_sys(&t.doorbells, uint64_t{qp.doorbells});
+  add_relaxed_sys(&t.cqes, uint64_t{qp.cqes});
+  max_relaxed_sys(&t.sq_high_water, uint64_t{qp.producer_idx - qp.consumer_idx});
+  qp.counted_idx = qp.producer_idx;
+  qp.doorbells = 0;
+  qp.cqes = 0;
+}
+
+/// Adds what this half has sent, to the byte counter of the route that reaches the peer. Lane 0 only.
 IBEX_DEV void count_bytes(SendJob& j, uint64_t bytes) {
   PeerTelemetry& t = j.a.telemetry[j.peer];
   uint64_t* counter = &t.bytes_rdma;
   if (j.to.route == kRouteLocal) counter = &t.bytes_local;
   if (j.to.route == kRouteMapped) counter = &t.bytes_mapped;
   add_relaxed_sys(counter, bytes);
+  if (j.rdma()) count_queue(j);
 }
 
 /// WQEBBs that data never takes: credits of every slot of both operations, a trailer, a signal or LOST.

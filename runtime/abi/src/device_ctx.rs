@@ -276,8 +276,16 @@ device_struct! {
         pub ring_head: u64,
         /// Zero.
         pub reserved1: u64,
+        /// Producer index up to which WQEs have been added to the telemetry.
+        pub counted_idx: u32,
+        /// Doorbells rung and not yet added to the telemetry.
+        pub doorbells: u32,
+        /// CQEs seen and not yet added to the telemetry.
+        pub cqes: u32,
         /// Zero.
-        pub reserved2: [u64; 4],
+        pub reserved2: u32,
+        /// Zero.
+        pub reserved3: [u64; 2],
     }
 }
 
