@@ -1,9 +1,12 @@
 #include "host/tsan/rig.h"
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+
+#include "host/tsan_sched.h"
 
 namespace ibex::rig {
 
@@ -78,10 +81,7 @@ void Rig::launch_bytes(const char* kernel, uint32_t device, uint32_t blocks, uin
   launch.args_len = len;
   launch.on_done = on_done;
   launch.done_ctx = new Outstanding{this, completed, ctx};
-  {
-    std::lock_guard lock(mutex_);
-    ++outstanding_;
-  }
+  outstanding_.fetch_add(1, std::memory_order_relaxed);
   if (ibex_pool_launch(pool_, &launch) != IBEX_OK) fail("launch refused", kernel);
 }
 
@@ -91,24 +91,20 @@ void Rig::on_done(void* outstanding, bool finished) {
   Rig* rig = done->rig;
   // What this starts is counted before it is counted as done itself.
   if (done->completed != nullptr) done->completed(done->ctx);
-  std::lock_guard lock(rig->mutex_);
-  --rig->outstanding_;
-  rig->changed_.notify_all();
+  // For `wait`: all launches publish here, and only it looks.
+  host::tsan_edge_release(rig);
+  rig->outstanding_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-bool Rig::all_done() {
-  std::lock_guard lock(mutex_);
-  return outstanding_ == 0;
-}
+bool Rig::all_done() const { return outstanding_.load(std::memory_order_relaxed) == 0; }
 
 void Rig::wait() {
   if (simulation_) {
     const auto done = [](void* self) { return static_cast<Rig*>(self)->all_done(); };
     if (ibex_pool_simulate(pool_, done, this) != IBEX_OK) fail("simulation", "stuck");
-    return;
   }
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return outstanding_ == 0; });
+  while (!all_done()) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  host::tsan_edge_acquire(this);
 }
 
 }  // namespace ibex::rig

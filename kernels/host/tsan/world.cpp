@@ -74,6 +74,8 @@ void* Memory::take_bytes(size_t len) {
 
 World::World(const EpConfig& config, const Options& options) : config_(config), options_(options) {
   turns_.resize(options.seed != 0 ? 1 : options.workers);
+  qps_ = memory_.take<QpDeviceCtx>(uint64_t{config.num_ranks} * config.num_ranks * config.num_channels);
+  host_words_ = memory_.take<LaneHostWords>(config.num_ranks);
   for (uint32_t r = 0; r < config.num_ranks; ++r) {
     ranks_.push_back(std::make_unique<Rank>());
     make_shape(r);
@@ -146,7 +148,7 @@ void World::make_state(Rank& r) {
   LaneArgs& a = r.lane;
   const Shape& s = a.shape;
   const uint32_t num_qps = s.num_ranks * s.num_channels;
-  a.qps = memory_.take<QpDeviceCtx>(num_qps);
+  a.qps = qps_ + uint64_t{s.rank} * num_qps;
   a.peers = memory_.take<PeerCtx>(s.num_ranks);
   a.suspects = memory_.take<uint32_t>(s.num_ranks);
   a.tables = memory_.take<MemberTable>(2);
@@ -154,16 +156,15 @@ void World::make_state(Rank& r) {
   a.cursors = memory_.take<SendCursor>(num_qps);
   Limits* limits = memory_.take<Limits>();
   a.limits = limits;
-  a.host_words = memory_.take<LaneHostWords>();
+  a.host_words = host_words_ + s.rank;
   a.faults = memory_.take<DeviceFault>(s.num_ranks);
   a.telemetry = memory_.take<PeerTelemetry>(s.num_ranks);
   a.staging_ready = memory_.take<uint32_t>(uint64_t{2} * s.ring * s.max_tokens);
   a.row_staging_pi = memory_.take<uint32_t>(uint64_t{num_qps} * s.staging_rows);
   // A planted bug may take what peers wait for; it must not take the test's time as well.
-  const uint64_t detect_ns = config_.detect_ms * kMs;
-  const bool planted = options_.plant != host::Plant::none;
-  *limits = planted ? Limits{400 * kMs, 800 * kMs, 1600 * kMs, 16, 0}
-                    : Limits{detect_ns, 2 * detect_ns, 4 * detect_ns, 16, 0};
+  const uint32_t planted_ms = min_of(config_.detect_ms, 400u);
+  const uint64_t detect_ns = (options_.plant != host::Plant::none ? planted_ms : config_.detect_ms) * kMs;
+  *limits = Limits{detect_ns, 2 * detect_ns, 4 * detect_ns, 16, 0};
   for (uint32_t op = 0; op < kNumOps; ++op) a.state->next[op] = 1;
   for (uint32_t t = 0; t < 2; ++t) {
     MemberTable& table = a.tables[t];
@@ -310,8 +311,8 @@ void World::kill(uint32_t rank) {
   }
 }
 
-/// As `zero_words` of runtime/recovery.rs. A half that enters later still reads whether a queue holds staged rows;
-/// those words, and no others, are stored atomically.
+/// As `zero_words` of runtime/recovery.rs. A half that enters later still reads whether a queue holds staged rows,
+/// and reads it atomically.
 void World::forget(uint32_t from, uint32_t to) {
   Rank& r = *ranks_[from];
   const Layout& l = r.lane.layout;
@@ -320,15 +321,12 @@ void World::forget(uint32_t from, uint32_t to) {
   for (uint32_t c = 0; c < s.num_channels; ++c) {
     const uint32_t q = qp_index(s, to, c);
     QpDeviceCtx& qp = r.lane.qps[q];
-    qp.sq = qp.doorbell_record = qp.doorbell = qp.cqe = 0;
-    qp.producer_idx = qp.syndrome = 0;
-    qp.ring_head = 0;
-    std::memset(qp.signal_last, 0, sizeof(qp.signal_last));
-    st_relaxed_sys(&qp.staged_valid, 0u);
-    st_relaxed_sys(&qp.consumer_idx, 0u);
-    for (uint32_t& pi : qp.staging_pi) st_relaxed_sys(&pi, 0u);
+    uint32_t* words = reinterpret_cast<uint32_t*>(&qp);
+    for (uint32_t i = 0; i < sizeof(QpDeviceCtx) / sizeof(uint32_t); ++i) {
+      if (words + i != &qp.state) st_relaxed_sys(words + i, 0u);
+    }
     std::memset(r.lane.row_staging_pi + uint64_t{q} * s.staging_rows, 0, s.staging_rows * sizeof(uint32_t));
-    st_release_sys(&qp.state, static_cast<uint32_t>(kQpMasked));
+    st_relaxed_sys(&qp.state, static_cast<uint32_t>(kQpMasked));
   }
   std::memset(&r.lane.faults[to], 0, sizeof(DeviceFault));
   st_relaxed_sys(&r.lane.suspects[to], 0u);
@@ -351,8 +349,8 @@ void World::plant() const {
       {"rings", writer.rings, uint64_t{num_qps} * config_.sq_wqebbs * kWqebbBytes},
       {"records", writer.records, uint64_t{num_qps} * kRecordWords * 4},
       {"ready", writer.lane.staging_ready, uint64_t{2} * config_.ring * config_.max_tokens * 4},
-      {"states", writer.lane.qps, num_qps * sizeof(QpDeviceCtx)},
-      {"left", &writer.lane.host_words->left, sizeof(uint64_t)},
+      {"states", qps_, config_.num_ranks * num_qps * sizeof(QpDeviceCtx)},
+      {"left", host_words_, config_.num_ranks * sizeof(LaneHostWords)},
       {"verdicts", writer.handles[0].dispatch.verdicts, uint64_t{num_qps} * 8},
   };
   for (const auto& place : places) {

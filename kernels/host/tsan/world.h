@@ -102,7 +102,8 @@ class World {
   Rank& rank(uint32_t r) { return *ranks_[r]; }
   uint32_t route(uint32_t from, uint32_t to) const;
   Slot& slot(uint32_t from, uint32_t to, uint32_t channel);
-  /// Aims the options' plant at the object of rank 0, or of rank 1 as rank 0 writes it, that `--at` names.
+  /// Aims the options' plant at what `--at` names: queue states and left-words of all ranks; else at the object of
+  /// rank 0, or of rank 1 as rank 0 writes it.
   void plant() const;
 
   DispatchArgs dispatch_args(uint32_t rank, uint32_t step, uint32_t halves, uint32_t nonce) const;
@@ -138,6 +139,8 @@ class World {
   const Options options_;
   Memory memory_;
   std::vector<std::unique_ptr<Rank>> ranks_;
+  QpDeviceCtx* qps_;           ///< of all ranks
+  LaneHostWords* host_words_;  ///< likewise
   /// Per worker, touched by its thread only.
   struct Turn {
     uint64_t next_queue = 0, next_beat_ns = 0;
