@@ -2,7 +2,7 @@
 //!
 //! Connecting for the first time and recreating are one path: recreate from empty. A slot keeps its index, the
 //! address of its `QpDeviceCtx` and its doorbell register for the life of the session; ring, record and CQ are data in
-//! the context, the same at equal depth and carved anew otherwise. [`queues`] owns them.
+//! the context, the same at equal depth and carved anew otherwise. `queues` owns them.
 //!
 //! ```text
 //! mask      state Fenced, peer suspected                                        no half posts or waits
