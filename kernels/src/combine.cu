@@ -358,7 +358,7 @@ IBEX_DEV void combine_body(const CombineArgs& c, BlockRange blocks) {
 
 }  // namespace
 
-IBEX_KERNEL(combine_exact, CombineArgs, combine_body<kExact>, 1024)
-IBEX_KERNEL(combine_reduced, CombineArgs, combine_body<kReduced>, 1024)
+IBEX_KERNEL(combine_exact, CombineArgs, combine_body<kExact>, 1024, 1)
+IBEX_KERNEL(combine_reduced, CombineArgs, combine_body<kReduced>, 1024, 1)
 
 }  // namespace ibex

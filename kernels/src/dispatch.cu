@@ -672,7 +672,7 @@ IBEX_DEV void dispatch_body(const DispatchArgs& d, BlockRange blocks) {
 
 }  // namespace
 
-IBEX_KERNEL(dispatch_bf16, DispatchArgs, dispatch_body<kWireBf16>, 1024)
-IBEX_KERNEL(dispatch_fp8, DispatchArgs, dispatch_body<kWireFp8>, 1024)
+IBEX_KERNEL(dispatch_bf16, DispatchArgs, dispatch_body<kWireBf16>, 1024, 1)
+IBEX_KERNEL(dispatch_fp8, DispatchArgs, dispatch_body<kWireFp8>, 1024, 1)
 
 }  // namespace ibex

@@ -35,6 +35,6 @@ IBEX_DEV void expert_body(const ExpertArgs& e, BlockRange blocks) {
 
 }  // namespace
 
-IBEX_KERNEL(expert, ExpertArgs, expert_body, 1024)
+IBEX_KERNEL(expert, ExpertArgs, expert_body, 1024, 2)
 
 }  // namespace ibex

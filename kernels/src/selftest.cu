@@ -211,7 +211,7 @@ IBEX_DEV void hazard_body(const SelftestHazardArgs& args, BlockRange) {
 
 }  // namespace ibex::selftest
 
-IBEX_KERNEL(selftest, ibex::SelftestArgs, ibex::selftest::body, 1024)
-IBEX_KERNEL(selftest_pair, ibex::SelftestPairArgs, ibex::selftest::pair_body, 1024)
-IBEX_KERNEL(selftest_empty, ibex::SelftestEmptyArgs, ibex::selftest::empty_body, 1024)
-IBEX_KERNEL(selftest_hazard, ibex::SelftestHazardArgs, ibex::selftest::hazard_body, 1024)
+IBEX_KERNEL(selftest, ibex::SelftestArgs, ibex::selftest::body, 1024, 1)
+IBEX_KERNEL(selftest_pair, ibex::SelftestPairArgs, ibex::selftest::pair_body, 1024, 1)
+IBEX_KERNEL(selftest_empty, ibex::SelftestEmptyArgs, ibex::selftest::empty_body, 1024, 1)
+IBEX_KERNEL(selftest_hazard, ibex::SelftestHazardArgs, ibex::selftest::hazard_body, 1024, 1)
