@@ -208,11 +208,11 @@ static_assert(sizeof(DeviceFault) == 64);
 /// Counters of one (lane, peer), pinned; kernels add, the host only reads.
 struct alignas(64) PeerTelemetry {
   uint64_t send_wait_ns, receive_wait_ns;          ///< until given up; summed over warps
-  uint64_t wqes, doorbells, cqes;                  ///< place for them: the device counts them, kernels do not
+  uint64_t wqes, doorbells, cqes;                  ///< cqes: those seen; others were overwritten
   uint64_t bytes_local, bytes_mapped, bytes_rdma;  ///< of messages and rows, by route
   uint64_t steps_lost, credits;
   uint64_t sq_full, ring_full;                     ///< place for them; not counted
-  uint64_t sq_high_water, reserved[3];             ///< place for it; not counted
+  uint64_t sq_high_water, reserved[3];             ///< most WQEBBs in flight at the end of a send half
 };
 static_assert(sizeof(PeerTelemetry) == 128);
 

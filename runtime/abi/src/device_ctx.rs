@@ -460,11 +460,11 @@ device_struct! {
         pub send_wait_ns: u64,
         /// Time that warps of receive halves waited for this peer, in nanoseconds, summed over warps.
         pub receive_wait_ns: u64,
-        /// Place for WQEs posted; kernels do not count them, the device does.
+        /// WQEs posted to this peer.
         pub wqes: u64,
-        /// Place for doorbells rung; kernels do not count them, the device does.
+        /// Doorbells rung for them.
         pub doorbells: u64,
-        /// Place for CQEs taken in; kernels do not count them, the device does.
+        /// CQEs seen; the device may have overwritten others in between.
         pub cqes: u64,
         /// Bytes of messages and rows copied to ourselves.
         pub bytes_local: u64,
@@ -480,7 +480,7 @@ device_struct! {
         pub sq_full: u64,
         /// Place for waits on a full staging ring; not counted.
         pub ring_full: u64,
-        /// Place for the most WQEBBs in flight; not counted.
+        /// Most WQEBBs in flight at the end of a send half.
         pub sq_high_water: u64,
         /// Zero.
         pub reserved: [u64; 3],
