@@ -612,7 +612,7 @@ mod tests {
         num_owner_warps,
         "num_owner_warps",
         1,
-        23,
+        7,
         Some
     );
 
@@ -725,7 +725,7 @@ mod tests {
 
     #[test]
     fn owners_are_a_quarter_of_the_warps_but_not_more_than_queue_pairs() {
-        assert_eq!(accepted(|_| ()).num_owner_warps(), 6);
+        assert_eq!(accepted(|_| ()).num_owner_warps(), 2);
         assert_eq!(
             accepted(|c| (c.num_sms, c.warps_per_block) = (1, 2)).num_owner_warps(),
             1
