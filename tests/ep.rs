@@ -1,5 +1,7 @@
 //! Dispatch and combine end to end on the embedded emulator, against the reference.
 
+#![expect(clippy::unwrap_used, reason = "test helpers: a failed expectation is the message")]
+
 use ibex::config::{CombineMode, Config, Link, RoutePolicy, ScaleKind, SignalMode, WireDtype};
 use ibex::harness::{Rig, StepPlan};
 use ibex::ids::Rank;
