@@ -236,7 +236,7 @@ IBEX_DEV void sum_rows(uint4* out, const uint4* const* rows, const float* weight
         // Four rows in flight: the sum is bound by latency, not by arithmetic.
         IBEX_ROLLED
         for (uint32_t k0 = 0; k0 < num_rows; k0 += 4) {
-          uint4 v[4];
+          uint4 v[4] = {};
           IBEX_UNROLL
           for (uint32_t k = 0; k < 4; ++k) {
             if (k0 + k < num_rows) v[k] = ld_stream16(rows[k0 + k] + i);
