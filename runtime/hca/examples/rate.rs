@@ -185,9 +185,35 @@ fn latency() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// A step of a device whose queue pairs have nothing to do, per queue pair.
+fn idle() -> Result<(), Box<dyn Error>> {
+    const QPS: u32 = 28;
+    let fabric = Fabric::inproc(FabricConfig::default());
+    let device = EmulatedHca::new(fabric, EmulatedConfig::default())?;
+    let hca = Arc::clone(&device) as Arc<dyn Hca>;
+    let (pd, region) = (hca.alloc_pd()?, ControlRegion::host(&hca, 8 << 20)?);
+    let mut qps = Vec::new();
+    for _ in 0..QPS {
+        let qp = HostQp::create(&region, pd, HostQpSpec::default())?;
+        let itself = qp.endpoint(Psn::new(0));
+        qps.push(qp.connect(&itself, &ConnectSpec::default())?);
+    }
+    let (steps, start) = (100_000, cpu_nanos());
+    for _ in 0..steps {
+        device.step(Nanos(0));
+    }
+    let nanos = (cpu_nanos() - start) / f64::from(steps);
+    println!("idle step of {QPS} queue pairs: {nanos:.0} ns");
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     rates(Doorbells::Strict)?;
     rates(Doorbells::Record)?;
     // A size on the command line measures that rate only.
-    if std::env::args().len() > 1 { Ok(()) } else { latency() }
+    if std::env::args().len() > 1 {
+        return Ok(());
+    }
+    idle()?;
+    latency()
 }

@@ -8,6 +8,50 @@
 //! *Who owns what.* Callers own memory; devices hold keys to it. Only the islands named in
 //! `emulated/memory.rs`, `control_region.rs` and `host_qp.rs` touch memory that another agent may touch
 //! at the same time, and never through a Rust slice.
+//!
+//! # Examples
+//!
+//! Two devices, one RDMA WRITE:
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use ibex_abi::types::{Iova, Psn};
+//! use ibex_abi::wqe::{CtrlFlags, Remote, Request, SegmentBuf};
+//! use ibex_hca::control_region::ControlRegion;
+//! use ibex_hca::emulated::{EmulatedConfig, EmulatedHca, Fabric, FabricConfig};
+//! use ibex_hca::host_memory::Registered;
+//! use ibex_hca::host_qp::{ConnectSpec, HostQp, HostQpSpec};
+//! use ibex_hca::{Access, Hca, Nanos};
+//!
+//! let fabric = Fabric::inproc(FabricConfig::default());
+//! let near = EmulatedHca::new(Arc::clone(&fabric), EmulatedConfig::default())?;
+//! let far = EmulatedHca::new(fabric, EmulatedConfig::default())?;
+//!
+//! // A driver sees only the trait; every queue lives in memory that it carves itself.
+//! let bring_up = |device: &Arc<EmulatedHca>| -> Result<_, Box<dyn std::error::Error>> {
+//!     let hca = Arc::clone(device) as Arc<dyn Hca>;
+//!     let pd = hca.alloc_pd()?;
+//!     let region = ControlRegion::host(&hca, 1 << 20)?;
+//!     let buffer = Registered::new(&hca, pd, 4096, Access::ALL)?;
+//!     let qp = HostQp::create(&region, pd, HostQpSpec::default())?;
+//!     Ok((qp, buffer, region))
+//! };
+//! let (one, _near_buffer, _near_region) = bring_up(&near)?;
+//! let (other, buffer, _far_region) = bring_up(&far)?;
+//! let (here, there) = (one.endpoint(Psn::new(0)), other.endpoint(Psn::new(0)));
+//! let mut one = one.connect(&there, &ConnectSpec::default())?;
+//! let _other = other.connect(&here, &ConnectSpec::default())?;
+//!
+//! let remote = Remote { addr: Iova(buffer.iova(0)), rkey: buffer.key().rkey };
+//! let payload = vec![SegmentBuf::Inline(b"hello".to_vec())];
+//! one.post(CtrlFlags::SIGNALED, Request::Write { remote, payload })?;
+//! while near.step(Nanos(0)).did_work {}
+//!
+//! assert_eq!(buffer.view().to_vec(0, 5), b"hello");
+//! assert_eq!(one.poll().expect("a completion").syndrome(), None);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod contract;
 pub mod control_region;

@@ -14,7 +14,7 @@
 //! state changes only under a half's lock; commands hold both.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering};
 
 use ibex_abi::types::{Pd, QpNum, QpState};
 use ibex_abi::wqe::WQEBB;
@@ -60,11 +60,16 @@ pub(super) struct Qp {
     state: AtomicU8,
     /// Producer index of the latest doorbell.
     rung: AtomicU16,
+    /// See [`note_idle`](Self::note_idle).
+    idle_at: AtomicU32,
     /// Released when the queue pair is destroyed, however long the object itself is referred to.
     pub(super) holds: Mutex<Vec<UmemHold>>,
     pub(super) requester: Mutex<Requester>,
     pub(super) responder: Mutex<Responder>,
 }
+
+/// Marks [`Qp::idle_at`] as holding the next index of an idle half.
+const IDLE: u32 = 1 << 16;
 
 /// How far ahead of `from` a 16-bit index is; zero if it lies behind.
 pub(super) const fn ahead(idx: u16, from: u16) -> u16 {
@@ -95,6 +100,7 @@ impl Qp {
             layout,
             state: AtomicU8::new(QpState::Reset.code()),
             rung: AtomicU16::new(0),
+            idle_at: AtomicU32::new(0),
             holds: Mutex::new(holds),
             requester: Mutex::default(),
             responder: Mutex::default(),
@@ -116,6 +122,29 @@ impl Qp {
     /// Forgets every doorbell; part of going to RST.
     pub(super) fn forget_doorbell(&self) {
         self.rung.store(0, Ordering::Release);
+        self.note_busy();
+    }
+
+    /// Notes that the requester half waits for nothing but work at `next`.
+    ///
+    /// Most queue pairs are idle most of the time, and whoever steps them should not take their locks.
+    pub(super) fn note_idle(&self, next: u16) {
+        self.idle_at.store(IDLE | u32::from(next), Ordering::Release);
+    }
+
+    /// Notes that the requester half must be asked what it waits for.
+    pub(super) fn note_busy(&self) {
+        self.idle_at.store(0, Ordering::Release);
+    }
+
+    /// Whether the requester half certainly has nothing to do, seen without its lock.
+    ///
+    /// Only the doorbell is looked at: the record is memory that may be given back unless a lock is held.
+    #[inline]
+    pub(super) fn is_idle(&self, strict: bool) -> bool {
+        let noted = self.idle_at.load(Ordering::Acquire);
+        // CAST: the low half.
+        strict && noted & IDLE != 0 && ahead(self.rung_idx(), noted as u16) == 0
     }
 
     pub(super) fn ring(&self, producer_idx: u16) {

@@ -65,15 +65,18 @@ impl EmulatedHca {
             match qp.state() {
                 QpState::Rts | QpState::SqDraining => {
                     let requester = qp.requester.lock();
+                    if !qp.state().executes_sends() {
+                        continue;
+                    }
                     requester.pieces(self, qp, now, |piece| {
                         candidates.push(Candidate::Send { qp: idx, piece });
                     });
                     step.merge(Turn { did_work: false, deadline: requester.deadline() });
                 }
                 QpState::Err => {
-                    let flushable =
-                        qp.requester.lock().has_flushable(self, qp) || qp.responder.lock().has_receives(qp);
-                    if flushable {
+                    let (requester, responder) = (qp.requester.lock(), qp.responder.lock());
+                    let waits = || requester.has_flushable(self, qp) || responder.has_receives(qp);
+                    if qp.state() == QpState::Err && waits() {
                         candidates.push(Candidate::Flush { qp: idx });
                     }
                 }
@@ -88,6 +91,7 @@ impl EmulatedHca {
         if !qp.state().executes_sends() {
             return false;
         }
+        qp.note_busy();
         let far = requester.far_end(self);
         let far = far.as_ref().map(|far| (&*far.device, &*far.qp));
         let keys = KeyGuards::lock(self, far.map(|(device, _)| device));

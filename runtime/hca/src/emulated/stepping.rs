@@ -59,12 +59,14 @@ impl EmulatedHca {
             return;
         };
         let uars = Arc::clone(&self.uars.lock());
+        // Taken under the scanning lock: nobody withdraws a queue pair of it meanwhile.
+        let table = self.qp_table();
         for uar in uars.iter() {
             uar.poll(|doorbell| {
                 add(&self.counters.doorbells, 1);
-                match self.find_qp(doorbell.qpn()) {
-                    Some(qp) if qp.layout.uar.idx == uar.idx && takes_doorbells(&qp) => {
-                        self.hear(&qp, doorbell.producer_idx());
+                match table.by_number.get(&doorbell.qpn().get()) {
+                    Some(qp) if qp.layout.uar.idx == uar.idx && takes_doorbells(qp) => {
+                        self.hear(qp, doorbell.producer_idx());
                     }
                     _ => add(&self.counters.late_doorbells, 1),
                 }
@@ -109,6 +111,9 @@ impl EmulatedHca {
     }
 
     fn step_sends(&self, qp: &Arc<Qp>, now: Nanos) -> Turn {
+        if qp.is_idle(self.is_strict()) {
+            return Turn::default();
+        }
         let Some(mut requester) = qp.requester.try_lock() else {
             return Turn::default();
         };
@@ -117,6 +122,7 @@ impl EmulatedHca {
             return Turn { did_work: true, deadline: None };
         }
         if !requester.has_work(self, qp, now) {
+            requester.note_idleness(qp);
             return Turn { did_work: false, deadline: requester.deadline() };
         }
         let far = requester.far_end(self);

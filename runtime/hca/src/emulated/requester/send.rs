@@ -50,6 +50,14 @@ impl Requester {
         self.not_ready_until.or(self.ack_deadline)
     }
 
+    /// Tells steppers whether they need to ask this half at all.
+    pub(in crate::emulated) fn note_idleness(&self, qp: &Qp) {
+        match self.outstanding.is_empty() && self.deadline().is_none() {
+            true => qp.note_idle(self.next),
+            false => qp.note_busy(),
+        }
+    }
+
     /// Handles timers; false if the queue pair failed.
     pub(in crate::emulated) fn check_timers(&mut self, local: &Local<'_>) -> bool {
         if self.not_ready_until.is_some_and(|until| until <= local.now) {
@@ -87,6 +95,7 @@ impl Requester {
         if self.outstanding.is_empty() {
             self.ack_deadline = None;
         }
+        self.note_idleness(local.qp);
         let failed = local.qp.state() == QpState::Err;
         Turn { did_work: failed || did.sent + retired != 0, deadline: self.deadline() }
     }
