@@ -7,6 +7,7 @@
 
 use std::fmt;
 
+use ibex_hca::control_region::ControlError;
 use ibex_hca::{CommandError, HcaError};
 
 use crate::gpu::GpuError;
@@ -45,7 +46,7 @@ pub enum Error {
     Gpu(#[from] GpuError),
     /// Control memory refused a block.
     #[error(transparent)]
-    Control(#[from] ibex_hca::control_region::ControlError),
+    Control(ControlError),
     /// A call to the operating system failed.
     #[error(transparent)]
     Os(#[from] OsError),
@@ -57,6 +58,15 @@ impl From<HcaError> for Error {
             HcaError::Command(command) => Self::Command(command),
             HcaError::Os { call, errno } => Self::Os(OsError { call, errno }),
             other => Self::Hca(other),
+        }
+    }
+}
+
+impl From<ControlError> for Error {
+    fn from(error: ControlError) -> Self {
+        match error {
+            ControlError::Hca(hca) => hca.into(),
+            other => Self::Control(other),
         }
     }
 }

@@ -95,28 +95,14 @@ impl<'a> Step<'a> {
     /// PANIC: the number of inputs is not the number of ranks.
     #[must_use]
     pub fn new(config: &'a ValidConfig, inputs: &'a [RankInput]) -> Self {
-        assert_eq!(
-            inputs.len(),
-            config.num_ranks as usize,
-            "one input per rank"
-        );
+        assert_eq!(inputs.len(), config.num_ranks as usize, "one input per rank");
         let travel = |row: &[u16]| match config.dtype {
-            WireDtype::Bf16 => (
-                row.iter().flat_map(|bits| bits.to_le_bytes()).collect(),
-                Vec::new(),
-            ),
+            WireDtype::Bf16 => (row.iter().flat_map(|bits| bits.to_le_bytes()).collect(), Vec::new()),
             WireDtype::Fp8 => numerics::cast_row(row, config.scales),
         };
-        let rows_of = |input: &RankInput| {
-            (0..input.num_tokens)
-                .map(|token| travel(input.row(token)))
-                .collect()
-        };
-        Self {
-            config,
-            inputs,
-            travelling: inputs.iter().map(rows_of).collect(),
-        }
+        let rows_of =
+            |input: &RankInput| (0..input.num_tokens).map(|token| travel(input.row(token))).collect();
+        Self { config, inputs, travelling: inputs.iter().map(rows_of).collect() }
     }
 
     /// Who serves pick (`token`, `k`) of `source`; `None` if it is masked or names no expert.
@@ -127,27 +113,16 @@ impl<'a> Step<'a> {
 
     /// The packed rows of `source` for one local expert of `rank`, in the order that the format fixes.
     #[must_use]
-    pub fn expected_rows(
-        &self,
-        rank: Rank,
-        expert: LocalExpertIdx,
-        source: Rank,
-    ) -> Vec<PackedRow> {
+    pub fn expected_rows(&self, rank: Rank, expert: LocalExpertIdx, source: Rank) -> Vec<PackedRow> {
         let input = &self.inputs[source.index()];
         let first_pick = |token| {
             let picks = 0..input.num_topk as usize;
-            picks
-                .into_iter()
-                .find(|&k| self.owner(source, token, k) == Some((rank, expert)))
+            picks.into_iter().find(|&k| self.owner(source, token, k) == Some((rank, expert)))
         };
         let row = |token| {
             let k = first_pick(token)?;
             // CAST: at most 32 picks.
-            Some(PackedRow {
-                token,
-                k: k as u8,
-                weight: input.weights(token)[k],
-            })
+            Some(PackedRow { token, k: k as u8, weight: input.weights(token)[k] })
         };
         (0..input.num_tokens).filter_map(row).collect()
     }
@@ -197,8 +172,7 @@ impl<'a> Step<'a> {
         output.rows.payload(expert, range.begin, &mut payload);
         let received = payload.chunks(payload_len).zip(range.begin..);
         for (row, (payload, index)) in expected.iter().zip(received) {
-            let (wanted_payload, wanted_scales) =
-                &self.travelling[source.index()][row.token as usize];
+            let (wanted_payload, wanted_scales) = &self.travelling[source.index()][row.token as usize];
             let info = output.rows.source_info(expert, index);
             let mut scales = vec![0; wanted_scales.len()];
             output.rows.scales(expert, index, &mut scales);
@@ -239,7 +213,10 @@ impl<'a> Step<'a> {
                     .flatten()
                     .map(|(owner, _)| owner);
                 match owner {
-                    None => plausible &= !is_lost,
+                    // A masked pick is not lost; one that names no expert is.
+                    None => {
+                        plausible &= is_lost == (k < input.num_topk as usize && input.picks(token)[k] >= 0)
+                    }
                     Some(owner) if is_lost => verdict.excess_losses += u64::from(is_member(owner)),
                     Some(owner) => plausible &= is_member(owner),
                 }
@@ -247,8 +224,7 @@ impl<'a> Step<'a> {
             let out = &output.out[token as usize * hidden..][..hidden];
             verdict.checked += 1;
             verdict.lost += u64::from(lost.count_ones());
-            verdict.wrong +=
-                u64::from(!plausible || out != self.expected_output(rank, token, lost));
+            verdict.wrong += u64::from(!plausible || out != self.expected_output(rank, token, lost));
         }
         verdict
     }
@@ -260,14 +236,12 @@ impl<'a> Step<'a> {
         let weights = self.inputs[rank.index()].weights(token);
         let picks = self.inputs[rank.index()].picks(token);
         // (owner, weight, row) of every pick that counts, in ascending k.
-        let rows = (0..picks.len())
-            .filter(|&k| lost >> k & 1 == 0)
-            .filter_map(|k| {
-                let (owner, _) = self.owner(rank, token, k)?;
-                let expert = u16::try_from(picks[k]).ok()?;
-                let row = numerics::expert_row(&values, numerics::expert_factor(expert));
-                Some((owner, weights[k], row))
-            });
+        let rows = (0..picks.len()).filter(|&k| lost >> k & 1 == 0).filter_map(|k| {
+            let (owner, _) = self.owner(rank, token, k)?;
+            let expert = u16::try_from(picks[k]).ok()?;
+            let row = numerics::expert_row(&values, numerics::expert_factor(expert));
+            Some((owner, weights[k], row))
+        });
         match self.config.combine {
             CombineMode::Exact => {
                 let mut sums = vec![0.0; values.len()];
@@ -283,9 +257,7 @@ impl<'a> Step<'a> {
         match self.config.dtype {
             WireDtype::Bf16 => {
                 let row = self.inputs[source.index()].row(token);
-                row.iter()
-                    .map(|&bits| numerics::bf16_to_f32(bits))
-                    .collect()
+                row.iter().map(|&bits| numerics::bf16_to_f32(bits)).collect()
             }
             WireDtype::Fp8 => {
                 let (payload, scales) = &self.travelling[source.index()][token as usize];

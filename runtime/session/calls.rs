@@ -143,15 +143,17 @@ impl Session {
         })
     }
 
-    fn check_dispatch(&self, call: &DispatchCall) -> Result<(), Error> {
+    pub(super) fn check_topk(&self, num_topk: u32) -> Result<(), Error> {
         let max = self.config.max_topk;
-        if call.num_topk == 0 || call.num_topk > max {
-            return Err(Error::Config(ConfigError {
-                field: "num_topk",
-                value: call.num_topk.into(),
-                limit: Limit::Range { min: 1, max: max.into() },
-            }));
+        if (1..=max).contains(&num_topk) {
+            return Ok(());
         }
+        let limit = Limit::Range { min: 1, max: max.into() };
+        Err(Error::Config(ConfigError { field: "num_topk", value: num_topk.into(), limit }))
+    }
+
+    fn check_dispatch(&self, call: &DispatchCall) -> Result<(), Error> {
+        self.check_topk(call.num_topk)?;
         if self.config.combine == CombineMode::Reduced && !call.with_weights {
             return Err(Error::Config(ConfigError {
                 field: "topk_weights",
@@ -162,7 +164,10 @@ impl Session {
         Ok(())
     }
 
-    #[expect(unsafe_code, reason = "arguments carry addresses of memory that this session and the caller own")]
+    #[expect(
+        unsafe_code,
+        reason = "arguments carry addresses of memory that this session and the caller own"
+    )]
     fn launch<A: IntoBytes + zerocopy::Immutable>(
         &self,
         stream: &Stream,
@@ -278,7 +283,11 @@ impl Session {
         let runtime = self.lane(h.lane)?;
         let mut received = h.received.lock();
         if *received {
-            return Err(Error::Stale(Stale { what: "dispatch handle", found: h.ordinal, current: h.ordinal + 1 }));
+            return Err(Error::Stale(Stale {
+                what: "dispatch handle",
+                found: h.ordinal,
+                current: h.ordinal + 1,
+            }));
         }
         let mut order = self.order(runtime, stream)?;
         h.sent.before(&*self.gpu, stream)?;
@@ -311,7 +320,11 @@ impl Session {
         self.check_session("dispatch handle", h.session)?;
         let runtime = self.lane(h.lane)?;
         if !*h.received.lock() {
-            return Err(Error::Stale(Stale { what: "dispatch handle (not received yet)", found: 0, current: 1 }));
+            return Err(Error::Stale(Stale {
+                what: "dispatch handle (not received yet)",
+                found: 0,
+                current: 1,
+            }));
         }
         let mut order = self.order(runtime, stream)?;
         order.ring(COMBINE).next_send()?;

@@ -25,13 +25,15 @@ use crate::layout::{Plan, qp_slot};
 use crate::recovery::PeerQueues;
 
 mod calls;
+mod host;
 mod order;
 mod tensors;
 mod world;
 
 pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, TopkDtype};
+pub use host::{Combined, Tokens};
 pub use tensors::Tensors;
-pub use world::{Replacement, World, WorldOptions};
+pub use world::{DeviceWrapper, Replacement, World, WorldOptions};
 
 use calls::IndexPool;
 use order::LaneOrder;
@@ -245,6 +247,11 @@ impl Session {
     pub fn buffer_bytes(&self) -> u64 {
         let lanes: u64 = self.lanes.iter().map(|l| l.buffers.read().allocated_bytes()).sum();
         lanes + self.queues.lock().control_bytes()
+    }
+
+    /// The part of [`Session::buffer_bytes`] that stands in host memory: the control queue pairs'.
+    pub fn host_bytes(&self) -> u64 {
+        PeerQueues::host_region_bytes(&self.plan)
     }
 
     /// What launches carry, and where kernels find queue pairs and peers, in bytes that no recovery may change: the

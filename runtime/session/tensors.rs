@@ -36,7 +36,7 @@ pub struct Tensors {
     pub expert_out: Registration,
     /// Out: `[T, H]` bf16.
     pub out: DeviceMemory,
-    /// Out: `[T]` u32, bit k = "w[t,k] * y was not summed".
+    /// Out: `[T]` u32, bit k = "pick k of token t was not summed".
     pub lost_topk: DeviceMemory,
     /// In: `[L]` u32, the global expert of each local one; what the stand-in expert multiplies by.
     pub expert_ids: DeviceMemory,
@@ -71,6 +71,11 @@ impl Tensors {
     /// # Errors
     /// `Config` if `num_tokens` exceeds the capacity; `Gpu` if the copy fails.
     pub fn set_num_tokens(&self, gpu: &dyn Gpu, num_tokens: u32) -> Result<(), Error> {
+        self.check_num_tokens(num_tokens)?;
+        Ok(gpu.write(self.num_tokens.addr(), &num_tokens.to_le_bytes())?)
+    }
+
+    pub(crate) fn check_num_tokens(&self, num_tokens: u32) -> Result<(), Error> {
         if num_tokens > self.max_tokens {
             return Err(Error::Config(ConfigError {
                 field: "num_tokens",
@@ -78,6 +83,6 @@ impl Tensors {
                 limit: Limit::AtMostField { field: "max_tokens", max: self.max_tokens.into() },
             }));
         }
-        Ok(gpu.write(self.num_tokens.addr(), &num_tokens.to_le_bytes())?)
+        Ok(())
     }
 }
