@@ -260,6 +260,8 @@ def main():
     if args.check:
         found = violations(report, json.loads(Path(args.check).read_text()))
         print("\n".join(found) or "no figure is worse than committed, none over its limit")
+        if found:
+            print("worse for a good reason? benches/sass.py --write benches/results, and say why in the commit")
         sys.exit(1 if found else 0)
     print(markdown(report))
 
