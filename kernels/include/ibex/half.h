@@ -34,10 +34,9 @@ struct HalfContext {
 
 IBEX_DEV bool is_leader(BlockRange blocks) { return blocks.idx == 0 && warp::id() == warp::count() - 1; }
 
-/// For work that is done once per pick: a plain load. A removal in the middle of a half may be seen late here; the
-/// waits see it at once, and losing data late is all that a removal can do.
+/// For work that is done once per pick, and that no removal needs to end.
 IBEX_DEV bool is_member(const MemberTable& table, uint32_t rank) {
-  return (table.alive[rank / 64] >> (rank % 64) & 1) != 0;
+  return (peek_relaxed_gpu(&table.alive[rank / 64]) >> (rank % 64) & 1) != 0;
 }
 
 /// For a wait that a removal must end.

@@ -6,6 +6,7 @@
 /// host-mapped.
 ///
 ///   ld_{relaxed,acquire}_{gpu,sys}(const T*)         T = uint32_t | uint64_t
+///   peek_relaxed_{gpu,sys}(const T*)                 the same as ld_relaxed, for words that nobody waits for
 ///   st_{relaxed,release}_{gpu,sys}(T*, T)
 ///   {add,exch,or,max}_{relaxed,acquire,release,acq_rel}_{gpu,sys}(T*, T) -> old value
 ///   cas_{acq_rel,relaxed}_{gpu,sys}(T*, expected, wanted) -> old value
@@ -21,7 +22,7 @@
 /// the non-coherent path may return stale lines within one kernel.
 ///
 /// A wait loop needs no yield of its own on the host: a load that finds the unchanged value at an address
-/// where this fiber has been before hands the worker to the next fiber.
+/// where this fiber has been before hands the worker to the next fiber. `peek` does not.
 #pragma once
 #include "ibex/defs.h"
 

@@ -54,14 +54,20 @@ namespace ibex {
   IBEX_PTX_CAS(relaxed, scope, type, bits, reg)                  \
   IBEX_PTX_CAS(acq_rel, scope, type, bits, reg)
 
+#define IBEX_PTX_PEEK(scope, type) \
+  IBEX_DEV type peek_relaxed_##scope(const type* p) { return ld_relaxed_##scope(p); }
+
 #define IBEX_PTX_SCOPE(scope)               \
   IBEX_PTX_TYPE(scope, uint32_t, 32, "r")   \
-  IBEX_PTX_TYPE(scope, uint64_t, 64, "l")
+  IBEX_PTX_TYPE(scope, uint64_t, 64, "l")   \
+  IBEX_PTX_PEEK(scope, uint32_t)            \
+  IBEX_PTX_PEEK(scope, uint64_t)
 
 IBEX_PTX_SCOPE(gpu)
 IBEX_PTX_SCOPE(sys)
 
 #undef IBEX_PTX_SCOPE
+#undef IBEX_PTX_PEEK
 #undef IBEX_PTX_TYPE
 #undef IBEX_PTX_RMW_ORDERS
 #undef IBEX_PTX_CAS

@@ -34,12 +34,20 @@ IBEX_DEV T load(const T* p) {
   return v;
 }
 
+template <Scope kScope, class T>
+IBEX_DEV T peek(const T* p) {
+  host::step_point();
+  const T v = __atomic_load_n(p, __ATOMIC_RELAXED);
+  host::tsan_after_load<Order::relaxed, kScope>(p);
+  return v;
+}
+
 template <Order kOrder, Scope kScope, class T>
 IBEX_DEV void store(T* p, T v) {
   host::step_before_store(p, v);
   host::tsan_before_store<kOrder, kScope>(p);
   __atomic_store_n(p, v, memory_order(kOrder));
-  host::tsan_after_store<kOrder>();
+  host::tsan_after_store<kOrder>(p);
 }
 
 /// `combine(old)` gives the value to store; the loop is a single iteration unless another thread interferes.
@@ -87,6 +95,9 @@ IBEX_DEV T compare_and_swap(T* p, T expected, T wanted) {
     return detail::load<host::Order::order, host::Scope::scope>(p);     \
   }
 
+#define IBEX_HOST_PEEK(scope, type) \
+  IBEX_DEV type peek_relaxed_##scope(const type* p) { return detail::peek<host::Scope::scope>(p); }
+
 #define IBEX_HOST_ST(order, scope, type)                         \
   IBEX_DEV void st_##order##_##scope(type* p, type v) {          \
     detail::store<host::Order::order, host::Scope::scope>(p, v); \
@@ -116,6 +127,7 @@ IBEX_DEV T compare_and_swap(T* p, T expected, T wanted) {
 #define IBEX_HOST_TYPE(scope, type)  \
   IBEX_HOST_LD(relaxed, scope, type) \
   IBEX_HOST_LD(acquire, scope, type) \
+  IBEX_HOST_PEEK(scope, type) \
   IBEX_HOST_ST(relaxed, scope, type) \
   IBEX_HOST_ST(release, scope, type) \
   IBEX_HOST_RMW(relaxed, scope, type) \
@@ -135,6 +147,7 @@ IBEX_HOST_TYPE(sys, uint64_t)
 #undef IBEX_HOST_RMW
 #undef IBEX_HOST_UPDATE
 #undef IBEX_HOST_ST
+#undef IBEX_HOST_PEEK
 #undef IBEX_HOST_LD
 
 IBEX_DEV void fence_acq_rel_gpu() { host::fence<host::Scope::gpu>(false); }
