@@ -38,7 +38,7 @@ struct Fiber {
   uint32_t collective = 0;       ///< lane fibers: collectives entered; parity picks the slot row
   char* stack = nullptr;
   void* tsan = nullptr;          ///< ThreadSanitizer's fiber, and the helpers that carry fence clocks
-  void* tsan_seen[2] = {};       ///< by scope: clocks of relaxed loads, taken over by the next fence
+  void* tsan_loads = nullptr;    ///< relaxed loads that the next fence takes over
   void* tsan_fenced[2] = {};     ///< by scope: the clock at its last fence, published by relaxed stores
 };
 

@@ -57,17 +57,36 @@ void as_fiber(void*& fiber, F f) {
   tsan_switch(me);
 }
 
-struct Planted {
-  Plant plant = Plant::none;
-  const char* begin = nullptr;
-  const char* end = nullptr;
-  const char* function = "";
+/// The last relaxed loads of one fiber. Not a fiber that gathers their clocks: ThreadSanitizer follows 255 fibers
+/// well, and forgets more and more beyond.
+class Loads {
+ public:
+  struct Load {
+    const void* p;
+    Scope scope;
+  };
 
-  bool hits(Plant what, const void* p) const {
-    return plant == what && p >= begin && p < end;
+  void add(const Load& load) {
+    for (uint32_t i = 0; i < num(); ++i) {
+      if (loads_[i].p == load.p && loads_[i].scope == load.scope) return;
+    }
+    loads_[next_++ % kMax] = load;
   }
+  uint32_t num() const { return next_ < kMax ? next_ : kMax; }
+  const Load& operator[](uint32_t i) const { return loads_[i]; }
+  void clear() { next_ = 0; }
+
+ private:
+  /// More than any fence here is about: the loop of a wait reads a handful of words.
+  static constexpr uint32_t kMax = 64;
+  Load loads_[kMax];
+  uint32_t next_ = 0;
 };
-Planted g_planted;
+
+Planting g_planted;
+
+bool contains(const Range& range, const void* p) { return p >= range.begin && p < range.end; }
+bool hits(Plant what, const void* p) { return g_planted.plant == what && contains(g_planted.at, p); }
 
 struct Held {
   const Block* block;
@@ -82,9 +101,7 @@ thread_local Held tl_held[kHeldMax];
 thread_local size_t tl_num_held = 0;
 }  // namespace
 
-void tsan_plant(Plant plant, const void* begin, const void* end, const char* function) {
-  g_planted = {plant, static_cast<const char*>(begin), static_cast<const char*>(end), function};
-}
+void tsan_plant(const Planting& planting) { g_planted = planting; }
 
 bool tsan_skips_warp_sync(const char* function) {
   if (g_planted.plant != Plant::skip_warp_sync) return false;
@@ -93,8 +110,8 @@ bool tsan_skips_warp_sync(const char* function) {
 
 Order tsan_planted(const void* p, Order order, Scope* scope) {
   if (!releases(order)) return order;
-  if (g_planted.hits(Plant::drop_release, p)) return Order::relaxed;
-  if (g_planted.hits(Plant::narrow_scope, p)) *scope = Scope::gpu;
+  if (hits(Plant::drop_release, p)) return Order::relaxed;
+  if (hits(Plant::narrow_scope, p)) *scope = Scope::gpu;
   return order;
 }
 
@@ -110,16 +127,14 @@ void tsan_release(const void* p, Scope scope) {
   if (device_domain(&device)) __tsan_release(key(p, device));
 }
 
-// `tsan_seen[gpu]` gathers device-domain clocks, `tsan_seen[sys]` system-domain clocks; `tsan_fenced`
-// likewise holds what a fence of at least that scope has covered.
+// A fence takes over what was released, until then, at the addresses of the relaxed loads before it: a little more
+// than those loads have seen. `tsan_fenced` holds, by scope, the clock at the last fence of at least that scope.
 
 void tsan_relaxed_load(const void* p, Scope scope) {
   Fiber* f = tl_fiber;
-  uint32_t device;
-  if (!device_domain(&device)) return;
-  as_fiber(f->tsan_seen[static_cast<int>(Scope::gpu)], [&] { __tsan_acquire(key(p, device)); });
-  if (scope != Scope::sys) return;
-  as_fiber(f->tsan_seen[static_cast<int>(Scope::sys)], [&] { __tsan_acquire(key(p, kSysDomain)); });
+  if (f == nullptr) return;
+  if (f->tsan_loads == nullptr) f->tsan_loads = new Loads;
+  static_cast<Loads*>(f->tsan_loads)->add({p, scope});
 }
 
 void tsan_relaxed_store(const void* p, Scope scope) {
@@ -136,12 +151,14 @@ void tsan_fence(Scope scope) {
   Fiber* f = tl_fiber;
   if (f == nullptr || g_planted.plant == Plant::drop_fence) return;
   if (g_planted.plant == Plant::narrow_fence) scope = Scope::gpu;
-  for (int i = 0; i <= static_cast<int>(scope); ++i) {
-    void*& seen = f->tsan_seen[i];
-    if (seen != nullptr) {
-      as_fiber(seen, [&] { __tsan_release(&f->tsan_seen[i]); });
-      __tsan_acquire(&f->tsan_seen[i]);
+  uint32_t device;
+  if (f->tsan_loads != nullptr && device_domain(&device)) {
+    Loads& loads = *static_cast<Loads*>(f->tsan_loads);
+    for (uint32_t i = 0; i < loads.num(); ++i) {
+      __tsan_acquire(key(loads[i].p, device));
+      if (scope == Scope::sys && loads[i].scope == Scope::sys) __tsan_acquire(key(loads[i].p, kSysDomain));
     }
+    if (scope == Scope::sys) loads.clear();
   }
   for (int i = 0; i <= static_cast<int>(scope); ++i) {
     __tsan_release(&f->tsan_fenced[i]);
@@ -150,15 +167,15 @@ void tsan_fence(Scope scope) {
 }
 
 bool tsan_hold_back(uint4* p, const uint4& v) {
-  if (tl_fiber == nullptr || !g_planted.hits(Plant::hold_back, p)) return false;
+  if (tl_fiber == nullptr || !hits(Plant::hold_back, p)) return false;
   if (tl_num_held == kHeldMax) return false;
   tl_held[tl_num_held++] = {tl_fiber->block, tl_fiber->warp, p, v};
   return true;
 }
 
-bool tsan_next_held(uint4** p, uint4* v) {
+bool tsan_next_held(const void* released, uint4** p, uint4* v) {
   const Fiber* f = tl_fiber;
-  if (f == nullptr) return false;
+  if (f == nullptr || tl_num_held == 0 || !contains(g_planted.until, released)) return false;
   for (size_t i = 0; i < tl_num_held; ++i) {
     Held& held = tl_held[i];
     if (held.block != f->block || held.warp != f->warp) continue;
@@ -172,9 +189,7 @@ bool tsan_next_held(uint4** p, uint4* v) {
 
 void tsan_destroy_fiber(Fiber* f) {
   __tsan_destroy_fiber(f->tsan);
-  for (void* helper : f->tsan_seen) {
-    if (helper != nullptr) __tsan_destroy_fiber(helper);
-  }
+  delete static_cast<Loads*>(f->tsan_loads);
   for (void* helper : f->tsan_fenced) {
     if (helper != nullptr) __tsan_destroy_fiber(helper);
   }

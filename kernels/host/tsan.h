@@ -27,16 +27,28 @@ enum class Plant : uint8_t {
   drop_fence,      ///< fences do nothing (everywhere)
   narrow_fence,    ///< fences at sys scope are performed at gpu scope (everywhere)
   skip_warp_sync,  ///< warp::sync does not synchronise (in one function, or everywhere)
-  hold_back,       ///< 16-byte stores wait until after their warp's next release store: record before WQE,
-                   ///< signal before data
+  hold_back,       ///< 16-byte stores wait until after their warp's next release store in a second range: record
+                   ///< before WQE, signal before data
 };
 
 #if defined(IBEX_TSAN)
 
 constexpr bool kTsan = true;
 
-/// `function` is where warps do not synchronise; empty: everywhere.
-void tsan_plant(Plant plant, const void* begin, const void* end, const char* function);
+/// Memory that a plant aims at.
+struct Range {
+  const void* begin;
+  const void* end;
+};
+/// What to plant, where. `function`: where warps do not synchronise; empty: everywhere. `until`: releases that end
+/// the holding back.
+struct Planting {
+  Plant plant = Plant::none;
+  Range at{};
+  const char* function = "";
+  Range until{};
+};
+void tsan_plant(const Planting& planting);
 bool tsan_skips_warp_sync(const char* function);
 
 void tsan_acquire(const void* p, Scope scope);
@@ -47,8 +59,8 @@ void tsan_fence(Scope scope);
 /// Applies the plants to a release at `p`: returns the order to perform and narrows `scope`.
 Order tsan_planted(const void* p, Order order, Scope* scope);
 bool tsan_hold_back(uint4* p, const uint4& v);
-/// The next held-back store of this warp, which the instrumented caller performs.
-bool tsan_next_held(uint4** p, uint4* v);
+/// The next held-back store of this warp after a release at `released`; the instrumented caller performs it.
+bool tsan_next_held(const void* released, uint4** p, uint4* v);
 
 constexpr bool acquires(Order order) { return order == Order::acquire || order == Order::acq_rel; }
 constexpr bool releases(Order order) { return order == Order::release || order == Order::acq_rel; }
@@ -67,11 +79,11 @@ IBEX_DEV void tsan_before_store(const void* p) {
 }
 
 template <Order kOrder>
-IBEX_DEV void tsan_after_store() {
+IBEX_DEV void tsan_after_store(const void* released) {
   uint4* p;
   uint4 v;
   if constexpr (releases(kOrder)) {
-    while (tsan_next_held(&p, &v)) *p = v;
+    while (tsan_next_held(released, &p, &v)) *p = v;
   }
 }
 
@@ -83,7 +95,7 @@ IBEX_DEV void tsan_before_rmw(const void* p) {
 template <Order kOrder, Scope kScope>
 IBEX_DEV void tsan_after_rmw(const void* p) {
   tsan_after_load<kOrder, kScope>(p);
-  tsan_after_store<kOrder>();
+  tsan_after_store<kOrder>(p);
 }
 
 template <Scope kScope>
@@ -100,7 +112,7 @@ IBEX_DEV void tsan_after_load(const void*) {}
 template <Order kOrder, Scope kScope>
 IBEX_DEV void tsan_before_store(const void*) {}
 template <Order kOrder>
-IBEX_DEV void tsan_after_store() {}
+IBEX_DEV void tsan_after_store(const void*) {}
 template <Order kOrder, Scope kScope>
 IBEX_DEV void tsan_before_rmw(const void*) {}
 template <Order kOrder, Scope kScope>

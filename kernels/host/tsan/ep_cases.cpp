@@ -15,7 +15,7 @@ int run_ep(const Options& options, const EpConfig& config) {
   Rig rig(options, World::progress, &world);
   std::vector<std::unique_ptr<Program>> programs;
   for (uint32_t r = 0; r < config.num_ranks; ++r) {
-    programs.push_back(std::make_unique<Program>(world, rig, options, r, 0, config.num_steps));
+    programs.push_back(std::make_unique<Program>(world, rig, r, 0, config.num_steps));
   }
   for (auto& program : programs) program->start();
   rig.wait();
@@ -28,6 +28,9 @@ int run_ep(const Options& options, const EpConfig& config) {
 
 int run_ep_ibgda(const Options& options) {
   EpConfig c{"ep-ibgda"};
+  c.blocks = 2;
+  c.warps = 1;
+  c.num_owner_warps = 1;
   return run_ep(options, c);
 }
 
@@ -61,12 +64,15 @@ int run_ep_reduced(const Options& options) {
   c.scale_kind = kScalePow2;
   c.num_owner_warps = 1;
   c.num_steps = 4;
+  c.warps = 2;
   return run_ep(options, c);
 }
 
 /// Halves apart, so that steps overlap, credits are waited for, and two halves of a rank run at a time.
 int run_ep_split(const Options& options) {
   EpConfig c{"ep-split"};
+  c.warps = 2;
+  c.num_owner_warps = 1;
   c.split = true;
   c.num_steps = 6;
   return run_ep(options, c);
@@ -74,6 +80,8 @@ int run_ep_split(const Options& options) {
 
 int run_ep_split_mapped(const Options& options) {
   EpConfig c{"ep-split-mapped"};
+  c.warps = 2;
+  c.num_owner_warps = 1;
   c.split = true;
   c.routes = Routes::mapped;
   c.wire_dtype = kWireBf16;

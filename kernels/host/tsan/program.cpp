@@ -7,8 +7,8 @@ namespace {
 constexpr uint32_t kNone = ~0u;
 }  // namespace
 
-Program::Program(World& world, Rig& rig, const Options& options, uint32_t rank, uint32_t first, uint32_t num)
-    : world_(world), rig_(rig), options_(options), rank_(rank), next_nonce_(1 + 1000 * first) {
+Program::Program(World& world, Rig& rig, uint32_t rank, uint32_t first, uint32_t num)
+    : world_(world), rig_(rig), rank_(rank), next_nonce_(1 + 1000 * first) {
   if (world.config().split) {
     build_split(first, num);
   } else {
@@ -75,16 +75,17 @@ void Program::start() {
 }
 
 void Program::run(Launch& launch) {
+  const EpConfig& c = world_.config();
   const uint32_t step = launch.step, nonce = next_nonce_++;
   const auto dispatch = [&](uint32_t halves) {
     const DispatchArgs args = world_.dispatch_args(rank_, step, halves, nonce);
     const char* kernel = args.lane.shape.wire_dtype == kWireFp8 ? "dispatch_fp8" : "dispatch_bf16";
-    rig_.launch(kernel, rank_, options_.blocks, options_.warps, args, completed, &launch);
+    rig_.launch(kernel, rank_, c.blocks, c.warps, args, completed, &launch);
   };
   const auto combine = [&](uint32_t halves) {
     const CombineArgs args = world_.combine_args(rank_, step, halves, nonce);
     const char* kernel = args.lane.shape.combine_mode == kReduced ? "combine_reduced" : "combine_exact";
-    rig_.launch(kernel, rank_, options_.blocks, options_.warps, args, completed, &launch);
+    rig_.launch(kernel, rank_, c.blocks, c.warps, args, completed, &launch);
   };
   if (launch.kind == Kind::dispatch_send || launch.kind == Kind::dispatch) fill_inputs(world_, rank_, step);
   switch (launch.kind) {
@@ -95,7 +96,7 @@ void Program::run(Launch& launch) {
     case Kind::combine_receive: return combine(kReceiveHalf);
     case Kind::combine: return combine(kSendHalf | kReceiveHalf);
     case Kind::expert:
-      return rig_.launch("expert", rank_, 1, options_.warps, world_.expert_args(rank_, step), completed, &launch);
+      return rig_.launch("expert", rank_, 1, 1, world_.expert_args(rank_, step), completed, &launch);
   }
 }
 

@@ -17,7 +17,7 @@ namespace ibex::rig {
 class Program {
  public:
   /// Steps `first`.. of `num` on `rank`. `expected_lost` is the rank whose experts' picks are lost; kNobody: none.
-  Program(World& world, Rig& rig, const Options& options, uint32_t rank, uint32_t first, uint32_t num);
+  Program(World& world, Rig& rig, uint32_t rank, uint32_t first, uint32_t num);
 
   static constexpr uint32_t kNobody = ~0u;
   void expect_lost(uint32_t rank) { expected_lost_ = rank; }
@@ -44,7 +44,6 @@ class Program {
 
   World& world_;
   Rig& rig_;
-  const Options& options_;
   const uint32_t rank_;
   uint32_t expected_lost_ = kNobody;
   uint32_t next_nonce_;

@@ -109,10 +109,10 @@ class Recovery {
   host::Agent* agent_;
 };
 
-uint32_t run_steps(World& world, Rig& rig, const Options& options, uint32_t num_ranks, uint32_t first, uint32_t num) {
+uint32_t run_steps(World& world, Rig& rig, uint32_t num_ranks, uint32_t first, uint32_t num) {
   std::vector<std::unique_ptr<Program>> programs;
   for (uint32_t r = 0; r < num_ranks; ++r) {
-    programs.push_back(std::make_unique<Program>(world, rig, options, r, first, num));
+    programs.push_back(std::make_unique<Program>(world, rig, r, first, num));
     if (num_ranks == kSurvivors) programs[r]->expect_lost(kDead);
   }
   for (auto& program : programs) program->start();
@@ -149,6 +149,8 @@ int run_recreate(const Options& options) {
   c.num_ranks = kSurvivors + 1;
   c.detect_ms = 4;
   c.max_tokens = 4;
+  c.warps = 2;
+  c.num_owner_warps = 1;
   if (options.seed == 0) {
     std::fprintf(stderr, "recreate needs a seed: it is a simulation\n");
     return 2;
@@ -156,12 +158,12 @@ int run_recreate(const Options& options) {
   World world(c, options);
   world.plant();
   Rig rig(options, World::progress, &world);
-  uint32_t num_wrong = run_steps(world, rig, options, c.num_ranks, 0, kStepsBefore);
+  uint32_t num_wrong = run_steps(world, rig, c.num_ranks, 0, kStepsBefore);
   world.kill(kDead);
   bool done = true;
   {
     Recovery first(world, 0), second(world, 1);
-    num_wrong += run_steps(world, rig, options, kSurvivors, kStepsBefore, kStepsWithout);
+    num_wrong += run_steps(world, rig, kSurvivors, kStepsBefore, kStepsWithout);
     done = first.is_done() && second.is_done();
   }
   if (!done) {
@@ -169,7 +171,7 @@ int run_recreate(const Options& options) {
     return 1;
   }
   rejoin(world);
-  num_wrong += run_steps(world, rig, options, c.num_ranks, kStepsBefore + kStepsWithout, kStepsAfter);
+  num_wrong += run_steps(world, rig, c.num_ranks, kStepsBefore + kStepsWithout, kStepsAfter);
   rig.stop();
   return num_wrong == 0 && world.queues_are_clean() ? 0 : 1;
 }

@@ -26,13 +26,13 @@ uint32_t kernel_id(const char* name) {
 }
 }  // namespace
 
-void plant(const Options& options, const void* begin, size_t len) {
+void plant(const Options& options, const void* begin, size_t len, const void* until, size_t until_len) {
 #if defined(IBEX_TSAN)
-  host::tsan_plant(options.plant, begin, static_cast<const char*>(begin) + len, options.at);
+  const auto range = [](const void* p, size_t n) { return host::Range{p, static_cast<const char*>(p) + n}; };
+  host::tsan_plant({options.plant, range(begin, len), options.at, range(until, until_len)});
 #else
   if (options.plant != host::Plant::none) fail("plants need the sanitizer build", "IBEX_TSAN");
-  (void)begin;
-  (void)len;
+  (void)begin, (void)len, (void)until, (void)until_len;
 #endif
 }
 

@@ -29,8 +29,9 @@ struct Options {
   bool print = false;
 };
 
-/// Plants the options' bug into the accesses to one object or array.
-void plant(const Options& options, const void* begin, size_t len);
+/// Plants the options' bug into the accesses to one object or array; stores that are held back wait for a release in
+/// `until`.
+void plant(const Options& options, const void* begin, size_t len, const void* until = nullptr, size_t until_len = 0);
 
 /// A pool with its threads. Memory named by arguments outlives `wait`.
 class Rig {

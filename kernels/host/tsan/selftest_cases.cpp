@@ -32,7 +32,7 @@ int run_devices(const Options& options, uint32_t fenced) {
   std::vector<uint4> payloads[2] = {std::vector<uint4>(options.n16), std::vector<uint4>(options.n16)};
   uint64_t sums[2] = {};
   if (options.plant == host::Plant::hold_back) {
-    plant(options, payloads[1].data(), payloads[1].size() * sizeof(uint4));
+    plant(options, payloads[1].data(), payloads[1].size() * sizeof(uint4), flags, sizeof(flags));
   } else {
     plant(options, flags, sizeof(flags));
   }

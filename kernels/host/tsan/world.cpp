@@ -76,6 +76,7 @@ World::World(const EpConfig& config, const Options& options) : config_(config), 
   turns_.resize(options.seed != 0 ? 1 : options.workers);
   qps_ = memory_.take<QpDeviceCtx>(uint64_t{config.num_ranks} * config.num_ranks * config.num_channels);
   host_words_ = memory_.take<LaneHostWords>(config.num_ranks);
+  verdicts_ = memory_.take<uint64_t>(uint64_t{config.num_ranks} * 2 * config.ring * config.num_ranks * config.num_channels);
   for (uint32_t r = 0; r < config.num_ranks; ++r) {
     ranks_.push_back(std::make_unique<Rank>());
     make_shape(r);
@@ -188,7 +189,7 @@ void World::make_handles(Rank& r) {
     h.dispatch.pick_owner = memory_.take<uint16_t>(uint64_t{s.max_tokens} * s.max_topk);
     h.dispatch.sent_picks = memory_.take<uint32_t>(num_qps);
     h.dispatch.sent_messages = memory_.take<uint32_t>(num_qps);
-    h.dispatch.verdicts = memory_.take<uint64_t>(num_qps);
+    h.dispatch.verdicts = verdicts_ + (uint64_t{s.rank} * 2 * s.ring + i) * num_qps;
     h.dispatch.ranges_ready = memory_.take<uint32_t>(s.num_ranks);
     h.dispatch.pack_cursor = memory_.take<uint32_t>(s.max_local_experts);
     h.dispatch.ranges = memory_.take<LayoutRange>(uint64_t{s.max_local_experts} * s.num_ranks);
@@ -337,24 +338,28 @@ void World::plant() const {
   const Rank& reader = *ranks_[1];
   const Layout& l = reader.lane.layout;
   const uint32_t num_qps = config_.num_ranks * config_.num_channels;
+  const uint64_t num_verdicts = uint64_t{config_.num_ranks} * 2 * config_.ring * num_qps;
   uint8_t* region = reader.regions[0];
   const struct {
     const char* name;
-    void* begin;
+    const void* begin;
     size_t len;
+    const void* until;
+    size_t until_len;
   } places[] = {
-      {"messages", region, l.counts_off},
-      {"signals", region + l.signals_off, l.consumed_off - l.signals_off},
-      {"consumed", region + l.consumed_off, l.life_off - l.consumed_off},
-      {"rings", writer.rings, uint64_t{num_qps} * config_.sq_wqebbs * kWqebbBytes},
-      {"records", writer.records, uint64_t{num_qps} * kRecordWords * 4},
-      {"ready", writer.lane.staging_ready, uint64_t{2} * config_.ring * config_.max_tokens * 4},
-      {"states", qps_, config_.num_ranks * num_qps * sizeof(QpDeviceCtx)},
-      {"left", host_words_, config_.num_ranks * sizeof(LaneHostWords)},
-      {"verdicts", writer.handles[0].dispatch.verdicts, uint64_t{num_qps} * 8},
+      {"messages", region, l.counts_off, region + l.signals_off, l.consumed_off - l.signals_off},
+      {"signals", region + l.signals_off, l.consumed_off - l.signals_off, nullptr, 0},
+      {"consumed", region + l.consumed_off, l.life_off - l.consumed_off, nullptr, 0},
+      {"rings", writer.rings, uint64_t{num_qps} * config_.sq_wqebbs * kWqebbBytes, writer.records,
+       uint64_t{num_qps} * kRecordWords * sizeof(uint32_t)},
+      {"records", writer.records, uint64_t{num_qps} * kRecordWords * sizeof(uint32_t), nullptr, 0},
+      {"ready", writer.lane.staging_ready, uint64_t{2} * config_.ring * config_.max_tokens * sizeof(uint32_t), nullptr, 0},
+      {"verdicts", verdicts_, num_verdicts * sizeof(uint64_t), nullptr, 0},
+      {"states", qps_, uint64_t{config_.num_ranks} * num_qps * sizeof(QpDeviceCtx), nullptr, 0},
+      {"left", host_words_, config_.num_ranks * sizeof(LaneHostWords), nullptr, 0},
   };
-  for (const auto& place : places) {
-    if (std::strcmp(place.name, options_.at) == 0) return rig::plant(options_, place.begin, place.len);
+  for (const auto& p : places) {
+    if (std::strcmp(p.name, options_.at) == 0) return rig::plant(options_, p.begin, p.len, p.until, p.until_len);
   }
   rig::plant(options_, nullptr, 0);
 }

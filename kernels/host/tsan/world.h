@@ -27,6 +27,8 @@ struct EpConfig {
   bool zero_copy = true;
   uint32_t staging_rows = 4, sq_wqebbs = 32, num_owner_warps = 2;
   uint32_t num_steps = 5;
+  /// Grids. ThreadSanitizer follows 255 fibers well: all lanes of all ranks should be fewer.
+  uint32_t blocks = 1, warps = 3;
   uint32_t detect_ms = 10'000;
   bool split = false;  ///< send and receive halves on two streams, so that steps overlap
 };
@@ -102,8 +104,8 @@ class World {
   Rank& rank(uint32_t r) { return *ranks_[r]; }
   uint32_t route(uint32_t from, uint32_t to) const;
   Slot& slot(uint32_t from, uint32_t to, uint32_t channel);
-  /// Aims the options' plant at what `--at` names: queue states and left-words of all ranks; else at the object of
-  /// rank 0, or of rank 1 as rank 0 writes it.
+  /// Aims the options' plant at what `--at` names: queue states, left-words and verdicts of all ranks; else at the
+  /// object of rank 0, or of rank 1 as rank 0 writes it.
   void plant() const;
 
   DispatchArgs dispatch_args(uint32_t rank, uint32_t step, uint32_t halves, uint32_t nonce) const;
@@ -141,6 +143,7 @@ class World {
   std::vector<std::unique_ptr<Rank>> ranks_;
   QpDeviceCtx* qps_;           ///< of all ranks
   LaneHostWords* host_words_;  ///< likewise
+  uint64_t* verdicts_;         ///< of all dispatches of all ranks
   /// Per worker, touched by its thread only.
   struct Turn {
     uint64_t next_queue = 0, next_beat_ns = 0;
