@@ -5,7 +5,7 @@ mod rig;
 
 use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::QpState;
-use ibex_abi::wqe::{AtomicOp, CtrlFlags, Request};
+use ibex_abi::wqe::{AtomicOp, CqUpdate, CtrlFlags, FenceMode, Request};
 use ibex_hca::Nanos;
 use ibex_hca::emulated::PathState;
 use ibex_hca::host_qp::ConnectSpec;
@@ -208,4 +208,40 @@ fn a_deadline_is_reported_while_an_answer_is_awaited() {
     let step = near.device.step(Nanos(600));
     assert!(!step.did_work);
     assert_eq!(step.next_deadline, Some(Nanos(500 + ACK_TIMEOUT)));
+}
+
+#[test]
+fn an_acknowledgement_without_the_response_before_it_asks_for_that_again() {
+    let mut rig = rig(patient());
+    rig.answers(PathState::Cut);
+    let [near, far] = &mut rig.ends;
+    far.put(0, b"response");
+    let scatter = vec![near.data(0, 8)];
+    near.qp.post(CtrlFlags::SIGNALED, Request::Read { remote: far.remote(0), scatter }).unwrap();
+    rig.settle();
+    rig.answers(PathState::Up);
+    let [near, far] = &mut rig.ends;
+    near.qp.post(CtrlFlags::SIGNALED, write(far.remote(100), inline(&[1; 8]))).unwrap();
+    // No time passes: the acknowledgement of the write implies that the read's response was lost.
+    rig.settle();
+    assert_eq!(rig.ends[0].qp.poll().unwrap().wqe_counter, 0);
+    assert_eq!(rig.ends[0].qp.poll().unwrap().wqe_counter, 1);
+    assert_eq!(rig.ends[0].get(0, 8), b"response");
+}
+
+#[test]
+fn a_fenced_write_waits_for_a_read_whose_response_was_lost() {
+    let mut rig = rig(patient());
+    rig.answers(PathState::Cut);
+    let [near, far] = &mut rig.ends;
+    far.put(0, b"response");
+    let (scatter, payload) = (vec![near.data(0, 8)], gather(&[near.data(0, 8)]));
+    let fenced = CtrlFlags::new(FenceMode::SmallAndFence, CqUpdate::Always, false);
+    near.qp.post(CtrlFlags::SIGNALED, Request::Read { remote: far.remote(0), scatter }).unwrap();
+    near.qp.post(fenced, write(far.remote(100), payload)).unwrap();
+    rig.pass(3 * ACK_TIMEOUT / 2);
+    assert_eq!(rig.ends[1].get(100, 8), [0; 8], "not before the read's result is here");
+    rig.answers(PathState::Up);
+    rig.pass(2 * ACK_TIMEOUT);
+    assert_eq!(rig.ends[1].get(100, 8), b"response");
 }
