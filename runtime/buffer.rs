@@ -409,7 +409,7 @@ impl LaneBuffers {
             lkey_be: self.source_key.key().lkey.get().to_be(),
             lane,
             qp_slot_base,
-            reserved: 0,
+            guards_off: 0,
         }
     }
 

@@ -32,8 +32,7 @@ use crate::config::RoutePolicy;
 use crate::error::{ConfigError, Error, Limit, Stale, Violation};
 use crate::ids::{Lane, Rank};
 use crate::layout::qp_slot;
-use crate::session::Session;
-use crate::time::{Deadline, sleep};
+use crate::session::{Guard, Session};
 
 mod control;
 mod queues;
@@ -42,9 +41,6 @@ pub(crate) use queues::PeerQueues;
 
 use control::ControlQueue;
 use queues::Queue;
-
-/// How often a grace period looks again.
-const GRACE_POLL: Duration = Duration::from_micros(50);
 
 /// One queue pair of an [`Offer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -382,20 +378,25 @@ impl Session {
     /// its own deadlines.
     fn grace_period(&self, entered: &[u64]) -> Result<(), Error> {
         let cap = Duration::from_millis(u64::from(self.config.stall_ms()) * u64::from(self.config.num_ranks));
-        let deadline = Deadline::after(2 * cap);
         for (runtime, entered) in self.lanes.iter().zip(entered) {
+            if !runtime.is_guarded(Guard::Grace) {
+                continue;
+            }
             let addr = runtime.buffers.read().host_words_addr() + LEFT_OFF;
             // ORDER(10): everything a half did -> left. Acquire.
-            while self.gpu.load_u64(addr)? < *entered {
-                if deadline.has_passed() {
-                    return Err(Error::Protocol(Violation {
-                        from: self.rank,
-                        check: "halves that left within twice the hard cap",
-                        found: self.gpu.load_u64(addr)?,
-                        expected: *entered,
-                    }));
-                }
-                sleep(GRACE_POLL);
+            let mut left = self.gpu.load_u64(addr);
+            let all_left = self.gpu.wait_for(2 * cap, &mut || {
+                left = self.gpu.load_u64(addr);
+                !matches!(left, Ok(count) if count < *entered)
+            })?;
+            let left = left?;
+            if !all_left {
+                return Err(Error::Protocol(Violation {
+                    from: self.rank,
+                    check: "halves that left within twice the hard cap",
+                    found: left,
+                    expected: *entered,
+                }));
             }
         }
         Ok(())

@@ -228,7 +228,7 @@ constexpr LayoutEntry kLayoutTable[] = {
     IBEX_OFFSET(LaneArgs, lkey_be),
     IBEX_OFFSET(LaneArgs, lane),
     IBEX_OFFSET(LaneArgs, qp_slot_base),
-    IBEX_OFFSET(LaneArgs, reserved),
+    IBEX_OFFSET(LaneArgs, guards_off),
     IBEX_SIZE(HandleArrays),
     IBEX_OFFSET(HandleArrays, ctx),
     IBEX_OFFSET(HandleArrays, pick_owner),

@@ -11,6 +11,7 @@
 /// each rank's partial sum to bf16 and adds those in ascending order of the rank's first k.
 #include "ibex/args.h"
 #include "ibex/cast.h"
+#include "ibex/guards.h"
 #include "ibex/half.h"
 #include "ibex/kernel.h"
 #include "ibex/layout.h"
@@ -73,7 +74,9 @@ struct CombineRows {
   static constexpr bool kMayDrain = !kSums;
   IBEX_DEV bool through_ring(const SendJob& j) const { return j.rdma() && (kSums || c.zero_copy == 0); }
   IBEX_DEV bool owed_nothing(SendJob& j) const { return c.handle.source_ok[j.peer] == 0; }
-  IBEX_DEV bool must_drain(SendJob& j) const { return j.rdma() && !through_ring(j); }
+  IBEX_DEV bool must_drain(SendJob& j) const {
+    return j.rdma() && !through_ring(j) && guarded(j.a, kGuardSourceRows);
+  }
   IBEX_DEV uint32_t count(const SendCursor& cursor) const { return kSums ? cursor.num_messages : cursor.num_picks; }
   IBEX_DEV bool has_trailer(const SendJob&) const { return false; }
   IBEX_DEV void copy_trailer(SendJob&) {}
@@ -181,7 +184,7 @@ struct CombineRows {
       }
     }
     count_in(b, n);
-    ring_doorbell(b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
+    ring(j, b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
   }
 
   /// One message: the weighted sum of its rows here, under its first k here.
@@ -226,6 +229,7 @@ struct CombineRows {
   /// taken in order, so the last of them decides.
   IBEX_DEV bool has_ring_rows(SendJob& j, uint32_t n) const {
     const bool free = warp::one_lane([&] {
+      if (!guarded(j.a, kGuardSourceRows)) return true;
       const uint32_t pi = j.a.row_staging_pi[ring_index(j, n - 1)];
       if (is_in_flight(j.qp, pi)) poll_cq(j.qp);
       return !is_in_flight(j.qp, pi);
@@ -246,7 +250,7 @@ struct CombineRows {
       j.qp.ring_head = j.qp.ring_head + 1 == j.a.shape.staging_rows ? 0 : j.qp.ring_head + 1;
     }
     count_in(b, 1);
-    ring_doorbell(b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
+    ring(j, b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
   }
 
   IBEX_DEV void posted(SendJob& j) {

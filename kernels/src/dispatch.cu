@@ -10,6 +10,7 @@
 /// Owns: staging rows (written by casters, read by the NIC until a CQE covers them), the handle's arrays.
 #include "ibex/args.h"
 #include "ibex/cast.h"
+#include "ibex/guards.h"
 #include "ibex/half.h"
 #include "ibex/kernel.h"
 #include "ibex/layout.h"
@@ -76,6 +77,7 @@ IBEX_DEV bool holds_staging_slot(QpDeviceCtx& qp, uint32_t staging_slot) {
 
 /// A staging slot is free when CQEs cover every WQE that names its rows, on every QP. Reads all CQs at most once.
 IBEX_DEV bool is_staging_free(const LaneArgs& a, uint32_t staging_slot) {
+  if (!guarded(a, kGuardSourceRows)) return true;
   const uint32_t num_qps = a.shape.num_ranks * a.shape.num_channels;
   bool free = true;
   IBEX_ROLLED
@@ -402,7 +404,7 @@ struct DispatchRows {
       }
     }
     count_in(b, n);
-    ring_doorbell(b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
+    ring(j, b, make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3));
   }
 
   IBEX_DEV void copy_trailer(SendJob& j) {
@@ -509,7 +511,8 @@ IBEX_DEV void wait_for_ranges(const DispatchArgs& d, const HalfContext& h, uint3
 
 /// Does a message belong to this step and this source?
 IBEX_DEV bool is_valid(const DispatchArgs& d, const HalfContext& h, const MessageHeader& m, uint32_t source) {
-  return m.generation == h.generation && m.source == source && m.token < d.lane.shape.max_tokens &&
+  const bool this_step = m.generation == h.generation || !guarded(d.lane, kGuardGeneration);
+  return this_step && m.source == source && m.token < d.lane.shape.max_tokens &&
          m.placement_version == h.table->placement_version && m.num_picks <= d.lane.shape.max_topk;
 }
 

@@ -26,6 +26,7 @@ use super::{
     ARGS_LEN_MAX, CaptureError, DeviceMemory, Event, Gpu, GpuError, GpuField, GpuId, Graph, Launch, Stream,
     WARPS_PER_BLOCK_MAX,
 };
+use crate::time::sleep;
 use capture::{CapturedMark, Plan};
 use executor::{Drive, Executor, PoolExecutor};
 use memory::{Allocations, Mapping};
@@ -47,6 +48,9 @@ pub const CORESIDENT_WARPS_MAX: u32 = 1024;
 /// Longest wait of a drop for kernels that run; every kernel has a hard cap of its own. Short in
 /// unit tests, where a kernel ends only when the test says so.
 const DROP_WAIT: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 10_000 });
+
+/// How often a wait for a condition looks again.
+const WAIT_POLL: Duration = Duration::from_micros(50);
 
 /// Runs kernels on the CPU.
 pub struct HostGpu {
@@ -273,6 +277,23 @@ impl Gpu for HostGpu {
         }
         self.device.wait_until(|queues| queues.is_idle(idx))?;
         self.device.queues.lock().take_error(idx).map_or(Ok(()), Err)
+    }
+
+    fn wait_for(&self, timeout: Duration, reached: &mut dyn FnMut() -> bool) -> Result<bool, GpuError> {
+        let executor = &self.device.executor;
+        let timeout_ns = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
+        let limit_ns = executor.now_ns().saturating_add(timeout_ns);
+        let mut held = false;
+        let mut is_over = || {
+            held = reached();
+            held || executor.now_ns() >= limit_ns
+        };
+        if executor.drive(&mut is_over)? == Drive::Elsewhere {
+            while !is_over() {
+                sleep(WAIT_POLL);
+            }
+        }
+        Ok(held)
     }
 
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32 {

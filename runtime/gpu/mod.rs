@@ -16,6 +16,7 @@
 //!   have no effect.
 //! - Capture runs nothing, and a replay runs exactly the captured bytes.
 
+use core::time::Duration;
 use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -211,6 +212,13 @@ pub trait Gpu: Send + Sync {
     /// # Errors
     /// `ForeignHandle`, `Capture` while the stream is being captured, or what made a launch fail.
     fn synchronize(&self, stream: &Stream) -> Result<(), GpuError>;
+
+    /// Blocks until `reached` holds, asking it again and again while kernels run; whether it did before
+    /// `timeout` had passed on the kernels' clock.
+    ///
+    /// # Errors
+    /// What keeps kernels from running.
+    fn wait_for(&self, timeout: Duration, reached: &mut dyn FnMut() -> bool) -> Result<bool, GpuError>;
 
     /// Most blocks of `warps_per_block` warps that run at the same time; 0 if not even one block fits.
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32;

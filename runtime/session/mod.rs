@@ -7,6 +7,7 @@
 //! for each peer [`Session::offer`] creates this side's queue pairs and [`Session::connect`] joins them to the
 //! peer's. [`World`] does that for all ranks of one process.
 
+use core::time::Duration;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -25,12 +26,14 @@ use crate::layout::{Plan, qp_slot};
 use crate::recovery::PeerQueues;
 
 mod calls;
+mod guards;
 mod host;
 mod order;
 mod tensors;
 mod world;
 
 pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, TopkDtype};
+pub use guards::Guard;
 pub use host::{Combined, Tokens};
 pub use tensors::Tensors;
 pub use world::{DeviceWrapper, Replacement, World, WorldOptions};
@@ -54,6 +57,7 @@ pub(crate) struct LaneRuntime {
     tickets: Arc<IndexPool>,
     lane: Lane,
     qp_slot_base: u32,
+    guards_off: AtomicU32,
 }
 
 impl LaneRuntime {
@@ -62,7 +66,8 @@ impl LaneRuntime {
     }
 
     fn args(&self, buffers: &LaneBuffers) -> LaneArgs {
-        buffers.lane_args(self.lane.0, self.qp_slot_base)
+        let guards_off = self.guards_off.load(Ordering::Relaxed);
+        LaneArgs { guards_off, ..buffers.lane_args(self.lane.0, self.qp_slot_base) }
     }
 }
 
@@ -135,6 +140,7 @@ impl Session {
                 tickets: IndexPool::new(plan.handles),
                 lane: Lane(lane),
                 qp_slot_base: qp_slot(&plan.shape, Lane(lane), Rank(0), 0),
+                guards_off: AtomicU32::new(0),
             });
         }
         let queues = PeerQueues::new(config, &plan, &*gpu, &hca, &pd)?;
@@ -159,12 +165,10 @@ impl Session {
 
     fn write_initial_state(&self) -> Result<(), Error> {
         let state = LaneState { next: [1, 1], ..LaneState::default() };
-        let limits = self.limits();
         let table = self.first_table();
         for runtime in &self.lanes {
             let buffers = runtime.buffers.read();
             LaneBuffers::write(&*self.gpu, buffers.state_addr(), &state)?;
-            LaneBuffers::write(&*self.gpu, buffers.limits_addr(), &limits)?;
             let placement: Vec<u8> = self.placement().iter().flat_map(|w| w.to_le_bytes()).collect();
             for index in 0..2 {
                 self.gpu.write(buffers.owner_of_addr(index), &placement)?;
@@ -173,18 +177,33 @@ impl Session {
                 LaneBuffers::write(&*self.gpu, buffers.table_addr(index), &table)?;
             }
         }
-        Ok(())
+        let ms = |ms: u32| Duration::from_millis(ms.into());
+        self.set_limits(ms(self.config.detect_ms), ms(self.config.stall_ms()))
     }
 
-    fn limits(&self) -> Limits {
-        let ms = |ms: u32| u64::from(ms) * 1_000_000;
+    fn limits(&self, detect: Duration, stall: Duration) -> Limits {
+        let ns = |limit: Duration| u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
         Limits {
-            detect_ns: ms(self.config.detect_ms),
-            stall_ns: ms(self.config.stall_ms()),
-            cap_ns: ms(self.config.stall_ms()) * u64::from(self.config.num_ranks),
+            detect_ns: ns(detect),
+            stall_ns: ns(stall),
+            cap_ns: ns(stall).saturating_mul(self.config.num_ranks.into()),
             polls_per_cq_read: POLLS_PER_CQ_READ,
             reserved: 0,
         }
+    }
+
+    /// Changes the time limits of this rank's kernels, those that run included.
+    ///
+    /// `detect` bounds a wait without a sign of life, `stall` the wait for a peer that lives.
+    ///
+    /// # Errors
+    /// `Gpu` if the limits cannot be written.
+    pub fn set_limits(&self, detect: Duration, stall: Duration) -> Result<(), Error> {
+        let limits = self.limits(detect, stall);
+        for runtime in &self.lanes {
+            LaneBuffers::write(&*self.gpu, runtime.buffers.read().limits_addr(), &limits)?;
+        }
+        Ok(())
     }
 
     /// Everybody alive, experts contiguous per rank.
@@ -202,9 +221,9 @@ impl Session {
     fn placement(&self) -> Vec<u32> {
         let entry = |expert: u32| {
             // CAST: experts number at most 65535 by the limits of Config.
-            self.config.owner_of(ExpertIdx(expert as u16)).map_or(UNPLACED, |(rank, local)| {
-                u32::from(rank.0) << 16 | u32::from(local.0)
-            })
+            self.config
+                .owner_of(ExpertIdx(expert as u16))
+                .map_or(UNPLACED, |(rank, local)| u32::from(rank.0) << 16 | u32::from(local.0))
         };
         (0..self.config.num_experts).map(entry).collect()
     }

@@ -116,27 +116,47 @@ impl Agents {
         }
         true
     }
+
+    /// Simulation: lets one device, chosen by `random`, do one small piece of what it could do.
+    fn one_piece(&self, now_ns: u64, beaten: bool, random: u64) -> Progressed {
+        let mut choices = Choices(random);
+        let mut next_deadline_ns = Some(self.next_beat_ns.load(Ordering::Relaxed));
+        let count = self.devices.len();
+        // CAST: at most 512 ranks.
+        let first = choices.below(count as u32) as usize;
+        for i in 0..count {
+            let device = &self.devices[(first + i) % count];
+            let step = device.step_seeded(Nanos(now_ns), &mut |n| choices.below(n));
+            if step.did_work {
+                return Progressed::Worked;
+            }
+            next_deadline_ns = sooner(next_deadline_ns, step.next_deadline);
+        }
+        if beaten { Progressed::Worked } else { Progressed::Idle { next_deadline_ns } }
+    }
+}
+
+fn sooner(one: Option<u64>, other: Option<Nanos>) -> Option<u64> {
+    match (one, other) {
+        (Some(a), Some(b)) => Some(a.min(b.0)),
+        (a, b) => a.or(b.map(|n| n.0)),
+    }
 }
 
 impl Progress for Agents {
     fn progress(&self, worker: u32, now_ns: u64, random: u64) -> Progressed {
         let mut worked = self.beat_if_due(now_ns);
+        if self.simulated {
+            return self.one_piece(now_ns, worked, random);
+        }
         let mut next_deadline_ns = Some(self.next_beat_ns.load(Ordering::Relaxed));
         let count = self.devices.len();
         for i in 0..count {
             // Workers start at different devices, so that they do not queue for the same one.
             let device = &self.devices[(i + worker as usize * count / 2) % count];
-            let step = if self.simulated {
-                let mut choices = Choices(random.wrapping_add(i as u64));
-                device.step_seeded(Nanos(now_ns), &mut |n| choices.below(n))
-            } else {
-                device.step(Nanos(now_ns))
-            };
+            let step = device.step(Nanos(now_ns));
             worked |= step.did_work;
-            next_deadline_ns = match (next_deadline_ns, step.next_deadline) {
-                (Some(a), Some(b)) => Some(a.min(b.0)),
-                (a, b) => a.or(b.map(|n| n.0)),
-            };
+            next_deadline_ns = sooner(next_deadline_ns, step.next_deadline);
         }
         if worked { Progressed::Worked } else { Progressed::Idle { next_deadline_ns } }
     }
@@ -275,7 +295,7 @@ impl World {
     pub fn replace_peer(&self, rank: Rank, change: Replacement) -> Result<(), Error> {
         let session = self.replaceable(rank)?;
         session.check_depth(change.sq_depth_log)?;
-        let base_seq = self.common_next_seq(rank)?;
+        self.common_next_seq(rank)?;
         let peers = || (0..self.sessions.len() as u16).map(Rank).filter(|peer| *peer != rank);
         // All of them before the first command: whatever is refused, nobody waits for one half of a pair.
         for peer in peers() {
@@ -286,6 +306,8 @@ impl World {
             self.session(peer).fence(rank)?;
             session.fence(peer)?;
         }
+        // Halves that ran when this began have left by now, and have moved their counters.
+        let base_seq = self.common_next_seq(rank)?;
         if session.next_seqs()? != base_seq {
             session.start_at(&base_seq)?;
         }

@@ -286,7 +286,8 @@ struct LaneArgs {
   uint64_t* atomic_result;     ///< [num_ranks][num_channels]: where FETCH_ADD returns the old value
   uint32_t lkey_be;            ///< of everything above that a WQE may name
   uint32_t lane;
-  uint32_t qp_slot_base, reserved;
+  uint32_t qp_slot_base;
+  uint32_t guards_off;         ///< tests on the host only, else 0; see guards.h
 };
 
 /// The arrays behind one dispatch handle, in device memory.

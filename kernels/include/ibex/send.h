@@ -14,6 +14,7 @@
 ///   bool kMayDrain, must_drain()      rows may not be reused after the half, so wait for the CQE
 #pragma once
 #include "ibex/args.h"
+#include "ibex/guards.h"
 #include "ibex/half.h"
 #include "ibex/layout.h"
 #include "ibex/qp.h"
@@ -114,6 +115,9 @@ IBEX_DEV void advance_cursor(SendJob& j, uint32_t next, uint32_t messages, uint3
   warp::sync();
 }
 
+/// Tells the HCA that the job's batch is ready.
+IBEX_DEV void ring(SendJob& j, Batch& b, Ctrl last) { ring_doorbell(b, last, guarded(j.a, kGuardDoorbell)); }
+
 /// Puts one little-endian word into our region at the peer, as a WQE of `b`. Returns its ctrl.
 IBEX_DEV Ctrl put_word(SendJob& j, Batch& b, uint64_t offset, uint64_t word) {
   const RemoteAddress remote{j.to.region_va + offset, j.to.region_rkey_be};
@@ -172,7 +176,7 @@ IBEX_DEV void post_credits(SendJob& j) {
     }
   }
   warp::sync();
-  if (b.num_wqes != 0) ring_doorbell(b, last);
+  if (b.num_wqes != 0) ring(j, b, last);
 }
 
 /// May this QP be posted to at all? Lane 0 decides for the warp: a host may be changing the state.
@@ -188,6 +192,7 @@ IBEX_DEV bool is_usable(SendJob& j) {
 
 /// The first sequence number whose ring slot the peer must have emptied for us; older ones need no credit.
 IBEX_DEV bool has_credit(const SendJob& j) {
+  if (!guarded(j.a, kGuardCredit)) return true;
   const uint64_t needed = j.h.seq - j.a.shape.ring;
   if (j.h.seq <= j.a.shape.ring || needed < j.to.base_seq[j.h.op] || j.peer == j.a.shape.rank) return true;
   const uint64_t* word =
@@ -262,11 +267,12 @@ IBEX_DEV uint32_t signal_peer(SendJob& j, Rows& rows) {
   if (!j.rdma()) {
     if (trailer) rows.copy_trailer(j);
     store_word_mapped(j, signal_offset(j.a, j.h.op, j.h.slot, j.channel), word);
-  } else if (!(lost && warp::one_lane([&] { return j.qp.syndrome != 0; })) && has_space(j.qp, trailer ? 2 : 1)) {
+  } else if (!(lost && (!guarded(j.a, kGuardLost) || warp::one_lane([&] { return j.qp.syndrome != 0; }))) &&
+             has_space(j.qp, trailer ? 2 : 1)) {
     Batch b = begin_batch(j.qp);
     if (trailer) rows.put_trailer(j, b);
     const Ctrl last = put_signal(j, b, word);
-    ring_doorbell(b, last);
+    ring(j, b, last);
   } else if (!lost) {
     return kStarves;
   }

@@ -7,6 +7,7 @@
 /// Everything here runs on one lane and is broadcast: lanes that decide for themselves could disagree.
 #pragma once
 #include "ibex/args.h"
+#include "ibex/guards.h"
 #include "ibex/half.h"
 #include "ibex/layout.h"
 #include "ibex/qp.h"
@@ -143,12 +144,18 @@ struct Reading {
   uint32_t count;
 };
 
-IBEX_DEV Reading read_signal(const uint64_t* word, uint32_t generation) {
+IBEX_DEV Reading read_signal(const LaneArgs& a, const uint64_t* word, uint32_t generation) {
   // ORDER(6): data placed by the NIC or a mapped peer -> signal word -> our reads. Acquire at sys.
   const uint64_t v = ld_acquire_sys(word);
   const uint32_t g = signal_generation(v);
-  if (g == generation) return Reading{true, signal_count(v)};
+  if (g == generation || (g != 0 && !guarded(a, kGuardGeneration))) return Reading{true, signal_count(v)};
   return Reading{is_newer(g, generation), kCountLost};
+}
+
+/// Is this step older than the queue pairs to the peer? What it sent then was zeroed with their words, and the new
+/// pairs carry nothing of it. That is no evidence against the peer.
+IBEX_DEV bool is_before_pair(const LaneArgs& a, const HalfContext& h, uint32_t peer) {
+  return h.seq < a.peers[peer].base_seq[h.op];
 }
 
 /// The clock of a wait for a signal: one per warp, in shared memory, so that waiting costs no registers.
@@ -165,11 +172,13 @@ IBEX_DEV uint32_t wait_for_signal(const LaneArgs& a, const HalfContext& h, uint6
   for (;;) {
     const uint64_t seen = ld_acquire_gpu(verdict);
     if (signal_generation(seen) == h.generation) return signal_count(seen);
-    if (!is_alive(*h.table, peer)) return settle_lost(a, h, verdict, seen, peer, kFaultNone, Evidence{});
+    if (!is_alive(*h.table, peer) || is_before_pair(a, h, peer)) {
+      return settle_lost(a, h, verdict, seen, peer, kFaultNone, Evidence{});
+    }
     // Only a member's context may be read: the host rewrites those of others.
     const uint64_t* word = reinterpret_cast<const uint64_t*>(
         a.peers[peer].my_region + signal_offset(a, h.op, h.slot, channel));
-    const Reading r = read_signal(word, h.generation);
+    const Reading r = read_signal(a, word, h.generation);
     if (r.arrived) {
       if (clock.polls != 0) add_relaxed_sys(&a.telemetry[peer].receive_wait_ns, waited(clock));
       return signal_count(settle(verdict, seen, signal_word(h.generation, r.count)));

@@ -87,6 +87,18 @@ pub mod code {
     pub const FAULT_VIOLATION: u32 = 6;
     /// Source rows could not be reused.
     pub const FAULT_SOURCE_ROWS: u32 = 7;
+    /// Guards of the protocol, by bit of [`super::LaneArgs::guards_off`]: credits.
+    pub const GUARD_CREDIT: u32 = 1;
+    /// Completions before rows are used again.
+    pub const GUARD_SOURCE_ROWS: u32 = 2;
+    /// Generations are compared.
+    pub const GUARD_GENERATION: u32 = 4;
+    /// LOST is said.
+    pub const GUARD_LOST: u32 = 8;
+    /// The doorbell is rung.
+    pub const GUARD_DOORBELL: u32 = 16;
+    /// Fencing waits for the halves that have entered; the host's guard, not the kernels'.
+    pub const GUARD_GRACE: u32 = 32;
 }
 
 /// Defines a structure together with the table of its field offsets, which the parity test reads.
@@ -640,8 +652,8 @@ device_struct! {
         pub lane: u32,
         /// Slot of the lane's first queue pair.
         pub qp_slot_base: u32,
-        /// Zero.
-        pub reserved: u32,
+        /// Guards of the protocol that a test has switched off ([`code::GUARD_CREDIT`] and so on), else 0.
+        pub guards_off: u32,
     }
 }
 

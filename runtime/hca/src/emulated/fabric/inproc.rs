@@ -98,7 +98,9 @@ impl Wire for Link<'_> {
             return None;
         }
         let reply = far.responder.take(&far.around, request, payload, piece);
-        match far.answers_us && far.port.passes(self.port, self.port_id) {
+        // Placing a part is not acknowledged, so no lost answer can hide it; its message's end is.
+        let is_placed = matches!((piece, &reply), (Piece::Part { .. }, Some(Reply::Ack { .. })));
+        match far.answers_us && (is_placed || far.port.passes(self.port, self.port_id)) {
             true => reply,
             false => None,
         }

@@ -1,0 +1,26 @@
+/// The guards of the protocol by name, so that a test can switch one off and prove that it would be missed.
+///
+/// On CUDA every guard always stands: `guarded` is the constant true there, and nothing of this reaches the code.
+/// The host build reads a mask in `LaneArgs`, which only tests set (`Session::switch_guards_off`).
+#pragma once
+#include "ibex/args.h"
+#include "ibex/defs.h"
+
+namespace ibex {
+
+/// Bits of `LaneArgs::guards_off`. The grace period of a fence is a guard of the host and has a bit of its own there.
+enum Guard : uint32_t {
+  kGuardCredit = 1,       ///< a ring slot is rewritten at a peer only after that peer consumed it
+  kGuardSourceRows = 2,   ///< a row is overwritten only after a CQE covers every WQE that names it
+  kGuardGeneration = 4,   ///< signal words and headers are compared with the generation of the step
+  kGuardLost = 8,         ///< a peer that cannot be served is told so
+  kGuardDoorbell = 16,    ///< the doorbell is rung after the record
+};
+
+#if defined(IBEX_CUDA)
+IBEX_DEV constexpr bool guarded(const LaneArgs&, Guard) { return true; }
+#else
+IBEX_DEV bool guarded(const LaneArgs& a, Guard guard) { return (a.guards_off & guard) == 0; }
+#endif
+
+}  // namespace ibex
