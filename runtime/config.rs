@@ -242,9 +242,7 @@ impl Config {
         self.validate_shape()?;
         self.validate_queues()?;
         self.validate_time()?;
-        Ok(ValidConfig {
-            config: self.clone(),
-        })
+        Ok(ValidConfig { config: self.clone() })
     }
 
     fn validate_shape(&self) -> Result<(), ConfigError> {
@@ -257,11 +255,7 @@ impl Config {
         if self.dtype == WireDtype::Bf16 && self.scales != ScaleKind::F32 {
             let value = self.scales.name().into();
             let limit = Limit::OneOf(&["f32 (the default) where dtype is bf16"]);
-            return Err(ConfigError {
-                field: "scales",
-                value,
-                limit,
-            });
+            return Err(ConfigError { field: "scales", value, limit });
         }
         Ok(())
     }
@@ -277,12 +271,7 @@ impl Config {
         in_range("warps_per_block", self.warps_per_block, min, max)?;
         if let Some(owners) = self.num_owner_warps {
             // At least one warp must cast, or owners would wait for rows that nobody fills.
-            in_range(
-                "num_owner_warps",
-                owners,
-                1,
-                self.num_sms * self.warps_per_block - 1,
-            )?;
+            in_range("num_owner_warps", owners, 1, self.num_sms * self.warps_per_block - 1)?;
         }
         in_range("sq_depth_log", self.sq_depth_log, min_sq_depth_log(self.ring), SQ_DEPTH_LOG.1)?;
         in_range("staging_rows", self.staging_rows, 1, STAGING_ROWS_MAX)
@@ -295,15 +284,8 @@ impl Config {
         };
         in_range("stall_ms", stall_ms, 1, STALL_MS_MAX)?;
         if stall_ms < self.detect_ms {
-            let limit = Limit::AtLeastField {
-                field: "detect_ms",
-                min: self.detect_ms.into(),
-            };
-            return Err(ConfigError {
-                field: "stall_ms",
-                value: stall_ms.into(),
-                limit,
-            });
+            let limit = Limit::AtLeastField { field: "detect_ms", min: self.detect_ms.into() };
+            return Err(ConfigError { field: "stall_ms", value: stall_ms.into(), limit });
         }
         Ok(())
     }
@@ -332,50 +314,24 @@ fn in_range(field: &'static str, value: u32, min: u32, max: u32) -> Result<(), C
     if (min..=max).contains(&value) {
         return Ok(());
     }
-    let limit = Limit::Range {
-        min: min.into(),
-        max: max.into(),
-    };
-    Err(ConfigError {
-        field,
-        value: value.into(),
-        limit,
-    })
+    let limit = Limit::Range { min: min.into(), max: max.into() };
+    Err(ConfigError { field, value: value.into(), limit })
 }
 
 fn multiple_of(field: &'static str, value: u32, step: u32, max: u32) -> Result<(), ConfigError> {
     if value != 0 && value <= max && value.is_multiple_of(step) {
         return Ok(());
     }
-    let limit = Limit::MultipleOf {
-        step: step.into(),
-        max: max.into(),
-    };
-    Err(ConfigError {
-        field,
-        value: value.into(),
-        limit,
-    })
+    let limit = Limit::MultipleOf { step: step.into(), max: max.into() };
+    Err(ConfigError { field, value: value.into(), limit })
 }
 
-fn at_most_field(
-    field: &'static str,
-    value: u32,
-    other: &'static str,
-    max: u32,
-) -> Result<(), ConfigError> {
+fn at_most_field(field: &'static str, value: u32, other: &'static str, max: u32) -> Result<(), ConfigError> {
     if value <= max {
         return Ok(());
     }
-    let limit = Limit::AtMostField {
-        field: other,
-        max: max.into(),
-    };
-    Err(ConfigError {
-        field,
-        value: value.into(),
-        limit,
-    })
+    let limit = Limit::AtMostField { field: other, max: max.into() };
+    Err(ConfigError { field, value: value.into(), limit })
 }
 
 /// A process's place in its group, as launchers say it: `RANK` and `WORLD_SIZE`.
@@ -394,7 +350,10 @@ impl GroupMember {
     ///
     /// # Errors
     /// A value that is not a number, or outside its limit.
-    pub fn from_vars(lookup: impl Fn(&str) -> Option<String>, default_ranks: u32) -> Result<Self, ConfigError> {
+    pub fn from_vars(
+        lookup: impl Fn(&str) -> Option<String>,
+        default_ranks: u32,
+    ) -> Result<Self, ConfigError> {
         let number = |field: &'static str, default: u32, min: u32, max: u32| {
             let Some(text) = lookup(field) else { return Ok(default) };
             let not_a_number = ConfigError {
@@ -461,9 +420,7 @@ impl ValidConfig {
     /// The effective limit for a live peer without progress.
     #[must_use]
     pub fn stall_ms(&self) -> u32 {
-        self.config
-            .stall_ms
-            .unwrap_or(self.detect_ms * STALL_PER_DETECT)
+        self.config.stall_ms.unwrap_or(self.detect_ms * STALL_PER_DETECT)
     }
 
     /// Experts of one rank: the first `num_experts mod num_ranks` ranks hold one more than the rest.
@@ -485,10 +442,7 @@ impl ValidConfig {
     #[must_use]
     pub fn first_expert(&self, rank: Rank) -> u32 {
         let rank = u32::from(rank.0);
-        let (each, extra) = (
-            self.num_experts / self.num_ranks,
-            self.num_experts % self.num_ranks,
-        );
+        let (each, extra) = (self.num_experts / self.num_ranks, self.num_experts % self.num_ranks);
         rank * each + rank.min(extra)
     }
 
@@ -499,10 +453,7 @@ impl ValidConfig {
         if expert >= self.num_experts {
             return None;
         }
-        let (each, extra) = (
-            self.num_experts / self.num_ranks,
-            self.num_experts % self.num_ranks,
-        );
+        let (each, extra) = (self.num_experts / self.num_ranks, self.num_experts % self.num_ranks);
         let in_larger = extra * (each + 1);
         let (rank, local) = if expert < in_larger {
             (expert / (each + 1), expert % (each + 1))
@@ -543,20 +494,11 @@ impl RcTimers {
     #[must_use]
     pub fn at_least_ms(total_ms: u32) -> Self {
         let wanted_ns = u64::from(total_ms) * 1_000_000;
-        let reaches = |t: &u8| {
-            Self {
-                ack_timeout: *t,
-                retry_count: Self::RETRY_COUNT,
-            }
-            .total_ns()
-                >= wanted_ns
-        };
+        let reaches =
+            |t: &u8| Self { ack_timeout: *t, retry_count: Self::RETRY_COUNT }.total_ns() >= wanted_ns;
         // 2^31 x 4.096 us x 8 is 19 hours, beyond every u32 of milliseconds that STALL_MS_MAX lets through.
         let ack_timeout = (1..31).find(reaches).unwrap_or(31);
-        Self {
-            ack_timeout,
-            retry_count: Self::RETRY_COUNT,
-        }
+        Self { ack_timeout, retry_count: Self::RETRY_COUNT }
     }
 
     /// Time of one attempt.
@@ -585,7 +527,9 @@ mod tests {
         };
         assert_eq!(vars("3", "4"), Ok(GroupMember { rank: Rank(3), num_ranks: 4 }));
         assert_eq!(GroupMember::from_vars(|_| None, 2), Ok(GroupMember { rank: Rank(0), num_ranks: 2 }));
-        for (rank, size, field) in [("4", "4", "RANK"), ("x", "4", "RANK"), ("0", "0", "WORLD_SIZE"), ("0", "-1", "WORLD_SIZE")] {
+        for (rank, size, field) in
+            [("4", "4", "RANK"), ("x", "4", "RANK"), ("0", "0", "WORLD_SIZE"), ("0", "-1", "WORLD_SIZE")]
+        {
             assert_eq!(vars(rank, size).unwrap_err().field, field);
         }
     }
@@ -628,78 +572,30 @@ mod tests {
 
     range_test!(num_ranks_is_bounded, num_ranks, "num_ranks", 1, 512);
     range_test!(max_tokens_is_bounded, max_tokens, "max_tokens", 1, 65_535);
-    range_test!(
-        num_experts_is_bounded,
-        num_experts,
-        "num_experts",
-        1,
-        65_535
-    );
+    range_test!(num_experts_is_bounded, num_experts, "num_experts", 1, 65_535);
     range_test!(max_topk_is_bounded, max_topk, "max_topk", 1, 32);
     range_test!(ring_is_bounded, ring, "ring", 1, 8);
     range_test!(lanes_is_bounded, lanes, "lanes", 1, 8);
     range_test!(channels_is_bounded, channels, "channels", 1, 16, Some);
     range_test!(num_sms_is_bounded, num_sms, "num_sms", 1, 1024);
-    range_test!(
-        warps_per_block_is_bounded,
-        warps_per_block,
-        "warps_per_block",
-        2,
-        32
-    );
+    range_test!(warps_per_block_is_bounded, warps_per_block, "warps_per_block", 2, 32);
     range_test!(sq_depth_log_is_bounded, sq_depth_log, "sq_depth_log", 4, 15);
-    range_test!(
-        staging_rows_is_bounded,
-        staging_rows,
-        "staging_rows",
-        1,
-        65_536
-    );
+    range_test!(staging_rows_is_bounded, staging_rows, "staging_rows", 1, 65_536);
     range_test!(detect_ms_is_bounded, detect_ms, "detect_ms", 1, 60_000);
     // 2 x 12 warps, one of which must cast.
-    range_test!(
-        owner_warps_leave_a_caster,
-        num_owner_warps,
-        "num_owner_warps",
-        1,
-        7,
-        Some
-    );
+    range_test!(owner_warps_leave_a_caster, num_owner_warps, "num_owner_warps", 1, 7, Some);
 
     #[test]
     fn stall_ms_is_bounded_and_not_below_detect_ms() {
-        let limit = Limit::Range {
-            min: 1,
-            max: 3_600_000,
-        };
+        let limit = Limit::Range { min: 1, max: 3_600_000 };
         for value in [0, 3_600_001] {
             let error = refused(|config| config.stall_ms = Some(value));
-            assert_eq!(
-                error,
-                ConfigError {
-                    field: "stall_ms",
-                    value: value.into(),
-                    limit
-                }
-            );
+            assert_eq!(error, ConfigError { field: "stall_ms", value: value.into(), limit });
         }
         let error = refused(|config| config.stall_ms = Some(99));
-        let limit = Limit::AtLeastField {
-            field: "detect_ms",
-            min: 100,
-        };
-        assert_eq!(
-            error,
-            ConfigError {
-                field: "stall_ms",
-                value: 99u32.into(),
-                limit
-            }
-        );
-        assert_eq!(
-            accepted(|config| config.stall_ms = Some(100)).stall_ms(),
-            100
-        );
+        let limit = Limit::AtLeastField { field: "detect_ms", min: 100 };
+        assert_eq!(error, ConfigError { field: "stall_ms", value: 99u32.into(), limit });
+        assert_eq!(accepted(|config| config.stall_ms = Some(100)).stall_ms(), 100);
         assert_eq!(accepted(|config| config.detect_ms = 7).stall_ms(), 140);
     }
 
@@ -709,14 +605,7 @@ mod tests {
             let limit = Limit::MultipleOf { step, max: 65_536 };
             for value in [0, bad, 65_536 + 16] {
                 let error = refused(|config| (config.dtype, config.hidden) = (dtype, value));
-                assert_eq!(
-                    error,
-                    ConfigError {
-                        field: "hidden",
-                        value: value.into(),
-                        limit
-                    }
-                );
+                assert_eq!(error, ConfigError { field: "hidden", value: value.into(), limit });
             }
             for value in [step as u32, 2880, 65_536] {
                 accepted(|config| (config.dtype, config.hidden) = (dtype, value));
@@ -727,18 +616,8 @@ mod tests {
     #[test]
     fn topk_is_not_above_experts() {
         let error = refused(|config| config.num_experts = 7);
-        let limit = Limit::AtMostField {
-            field: "num_experts",
-            max: 7,
-        };
-        assert_eq!(
-            error,
-            ConfigError {
-                field: "max_topk",
-                value: 8u32.into(),
-                limit
-            }
-        );
+        let limit = Limit::AtMostField { field: "num_experts", max: 7 };
+        assert_eq!(error, ConfigError { field: "max_topk", value: 8u32.into(), limit });
         accepted(|config| config.num_experts = 8);
     }
 
@@ -757,10 +636,7 @@ mod tests {
         }
         assert_eq!("fetch-add".parse(), Ok(SignalMode::FetchAdd));
         let error = "fp4".parse::<WireDtype>().unwrap_err();
-        assert_eq!(
-            (error.field, error.limit),
-            ("dtype", Limit::OneOf(&["bf16", "fp8"]))
-        );
+        assert_eq!((error.field, error.limit), ("dtype", Limit::OneOf(&["bf16", "fp8"])));
     }
 
     #[test]
@@ -776,29 +652,14 @@ mod tests {
     #[test]
     fn owners_are_a_quarter_of_the_warps_but_not_more_than_queue_pairs() {
         assert_eq!(accepted(|_| ()).num_owner_warps(), 2);
-        assert_eq!(
-            accepted(|c| (c.num_sms, c.warps_per_block) = (1, 2)).num_owner_warps(),
-            1
-        );
-        assert_eq!(
-            accepted(|c| (c.num_sms, c.num_ranks) = (100, 1)).num_owner_warps(),
-            4
-        );
+        assert_eq!(accepted(|c| (c.num_sms, c.warps_per_block) = (1, 2)).num_owner_warps(), 1);
+        assert_eq!(accepted(|c| (c.num_sms, c.num_ranks) = (100, 1)).num_owner_warps(), 4);
     }
 
     #[test]
     fn every_expert_has_one_place_and_places_are_contiguous() {
-        for (ranks, experts) in [
-            (8, 256),
-            (8, 250),
-            (8, 1),
-            (3, 10),
-            (512, 65_535),
-            (7, 7),
-            (5, 4),
-        ] {
-            let config =
-                accepted(|c| (c.num_ranks, c.num_experts, c.max_topk) = (ranks, experts, 1));
+        for (ranks, experts) in [(8, 256), (8, 250), (8, 1), (3, 10), (512, 65_535), (7, 7), (5, 4)] {
+            let config = accepted(|c| (c.num_ranks, c.num_experts, c.max_topk) = (ranks, experts, 1));
             let mut expert = 0;
             for rank in (0..ranks).map(|rank| Rank(rank as u16)) {
                 assert_eq!(config.first_expert(rank), expert);
@@ -821,10 +682,7 @@ mod tests {
             let config = accepted(|config| config.stall_ms = Some(stall_ms));
             let total_ns = config.rc_timers().total_ns();
             let wanted_ns = u64::from(stall_ms) * 1_000_000;
-            assert!(
-                (wanted_ns..2 * wanted_ns).contains(&total_ns),
-                "{stall_ms} ms: {total_ns} ns"
-            );
+            assert!((wanted_ns..2 * wanted_ns).contains(&total_ns), "{stall_ms} ms: {total_ns} ns");
         }
         assert_eq!(RcTimers::at_least_ms(2_000).ack_timeout, 16);
         assert_eq!(RcTimers::at_least_ms(0).ack_timeout, 1);

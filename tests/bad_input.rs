@@ -1,5 +1,7 @@
 //! Input that is refused, with field, value and limit and without a trace; input that is odd but valid; sizes.
 
+#![expect(clippy::unwrap_used, reason = "test helpers: a failed expectation is the message")]
+
 use ibex::config::{CombineMode, Config, RoutePolicy, ScaleKind, WireDtype};
 use ibex::error::{Error, Limit, Resource, Value};
 use ibex::harness::{Rig, RigRank, StepPlan};

@@ -1,5 +1,7 @@
 //! Losing a peer honestly: refused commands, a silent rank, a slow one, a queue pair in error.
 
+#![expect(clippy::unwrap_used, reason = "test helpers: a failed expectation is the message")]
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -191,6 +193,24 @@ fn any_command_at_a_survivor_may_be_refused() {
 #[test]
 fn any_command_at_the_replaced_rank_may_be_refused() {
     refuse_every_command_on(LOST);
+}
+
+#[test]
+fn what_a_refused_cleanup_leaves_is_swept_by_the_next_attempt() {
+    let (rig, devices) = faulty_rig();
+    let (faulty, session) = (&devices[0], rig.world().session(Rank(0)));
+    let (objects, bytes) = (live_objects(faulty.inner()), session.control_report().live_bytes);
+    // The fence destroys three completion queues; the fourth is that of the queue pair that cannot be made.
+    let status = Status::IntErr;
+    faulty.inject(Fault::refuse(Op::CreateQp, status));
+    faulty.inject(Fault { skip: 3, ..Fault::refuse(Op::DestroyCq, status) });
+    rig.world().replace_peer(LOST, Replacement::default()).unwrap_err();
+    assert_eq!(faulty.pending(), 0, "both have struck");
+    let left = session.control_report().live_blocks;
+    rig.world().replace_peer(LOST, Replacement::default()).unwrap();
+    assert!(left > 0);
+    assert_eq!((live_objects(faulty.inner()), session.control_report().live_bytes), (objects, bytes));
+    whole_step(&rig, 0);
 }
 
 #[test]

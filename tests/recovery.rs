@@ -1,5 +1,7 @@
 //! Replacing a peer's queue pairs in place, between replays of captured graphs.
 
+#![expect(clippy::unwrap_used, reason = "test helpers: a failed expectation is the message")]
+
 use std::collections::BTreeSet;
 
 use ibex::config::{Config, RoutePolicy, WireDtype};
