@@ -2,6 +2,7 @@
 //!
 //! Kernels of all ranks, devices and hosts run on one thread in virtual time, under one seed that a failure prints
 //! first. The last part runs in real time, where only the number of steps matters.
+#![expect(clippy::unwrap_used, reason = "a scenario that cannot be set up is a failed test")]
 
 use ibex::config::{Config, SignalMode};
 use ibex::error::{Error, Resource};

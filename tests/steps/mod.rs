@@ -3,6 +3,7 @@
 //! A set of tensors holds one step: its inputs, its outputs, and what they are compared with. So several steps can be
 //! in flight, each with bytes of its own, and a row of the wrong step is a wrong row.
 #![allow(dead_code, unreachable_pub, reason = "each test that includes this module uses a part of it")]
+#![expect(clippy::unwrap_used, reason = "a step that cannot be prepared is a failed test")]
 
 use std::ops::AddAssign;
 
