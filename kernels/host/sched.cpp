@@ -247,6 +247,8 @@ void Worker::build(Grid* grid) {
   grid->blocks = std::make_unique<Block[]>(grid->num_blocks);
   grid->fibers = std::make_unique<Fiber[]>(grid->num_fibers());
   grid->live = grid->num_fibers();
+  // Here, so that no fiber has to make room: ThreadSanitizer would see it move what others wrote.
+  if (sim) sim->ready.reserve(live_ + grid->live);
   for (uint32_t b = 0; b < grid->num_blocks; ++b) {
     Block& block = grid->blocks[b];
     block.grid = grid;

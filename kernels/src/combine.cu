@@ -225,8 +225,8 @@ struct CombineRows {
     return j.a.row_staging + ring_index(j, 0) * j.a.layout.row_bytes;
   }
 
-  /// Are the next `n` rows of this QP's ring free, that is, covered by CQEs? The owner waits, nobody else. Rows are
-  /// taken in order, so the last of them decides.
+  /// Are the next `n` rows of this QP's ring free, that is, covered by CQEs (ORDER(15))? The owner waits, nobody
+  /// else. Rows are taken in order, so the last of them decides.
   IBEX_DEV bool has_ring_rows(SendJob& j, uint32_t n) const {
     const bool free = warp::one_lane([&] {
       if (!guarded(j.a, kGuardSourceRows)) return true;

@@ -65,7 +65,7 @@ IBEX_DEV bool has_duplicates(const TopkIds& ids, uint32_t num_tokens) {
   return found;
 }
 
-/// Do WQEs of this queue still name rows of a staging slot? Reads its CQ. Any single lane.
+/// Do WQEs of this queue still name rows of a staging slot? Reads its CQ (ORDER(15)). Any single lane.
 ///
 /// Of a queue that is not Active only these words may be read; the host zeroes them once the queue is reset, and a
 /// half-zeroed mixture of them says "free" only if that has happened.
@@ -335,6 +335,9 @@ struct DispatchRows {
   }
 
   /// The run of tokens from the cursor on whose rows stand, at most 32. Never waits to fill a batch.
+  ///
+  /// # Ordering
+  /// ORDER(1): staging row -> ready word. Acquire at gpu scope by each lane, then `warp::sync`.
   IBEX_DEV uint32_t ready_run(const SendJob& j) const {
     const uint32_t* ready = j.a.staging_ready + uint64_t{j.h.staging_slot} * j.a.shape.max_tokens;
     const uint32_t load = channel_load(j);
@@ -501,6 +504,8 @@ IBEX_DEV void reserve_ranges(const DispatchArgs& d, const HalfContext& h, uint32
   ONE_LANE st_release_gpu(&d.handle.ranges_ready[source], h.generation);
 }
 
+/// # Ordering
+/// ORDER(17): ranges -> ranges_ready. Acquire at gpu scope by one lane, then `warp::sync`.
 IBEX_DEV void wait_for_ranges(const DispatchArgs& d, const HalfContext& h, uint32_t source) {
   warp::one_lane([&] {
     while (ld_acquire_gpu(&d.handle.ranges_ready[source]) != h.generation) backoff();

@@ -142,6 +142,9 @@ bool Queue::advance() {
 
 /// Learns of work from the doorbell, or from the record: hardware that was told of work once may look there at
 /// any time. Each of them alone must order everything that is then read.
+///
+/// # Ordering
+/// ORDER(2): WQEs, rows -> record. ORDER(3): the record and all before it -> doorbell. Acquire at sys, either.
 bool Queue::notice() {
   uint32_t seen;
   if (rung_ && (random() & 1) != 0) {
@@ -248,8 +251,8 @@ void Queue::read_rows_again() {
   if (from != nullptr) std::memcpy(scratch_.data(), from, wqe.bytes);
 }
 
-/// ORDER(4): everything this queue has read, and the entry -> its last word. Relaxed words, then one release
-/// store: kernels read single words of an entry that the next completion may overwrite.
+/// ORDER(4): the entry -> its last word. ORDER(15): everything this queue has read -> the same word. Relaxed words,
+/// then one release store: kernels read single words of an entry that the next completion may overwrite.
 void Queue::write_cqe(uint16_t wqe_counter, Syndrome syndrome) {
   uint32_t* words = reinterpret_cast<uint32_t*>(config_.cqe);
   const bool error = syndrome != Syndrome::none;

@@ -9,7 +9,7 @@
 ///
 ///   ORDER(2) ORDER(3)  doorbell record or doorbell -> WQEs and rows       acquire, sys
 ///   ORDER(5)           data placed -> an aligned 8-byte word placed later  release, sys
-///   ORDER(4)           reads of rows and WQEs -> completion word          release, sys
+///   ORDER(4) ORDER(15) the entry, reads of rows and WQEs -> completion word  release, sys
 ///
 /// Until its completion is written a WQE may be sent again: just before writing one, the queue reads every WQE
 /// and row once more that it covers. So rows that are reused on a consumer's credit alone are a race.

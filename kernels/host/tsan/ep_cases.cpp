@@ -78,14 +78,16 @@ int run_ep_split(const Options& options) {
   return run_ep(options, c);
 }
 
+/// A ring of one: the credit of a step is all that lets the next one write where it was read. It is posted by an owner
+/// that is not the leader, whose fence on entry would publish it as well.
 int run_ep_split_mapped(const Options& options) {
   EpConfig c{"ep-split-mapped"};
-  c.warps = 2;
-  c.num_owner_warps = 1;
+  c.ring = 1;
+  c.num_channels = 1;
   c.split = true;
   c.routes = Routes::mapped;
   c.wire_dtype = kWireBf16;
-  c.num_steps = 6;
+  c.num_steps = 16;
   return run_ep(options, c);
 }
 

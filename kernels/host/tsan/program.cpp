@@ -80,12 +80,12 @@ void Program::run(Launch& launch) {
   const auto dispatch = [&](uint32_t halves) {
     const DispatchArgs args = world_.dispatch_args(rank_, step, halves, nonce);
     const char* kernel = args.lane.shape.wire_dtype == kWireFp8 ? "dispatch_fp8" : "dispatch_bf16";
-    rig_.launch(kernel, rank_, c.blocks, c.warps, args, completed, &launch);
+    rig_.launch(kernel, rank_, c.blocks, halves == kReceiveHalf ? c.receive_warps : c.warps, args, completed, &launch);
   };
   const auto combine = [&](uint32_t halves) {
     const CombineArgs args = world_.combine_args(rank_, step, halves, nonce);
     const char* kernel = args.lane.shape.combine_mode == kReduced ? "combine_reduced" : "combine_exact";
-    rig_.launch(kernel, rank_, c.blocks, c.warps, args, completed, &launch);
+    rig_.launch(kernel, rank_, c.blocks, halves == kReceiveHalf ? c.receive_warps : c.warps, args, completed, &launch);
   };
   if (launch.kind == Kind::dispatch_send || launch.kind == Kind::dispatch) fill_inputs(world_, rank_, step);
   switch (launch.kind) {

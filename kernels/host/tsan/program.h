@@ -27,7 +27,15 @@ class Program {
   uint32_t num_wrong() const { return num_wrong_.load(std::memory_order_relaxed); }
 
  private:
-  enum class Kind : uint8_t { dispatch_send, dispatch_receive, dispatch, expert, combine_send, combine_receive, combine };
+  enum class Kind : uint8_t {
+    dispatch_send,
+    dispatch_receive,
+    dispatch,
+    expert,
+    combine_send,
+    combine_receive,
+    combine,
+  };
   struct Launch {
     Program* program;
     Kind kind;

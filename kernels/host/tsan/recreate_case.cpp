@@ -23,7 +23,8 @@ constexpr uint32_t kStepsBefore = 2, kStepsWithout = 4, kStepsAfter = 2;
 class Recovery {
  public:
   Recovery(World& world, uint32_t rank)
-      : world_(world), rank_(rank), agent_(host::tsan_create_agent([](void* r) { return static_cast<Recovery*>(r)->step(); }, this)) {
+      : world_(world), rank_(rank) {
+    agent_ = host::tsan_create_agent([](void* self) { return static_cast<Recovery*>(self)->step(); }, this);
     world.rank(rank).host = agent_;
   }
   ~Recovery() {

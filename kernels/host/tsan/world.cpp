@@ -76,7 +76,7 @@ World::World(const EpConfig& config, const Options& options) : config_(config), 
   turns_.resize(options.seed != 0 ? 1 : options.workers);
   qps_ = memory_.take<QpDeviceCtx>(uint64_t{config.num_ranks} * config.num_ranks * config.num_channels);
   host_words_ = memory_.take<LaneHostWords>(config.num_ranks);
-  verdicts_ = memory_.take<uint64_t>(uint64_t{config.num_ranks} * 2 * config.ring * config.num_ranks * config.num_channels);
+  verdicts_ = memory_.take<uint64_t>(uint64_t{2} * config.ring * config.num_ranks * config.num_ranks * config.num_channels);
   for (uint32_t r = 0; r < config.num_ranks; ++r) {
     ranks_.push_back(std::make_unique<Rank>());
     make_shape(r);
@@ -339,6 +339,7 @@ void World::plant() const {
   const Layout& l = reader.lane.layout;
   const uint32_t num_qps = config_.num_ranks * config_.num_channels;
   const uint64_t num_verdicts = uint64_t{config_.num_ranks} * 2 * config_.ring * num_qps;
+  const Handle& h = writer.handles[0];
   uint8_t* region = reader.regions[0];
   const struct {
     const char* name;
@@ -353,7 +354,12 @@ void World::plant() const {
       {"rings", writer.rings, uint64_t{num_qps} * config_.sq_wqebbs * kWqebbBytes, writer.records,
        uint64_t{num_qps} * kRecordWords * sizeof(uint32_t)},
       {"records", writer.records, uint64_t{num_qps} * kRecordWords * sizeof(uint32_t), nullptr, 0},
-      {"ready", writer.lane.staging_ready, uint64_t{2} * config_.ring * config_.max_tokens * sizeof(uint32_t), nullptr, 0},
+      {"ranges", h.dispatch.ranges_ready, config_.num_ranks * sizeof(uint32_t), nullptr, 0},
+      {"go", &h.dispatch.ctx->go_send, 2 * sizeof(uint64_t), nullptr, 0},
+      {"done", &h.dispatch.ctx->send_done_blocks, 2 * sizeof(uint32_t), nullptr, 0},
+      {"busy", &writer.lane.state->busy, sizeof(uint64_t), nullptr, 0},
+      {"pending", writer.lane.state->pending, sizeof(LaneState::pending), nullptr, 0},
+      {"ready", writer.lane.staging_ready, 2 * config_.ring * config_.max_tokens * sizeof(uint32_t), nullptr, 0},
       {"verdicts", verdicts_, num_verdicts * sizeof(uint64_t), nullptr, 0},
       {"states", qps_, uint64_t{config_.num_ranks} * num_qps * sizeof(QpDeviceCtx), nullptr, 0},
       {"left", host_words_, config_.num_ranks * sizeof(LaneHostWords), nullptr, 0},

@@ -29,6 +29,7 @@ struct EpConfig {
   uint32_t num_steps = 5;
   /// Grids. ThreadSanitizer follows 255 fibers well: all lanes of all ranks should be fewer.
   uint32_t blocks = 1, warps = 3;
+  uint32_t receive_warps = 1;  ///< of a launch that only receives
   uint32_t detect_ms = 10'000;
   bool split = false;  ///< send and receive halves on two streams, so that steps overlap
 };

@@ -63,6 +63,9 @@ IBEX_DEV void announce_entry(const LaneArgs& a) {
 IBEX_DEV void announce_exit(const LaneArgs& a) { add_release_sys(&a.host_words->left, uint64_t{1}); }
 
 /// Takes the lane for one send half. Lane 0 of the leader only.
+///
+/// # Ordering
+/// ORDER(13): counters of the send half before -> the lane is free. Acquire, by the compare-and-swap.
 IBEX_DEV bool take_lane(const LaneArgs& a, uint32_t nonce) {
   if (cas_acq_rel_gpu(&a.state->busy, uint64_t{0}, uint64_t{nonce}) == 0) return true;
   add_relaxed_sys(&a.host_words->lane_busy, uint64_t{1});
@@ -75,6 +78,9 @@ IBEX_DEV uint64_t go_word(uint32_t nonce, uint32_t code) { return static_cast<ui
 IBEX_DEV void say_go(uint64_t* go, uint32_t nonce, uint32_t code) { st_release_gpu(go, go_word(nonce, code)); }
 
 /// Waits for this launch's go word. Bounded: the leader never waits for another warp.
+///
+/// # Ordering
+/// ORDER(11): what the leader fixed -> go. Acquire at gpu scope by one lane, then `warp::sync`.
 IBEX_DEV uint32_t wait_for_go(const uint64_t* go, uint32_t nonce) {
   const uint32_t code = warp::one_lane([&] {
     for (;;) {
@@ -137,7 +143,7 @@ IBEX_DEV void draw_sequence(const LaneArgs& a, HandleCtx& ctx, uint32_t op) {
   for (uint32_t o = 0; o < kNumOps; ++o) {
     IBEX_ROLLED
     for (uint32_t s = 0; s < a.shape.ring; ++s) {
-      // ORDER(8): slab reads of the receive half -> its pending credit -> the consumed word posted from here.
+      // ORDER(8): pending credit -> the consumed word posted from here. Acquire at gpu scope.
       a.state->posting[o][s] = ld_acquire_gpu(&a.state->pending[o][s]);
     }
   }
@@ -167,6 +173,7 @@ IBEX_DEV void close_send_half(const LaneArgs& a, const HalfContext& h) {
 
 /// Closes a receive half: the step is consumed, lost or not, and its credit waits to be posted. Lane 0 only.
 IBEX_DEV void close_receive_half(const LaneArgs& a, const HalfContext& h) {
+  // ORDER(8): slab reads of all blocks, gathered by ORDER(12) -> the pending credit. Release at gpu scope.
   st_release_gpu(&a.state->pending[h.op][h.slot], h.seq);
   st_relaxed_gpu(&h.ctx->go_receive, uint64_t{0});
   announce_exit(a);

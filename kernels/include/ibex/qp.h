@@ -41,7 +41,9 @@ struct Completion {
 /// Reads the CQE. Any single lane may call this; it changes nothing.
 ///
 /// # Ordering
-/// ORDER(5): CQE body -> completion word. Acquire at sys; pairs with the device's release store at 0x3c.
+/// ORDER(4): CQE body -> completion word. Acquire at sys; pairs with the device's release store at 0x3c.
+/// ORDER(15): the device's reads of WQEs and rows -> completion word -> what overwrites them. The same acquire; every
+///   warp that then writes there synchronises with the lane that polled.
 IBEX_DEV Completion read_cqe(const QpDeviceCtx& qp) {
   Completion c{ld_acquire_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeCompletionOff)), 0};
   if (c.error()) c.syndromes = ld_relaxed_sys(reinterpret_cast<const uint32_t*>(qp.cqe + kCqeSyndromeOff));

@@ -144,7 +144,8 @@ IBEX_DEV Ctrl put_signal(SendJob& j, Batch& b, uint64_t word) {
 /// Stores a word into our region at a mapped peer, after everything this warp has copied there.
 ///
 /// # Ordering
-/// ORDER(15): rows copied by all lanes -> word. `warp::sync`, then a release at sys; pairs with ORDER(6).
+/// ORDER(6): rows copied by all lanes -> word. `warp::sync`, then a release at sys; pairs with the acquires of
+///   `read_signal` and `has_credit`.
 IBEX_DEV void store_word_mapped(SendJob& j, uint64_t offset, uint64_t word) {
   warp::sync();
   ONE_LANE st_release_sys(reinterpret_cast<uint64_t*>(j.to.region_ptr + offset), word);
@@ -280,7 +281,7 @@ IBEX_DEV uint32_t signal_peer(SendJob& j, Rows& rows) {
   return Rows::kMayDrain && rows.must_drain(j) ? kPhaseDrain : kPhaseDone;
 }
 
-/// Waits until a CQE covers every WQE of this QP, so that the rows they name may be reused by anyone.
+/// Waits until a CQE covers every WQE of this QP, so that the rows they name may be reused by anyone (ORDER(15)).
 ///
 /// If time runs out the peer is suspected and the host fences the QP; its flush ends this wait. Only the hard cap,
 /// that is a host that does not act at all, ends it without.

@@ -145,7 +145,8 @@ struct Reading {
 };
 
 IBEX_DEV Reading read_signal(const LaneArgs& a, const uint64_t* word, uint32_t generation) {
-  // ORDER(6): data placed by the NIC or a mapped peer -> signal word -> our reads. Acquire at sys.
+  // ORDER(5): data placed by the NIC -> signal word. ORDER(6): rows copied by a mapped peer -> signal word. Acquire
+  // at sys.
   const uint64_t v = ld_acquire_sys(word);
   const uint32_t g = signal_generation(v);
   if (g == generation || (g != 0 && !guarded(a, kGuardGeneration))) return Reading{true, signal_count(v)};

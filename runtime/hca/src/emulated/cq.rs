@@ -108,7 +108,8 @@ impl Cq {
     }
 }
 
-/// ORDER(4): entry -> its last word. Relaxed words, then one release store at 0x3c.
+/// ORDER(4): entry -> its last word. ORDER(15): reads of work requests and of what they name -> the same word.
+/// Relaxed words, then one release store at 0x3c.
 /// Pairs with the acquire load of that word in whoever polls.
 fn store_entry(ring: Span, at: u64, entry: &[u8]) {
     let (words, tail) = entry.as_chunks::<8>();
