@@ -76,7 +76,8 @@ World::World(const EpConfig& config, const Options& options) : config_(config), 
   turns_.resize(options.seed != 0 ? 1 : options.workers);
   qps_ = memory_.take<QpDeviceCtx>(uint64_t{config.num_ranks} * config.num_ranks * config.num_channels);
   host_words_ = memory_.take<LaneHostWords>(config.num_ranks);
-  verdicts_ = memory_.take<uint64_t>(uint64_t{2} * config.ring * config.num_ranks * config.num_ranks * config.num_channels);
+  const uint64_t num_handles = uint64_t{2} * config.ring * config.num_ranks;
+  verdicts_ = memory_.take<uint64_t>(num_handles * config.num_ranks * config.num_channels);
   for (uint32_t r = 0; r < config.num_ranks; ++r) {
     ranks_.push_back(std::make_unique<Rank>());
     make_shape(r);
