@@ -121,13 +121,12 @@ fn expect_clean_on(case: &str, seeds: &[&str]) {
     }
 }
 
-/// A bug planted at a named place is found by one of the schedules, in a report that names `access`. The bug may
-/// also spoil the numbers, so what else the rig says does not matter.
-fn expect_race_at(case: &str, plant: &str, place: &str, access: &str, seeds: std::ops::Range<u32>) {
+/// A race is found by one of the schedules, in a report that names `access`. What is wrong may also spoil the
+/// numbers, so what else the rig says does not matter.
+fn expect_race_on(case: &[&str], access: &str, seeds: std::ops::Range<u32>) {
     let Some(rig) = rig() else { return };
     for seed in seeds.clone() {
-        let args = [case, "--plant", plant, "--at", place, "--seed", &seed.to_string()];
-        let output = rig::run_case(rig, &args);
+        let output = rig::run_case(rig, &[case, &["--seed", &seed.to_string()]].concat());
         let log = String::from_utf8_lossy(&output.stderr);
         let mut reports = log.split("WARNING: ").skip(1);
         let is_race =
@@ -136,7 +135,12 @@ fn expect_race_at(case: &str, plant: &str, place: &str, access: &str, seeds: std
             return;
         }
     }
-    panic!("{case}: {plant} at {place} was not found on seeds {seeds:?}");
+    panic!("{case:?} was not found on seeds {seeds:?}");
+}
+
+/// A bug planted at a named place.
+fn expect_race_at(case: &str, plant: &str, place: &str, access: &str, seeds: std::ops::Range<u32>) {
+    expect_race_on(&[case, "--plant", plant, "--at", place], access, seeds);
 }
 
 #[test]
@@ -201,6 +205,18 @@ fn a_credit_without_release_is_found() {
 #[test]
 fn a_half_that_leaves_without_release_is_found() {
     expect_race_at("recreate", "drop-release", "left", "forget", 1..9);
+}
+
+/// Guards are switched off by their bits in kernels/include/ibex/guards.h.
+#[test]
+fn sending_without_credit_is_found() {
+    expect_race_on(&["ep-split", "--guards-off", "1"], "execute", 1..5);
+    expect_race_on(&["ep-split-mapped", "--guards-off", "1"], "fan_out", 1..9);
+}
+
+#[test]
+fn reusing_rows_before_their_completion_is_found() {
+    expect_race_on(&["ep-staged", "--guards-off", "2"], "read_rows_again", 0..4);
 }
 
 #[test]

@@ -1,5 +1,5 @@
 /// rig CASE [--blocks N] [--warps N] [--n16 N] [--rounds N] [--workers N] [--seed N]
-///     [--plant KIND [--at PLACE]] [--file PATH] [--print]
+///     [--plant KIND [--at PLACE]] [--guards-off MASK] [--file PATH] [--print]
 ///
 /// Exit status: 0 good, 1 the case's own check failed, 2 usage, 66 ThreadSanitizer found a race.
 #include <cstdio>
@@ -59,7 +59,7 @@ bool parse_option(const char* name, const char* value, Options* o) {
     const char* name;
     uint32_t* field;
   } fields[] = {{"--blocks", &o->blocks}, {"--warps", &o->warps},     {"--n16", &o->n16},
-                {"--rounds", &o->rounds}, {"--workers", &o->workers}};
+                {"--rounds", &o->rounds}, {"--workers", &o->workers}, {"--guards-off", &o->guards_off}};
   for (const auto& f : fields) {
     if (std::strcmp(f.name, name) != 0) continue;
     *f.field = static_cast<uint32_t>(number);
@@ -71,7 +71,8 @@ bool parse_option(const char* name, const char* value, Options* o) {
 int usage() {
   std::fprintf(stderr,
                "usage: rig CASE [--blocks N] [--warps N] [--n16 N] [--rounds N] [--workers N]\n"
-               "                [--seed N] [--plant KIND [--at PLACE]] [--file PATH] [--print]\nplants:");
+               "                [--seed N] [--plant KIND [--at PLACE]] [--guards-off MASK]\n"
+               "                [--file PATH] [--print]\nplants:");
   for (const PlantName& p : kPlants) std::fprintf(stderr, " %s", p.name);
   std::fprintf(stderr, "\ncases:");
   for (const NamedCase* c = kCases; c->name != nullptr; ++c) std::fprintf(stderr, " %s", c->name);

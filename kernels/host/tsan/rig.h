@@ -22,6 +22,7 @@ struct Options {
   uint32_t n16 = 33;
   uint32_t rounds = 4;
   uint32_t workers = 2;
+  uint32_t guards_off = 0;  ///< ibex/guards.h
   uint64_t seed = 0;  ///< 0: real time on `workers` threads; otherwise one simulated schedule
   host::Plant plant = host::Plant::none;
   const char* at = "";    ///< where the plant aims: a function for skip-warp-sync, else a name of the case's

@@ -113,6 +113,7 @@ void World::make_shape(uint32_t rank) {
   s.combine_mode = config_.combine_mode;
   s.staging_rows = config_.staging_rows;
   a.layout = plan(config_, s);
+  a.guards_off = options_.guards_off;
 }
 
 /// What peers write into, and what our WQEs read from.
