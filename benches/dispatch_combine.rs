@@ -3,6 +3,8 @@
 //! The shape is a quarter of the published one, so that a run takes seconds; `ibex bench ep` measures the published
 //! setting with percentiles and the floor that the algorithm cannot beat.
 
+#![expect(missing_docs, reason = "criterion's macros make public functions")]
+
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};

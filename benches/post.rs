@@ -1,5 +1,7 @@
 //! The shipped post kernel against one emulated device, beside memcpy of the same bytes; see also `ibex bench post`.
 
+#![expect(missing_docs, reason = "criterion's macros make public functions")]
+
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
