@@ -198,6 +198,13 @@ fn words_between_warps_need_their_releases() {
 }
 
 #[test]
+fn what_the_hca_orders_is_relied_on() {
+    expect_race_at("ep-ibgda", "drop-release", "signals", "fan_out", 0..4);
+    expect_race_at("ep-staged", "drop-release", "signals", "fan_out", 0..4);
+    expect_race_at("ep-staged", "drop-release", "completions", "read_rows_again", 0..4);
+}
+
+#[test]
 fn a_credit_without_release_is_found() {
     expect_race_at("ep-split-mapped", "drop-release", "consumed", "fan_out", 1..25);
 }

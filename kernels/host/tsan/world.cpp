@@ -356,6 +356,7 @@ void World::plant() const {
       {"rings", writer.rings, uint64_t{num_qps} * config_.sq_wqebbs * kWqebbBytes, writer.records,
        uint64_t{num_qps} * kRecordWords * sizeof(uint32_t)},
       {"records", writer.records, uint64_t{num_qps} * kRecordWords * sizeof(uint32_t), nullptr, 0},
+      {"completions", writer.cqes, uint64_t{num_qps} * kCqeBytes, nullptr, 0},
       {"ranges", h.dispatch.ranges_ready, config_.num_ranks * sizeof(uint32_t), nullptr, 0},
       {"go", &h.dispatch.ctx->go_send, 2 * sizeof(uint64_t), nullptr, 0},
       {"done", &h.dispatch.ctx->send_done_blocks, 2 * sizeof(uint32_t), nullptr, 0},

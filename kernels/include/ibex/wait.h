@@ -121,6 +121,9 @@ IBEX_DEV bool has_failed_qp(const LaneArgs& a, uint32_t peer, uint32_t polls, Ev
 }
 
 /// First verdict wins, so that all warps of a half treat a source's channel alike. One lane only.
+///
+/// # Ordering
+/// ORDER(7): what this warp acquired with the signal -> verdict. acq_rel at gpu scope.
 IBEX_DEV uint64_t settle(uint64_t* verdict, uint64_t seen, uint64_t wanted) {
   const uint64_t old = cas_acq_rel_gpu(verdict, seen, wanted);
   return old == seen ? wanted : old;
