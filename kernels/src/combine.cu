@@ -37,9 +37,9 @@ IBEX_DEV RowSet& row_set_of_this_warp() {
 }
 
 /// out = the weighted sum of the first `num_rows` rows of this warp's set. The whole warp.
-IBEX_DEV void sum_row_set(uint4* out, uint32_t num_rows, uint32_t n16) {
+IBEX_DEV void sum_row_set(uint8_t* out, uint32_t num_rows, uint32_t row_bytes) {
   const RowSet& set = row_set_of_this_warp();
-  fma_rows(out, set.rows, set.weights, num_rows, n16);
+  fma_rows(reinterpret_cast<uint4*>(out), set.rows, set.weights, num_rows, row_bytes / 16);
 }
 
 /// The leader's entry into a send half.
@@ -210,7 +210,7 @@ struct CombineRows {
     warp::sync();
     const uint64_t offset = combine_offset(j.a, j.h.slot, token_of(header), first_k);
     uint8_t* to = j.rdma() ? ring_row(j) : reinterpret_cast<uint8_t*>(j.to.combine_ptr + offset);
-    sum_row_set(reinterpret_cast<uint4*>(to), num_rows, j.a.layout.row_bytes / 16);
+    sum_row_set(to, num_rows, j.a.layout.row_bytes);
     if (j.rdma()) post_ring_row(j, offset);
     advance_cursor(j, j.cursor.next + 1, 1, num_rows);
     return j.cursor.next >= load ? kPhaseSignal : kStays;
@@ -282,69 +282,56 @@ IBEX_DEV bool send_half(const CombineArgs& c, BlockRange blocks) {
   return true;
 }
 
-/// Did everything that was dispatched to `owner` on this channel come back? One lane only.
+/// Did everything that was dispatched to `owner` on this channel come back?
 template <CombineMode kMode>
 IBEX_DEV bool came_back(const CombineArgs& c, const HalfContext& h, uint32_t owner, uint32_t channel) {
   const LaneArgs& a = c.lane;
-  if (has_bit(c.handle.ctx->lost, owner)) return false;
-  const uint32_t count = settled_count(a, h, c.verdicts, owner, channel);
+  const bool lost = warp::one_lane([&] { return has_bit(c.handle.ctx->lost, owner); });
+  if (lost) return false;
+  const uint32_t count = await_signal(a, h, c.verdicts, owner, channel);
   if (count == kCountLost) return false;
   const uint32_t q = qp_index(a.shape, owner, channel);
   const uint32_t sent = kMode == kReduced ? c.handle.sent_messages[q] : c.handle.sent_picks[q];
   if (count == sent) return true;
   // Rows are counted against what was dispatched there: any other count loses all those picks.
-  Evidence e{};
-  e.detail = static_cast<uint64_t>(sent) << 32 | count;
-  record_fault(a, h, owner, kFaultViolation, e);
+  ONE_LANE {
+    Evidence e{};
+    e.detail = static_cast<uint64_t>(sent) << 32 | count;
+    record_fault(a, h, owner, kFaultViolation, e);
+  }
   return false;
 }
 
-/// Waits for the rows of one token and lists those that came, from unit `first16` of each on. Returns how many, and
-/// the loss bits of the others. One lane only.
+/// Sums one token and says what of it is lost.
 template <CombineMode kMode>
-IBEX_DEV uint32_t list_rows(const CombineArgs& c, const HalfContext& h, uint32_t token, uint32_t first16,
-                            RowSet& set, uint32_t* lost) {
+IBEX_DEV void combine_token(const CombineArgs& c, const HalfContext& h, uint32_t token) {
   const LaneArgs& a = c.lane;
   const uint32_t num_topk = c.ticket->num_topk, channel = token % a.shape.num_channels;
   const uint16_t* owners = c.handle.pick_owner + token * a.shape.max_topk;
-  uint32_t num_rows = 0;
-  *lost = 0;
-  IBEX_ROLLED
+  constexpr bool reduced = kMode == kReduced;
+  uint32_t lost = 0, num_rows = 0;
+  RowSet& set = row_set_of_this_warp();
+  warp::sync();  // The previous token's rows have been read by every lane.
   for (uint32_t k = 0; k < num_topk; ++k) {
     const uint32_t owner = owners[k];
     if (owner == kNoOwner) continue;
     if (owner == kLostOwner || !came_back<kMode>(c, h, owner, channel)) {
-      *lost |= 1u << k;
+      lost |= 1u << k;
       continue;
     }
     bool first = true;
-    IBEX_ROLLED
-    for (uint32_t i = 0; kMode == kReduced && i < k && first; ++i) first = owners[i] != owner;
-    if (!first) continue;
-    const uint8_t* row = a.combine_slab + combine_offset(a, h.slot, token, k);
-    set.rows[num_rows] = reinterpret_cast<const uint4*>(row) + first16;
-    // With weight 1 the product is exact: a partial sum is added with one rounding, as by a plain add.
-    set.weights[num_rows] = kMode == kReduced ? 1.0f : c.topk_weights[token * num_topk + k];
+    for (uint32_t i = 0; i < k && first; ++i) first = owners[i] != owner;
+    if (reduced && !first) continue;
+    ONE_LANE {
+      set.rows[num_rows] = reinterpret_cast<const uint4*>(a.combine_slab + combine_offset(a, h.slot, token, k));
+      set.weights[num_rows] = reduced ? 1.0f : c.topk_weights[token * num_topk + k];
+    }
     num_rows += 1;
   }
-  return num_rows;
-}
-
-/// Sums `n16` units of 16 bytes of one token, from unit `first16` on; who sums the first also says what is lost.
-/// Warps that share a token agree on what is lost: a verdict on a source's channel is the same for all.
-template <CombineMode kMode>
-IBEX_DEV void combine_token(const CombineArgs& c, const HalfContext& h, uint32_t token, uint32_t first16,
-                            uint32_t n16) {
-  RowSet& set = row_set_of_this_warp();
-  warp::sync();  // The previous token's rows have been read by every lane.
-  const uint32_t num_rows = warp::one_lane([&] {
-    uint32_t lost;
-    const uint32_t n = list_rows<kMode>(c, h, token, first16, set, &lost);
-    if (first16 == 0) c.lost_topk[token] = lost;
-    return n;
-  });
   warp::sync();
-  sum_row_set(reinterpret_cast<uint4*>(c.out + uint64_t{token} * c.lane.shape.hidden) + first16, num_rows, n16);
+  ONE_LANE c.lost_topk[token] = lost;
+  // With weight 1 the product is exact, so a partial sum of `reduced` is added with one rounding, as by a plain add.
+  sum_row_set(reinterpret_cast<uint8_t*>(c.out + uint64_t{token} * a.shape.hidden), num_rows, a.layout.row_bytes);
 }
 
 template <CombineMode kMode>
@@ -358,13 +345,9 @@ IBEX_DEV void receive_half(const CombineArgs& c, BlockRange blocks) {
     }
   }
   const HalfContext& h = read_context(a, ctx, kCombine, kReceiveHalf, wait_for_go(&ctx.go_receive, c.nonce));
-  const uint32_t total = blocks.num * warp::count(), row16 = a.layout.row_bytes / 16;
-  // Where there are more warps than tokens, 2^shift warps share a token's row: what one warp sums, it sums in series.
-  const uint32_t shift = highest_bit(max_of(min_of(total / max_of(h.num_tokens, 1u), row16 / kWarpSize), 1u));
-  const uint32_t part16 = (((row16 - 1) >> shift) / kWarpSize + 1) * kWarpSize;
-  for (uint32_t i = warp::id() * blocks.num + blocks.idx; i < h.num_tokens << shift; i += total) {
-    const uint32_t first16 = (i & ((1u << shift) - 1)) * part16;
-    if (first16 < row16) combine_token<kMode>(c, h, i >> shift, first16, min_of(part16, row16 - first16));
+  const uint32_t total = blocks.num * warp::count();
+  for (uint32_t token = warp::id() * blocks.num + blocks.idx; token < h.num_tokens; token += total) {
+    combine_token<kMode>(c, h, token);
   }
   if (is_last_block_out(&h.ctx->receive_done_blocks, blocks) && warp::id() == 0) {
     ONE_LANE close_receive_half(a, h);

@@ -38,7 +38,7 @@ struct TopkIds {
 IBEX_DEV TopkIds topk_ids(const DispatchArgs& d) { return TopkIds{d.topk_idx, d.topk_is_i64, d.num_topk}; }
 
 /// Does pick k of this token repeat an earlier one? Such a pick shares the earlier one's packed row.
-IBEX_DEV bool is_duplicate(TopkIds ids, uint32_t token, uint32_t k) {
+IBEX_DEV bool is_duplicate(const TopkIds& ids, uint32_t token, uint32_t k) {
   const int32_t e = ids.at(token, k);
   bool found = false;
   // To the end, though the answer may be known sooner: so the loads do not wait for each other.
@@ -189,7 +189,6 @@ IBEX_DEV uint32_t picks_before(const TopkIds& ids, uint32_t token, int32_t e, bo
       if (base + l < end) n[l] += flat[base + l] == e ? 1 : 0;
     }
   } else {
-    IBEX_ROLLED
     for (uint32_t base = 0; base < end; base += kWarpSize) {
       EACH_LANE(l) {
         if (base + l < end) n[l] += ids.at(base + l) == e ? 1 : 0;

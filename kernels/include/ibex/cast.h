@@ -185,33 +185,21 @@ IBEX_DEV float load_scale(const uint8_t* p, uint32_t kind) {
 /// The row operations in lane regions: what CUDA and lane fibers run, and warp fibers on a host without AVX2.
 namespace lane_rows {
 
-/// The largest magnitude of eight bf16; NaN loses.
-IBEX_DEV float max_magnitude8(uint4 v) {
-#if defined(IBEX_CUDA)
-  const auto larger = [](uint32_t a, uint32_t b) {
-    uint32_t r;
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-  };
-  constexpr uint32_t kMagnitudes = 0x7fff7fffu;
-  const uint32_t xy = larger(v.x & kMagnitudes, v.y & kMagnitudes);
-  const uint32_t pair = larger(xy, larger(v.z & kMagnitudes, v.w & kMagnitudes));
-  return max_num(bits_f32(pair << 16), bits_f32(pair & 0xffff0000u));
-#else
-  float f[8];
-  unpack_row8(f, v);
-  float a = 0.0f;
-  for (uint32_t j = 0; j < 8; ++j) a = max_num(a, bits_f32(f32_bits(f[j]) & 0x7fffffffu));
-  return a;
-#endif
-}
-
-/// 32 lanes cast 32 x 8 channels, which stand at unit `first`: two scale blocks, of which the second may be short or
-/// absent.
-IBEX_DEV void cast_chunk(uint64_t* payload, uint8_t* scales, const warp::lanes<uint4>& v, uint32_t first, uint32_t n16,
+/// 32 lanes cast 32 x 8 channels from unit `first` on: two scale blocks, of which the second may be short or absent.
+IBEX_DEV void cast_chunk(uint64_t* payload, uint8_t* scales, const uint4* x, uint32_t first, uint32_t n16,
                          uint32_t kind) {
+  warp::lanes<uint4> v;
   warp::lanes<float> amax;
-  EACH_LANE(l) amax[l] = max_magnitude8(v[l]);
+  EACH_LANE(l) {
+    const uint32_t i = first + l;
+    v[l] = i < n16 ? ld_stream16(x + i) : uint4{0, 0, 0, 0};
+    float f[8];
+    unpack_row8(f, v[l]);
+    float a = 0.0f;
+    IBEX_UNROLL
+    for (uint32_t j = 0; j < 8; ++j) a = max_num(a, bits_f32(f32_bits(f[j]) & 0x7fffffffu));
+    amax[l] = a;
+  }
   warp::reduce_max<kScaleLanes>(amax);
   EACH_LANE(l) {
     const uint32_t i = first + l;
@@ -234,25 +222,7 @@ IBEX_DEV void cast_row_fp8(uint8_t* payload, uint8_t* scales, const uint16_t* x,
   auto* q = reinterpret_cast<uint64_t*>(payload);
   const auto* in = reinterpret_cast<const uint4*>(x);
   const uint32_t n16 = hidden / 8;
-  // So many loads in flight: a token is cast by one warp, which waits for memory more than it computes.
-  constexpr uint32_t kInFlight = 4;
-  for (uint32_t i0 = 0; i0 < n16; i0 += kInFlight * kWarpSize) {
-    warp::lanes<uint4> v[kInFlight];
-    IBEX_UNROLL
-    for (uint32_t j = 0; j < kInFlight; ++j) {
-      EACH_LANE(l) {
-        const uint32_t i = i0 + j * kWarpSize + l;
-        v[j][l] = i < n16 ? ld_stream16(in + i) : uint4{0, 0, 0, 0};
-      }
-    }
-    // One body for all of them: what is next moves up to v[0]. They arrive together, so moving waits for nothing.
-    IBEX_ROLLED
-    for (uint32_t first = i0; first < min_of(i0 + kInFlight * kWarpSize, n16); first += kWarpSize) {
-      cast_chunk(q, scales, v[0], first, n16, kind);
-      IBEX_UNROLL
-      for (uint32_t j = 0; j + 1 < kInFlight; ++j) v[j] = v[j + 1];
-    }
-  }
+  for (uint32_t i = 0; i < n16; i += kWarpSize) cast_chunk(q, scales, in, i, n16, kind);
 }
 
 /// kWeighted: fma with the row's weight, else plain adds.
@@ -266,11 +236,7 @@ IBEX_DEV void sum_rows(uint4* out, const uint4* const* rows, const float* weight
         // Four rows in flight: the sum is bound by latency, not by arithmetic.
         IBEX_ROLLED
         for (uint32_t k0 = 0; k0 < num_rows; k0 += 4) {
-#if defined(IBEX_CUDA)
-          uint4 v[4];  // Zeroes would be 16 instructions a round.
-#else
-          uint4 v[4] = {};  // g++ does not see that what is added was loaded.
-#endif
+          uint4 v[4] = {};
           IBEX_UNROLL
           for (uint32_t k = 0; k < 4; ++k) {
             if (k0 + k < num_rows) v[k] = ld_stream16(rows[k0 + k] + i);

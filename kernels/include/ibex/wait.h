@@ -168,7 +168,7 @@ IBEX_DEV WaitClock& clock_of_this_warp() {
   return clocks[warp::id()];
 }
 
-/// The slow part of `settled_count`: waits, and gives up when time is up. One lane only.
+/// The slow part of `await_signal`: waits, and gives up when time is up. One lane only.
 IBEX_DEV uint32_t wait_for_signal(const LaneArgs& a, const HalfContext& h, uint64_t* verdict, uint32_t peer,
                                   uint32_t channel) {
   WaitClock& clock = clock_of_this_warp();
@@ -201,22 +201,18 @@ IBEX_DEV uint32_t wait_for_signal(const LaneArgs& a, const HalfContext& h, uint6
 }
 
 /// Waits until (peer, channel) has signalled this step, or is found lost. Any warp may call it; all get one answer.
-/// Returns the count in the signal, or kCountLost. One lane only; `warp::sync` before other lanes read the data.
+/// Returns the count in the signal, or kCountLost.
 ///
 /// # Ordering
 /// ORDER(7): one warp's acquire of the signal -> verdict -> another warp's reads. acq_rel / acquire at gpu scope.
-IBEX_DEV uint32_t settled_count(const LaneArgs& a, const HalfContext& h, uint64_t* verdicts, uint32_t peer,
-                                uint32_t channel) {
-  uint64_t* verdict = &verdicts[qp_index(a.shape, peer, channel)];
-  const uint64_t seen = ld_acquire_gpu(verdict);
-  if (signal_generation(seen) == h.generation) return signal_count(seen);
-  return wait_for_signal(a, h, verdict, peer, channel);
-}
-
-/// The same for a whole warp.
 IBEX_DEV uint32_t await_signal(const LaneArgs& a, const HalfContext& h, uint64_t* verdicts, uint32_t peer,
                                uint32_t channel) {
-  const uint32_t count = warp::one_lane([&] { return settled_count(a, h, verdicts, peer, channel); });
+  const uint32_t count = warp::one_lane([&]() -> uint32_t {
+    uint64_t* verdict = &verdicts[qp_index(a.shape, peer, channel)];
+    const uint64_t seen = ld_acquire_gpu(verdict);
+    if (signal_generation(seen) == h.generation) return signal_count(seen);
+    return wait_for_signal(a, h, verdict, peer, channel);
+  });
   warp::sync();
   return count;
 }
