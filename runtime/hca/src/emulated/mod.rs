@@ -33,6 +33,7 @@ mod requester;
 mod responder;
 mod seeded;
 mod stepping;
+pub mod switch;
 mod thread;
 mod trace;
 mod umem;
