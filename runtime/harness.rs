@@ -3,7 +3,10 @@
 //! A [`Rig`] owns the world, one set of tensors and one stream per rank. It copies inputs in and outputs out between
 //! steps, never while kernels run.
 
+mod parallel;
 pub mod post;
+
+pub use parallel::on_all_cores;
 
 use std::sync::Arc;
 
@@ -135,10 +138,15 @@ impl Rig {
     pub fn check(&self, inputs: &[RankInput]) -> Result<Verdict, Error> {
         let step = Step::new(&self.config, inputs);
         let alive = vec![true; self.ranks.len()];
+        let check = |index: usize| -> Result<Verdict, Error> {
+            let rank = &self.ranks[index];
+            let mut verdict = rank.check_dispatch(&step)?;
+            verdict += rank.check_combine(&step, &inputs[index], &alive)?;
+            Ok(verdict)
+        };
         let mut total = Verdict::default();
-        for (rank, input) in self.ranks.iter().zip(inputs) {
-            total += rank.check_dispatch(&step)?;
-            total += rank.check_combine(&step, input, &alive)?;
+        for verdict in on_all_cores(self.ranks.len(), check) {
+            total += verdict?;
         }
         Ok(total)
     }

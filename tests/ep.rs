@@ -166,16 +166,3 @@ fn staged_combine_and_wide_ids_agree_with_the_reference() {
     let config = Config { staging_rows: 3, ..small() };
     run(&config, &plan, Routing::KHot, 1..=6);
 }
-
-/// One test, so that two worlds of this size never live at the same time.
-#[test]
-fn the_published_setting_agrees_with_the_reference() {
-    for (dtype, combine, routing) in [
-        (WireDtype::Fp8, CombineMode::Exact, Routing::Uniform),
-        (WireDtype::Bf16, CombineMode::Reduced, Routing::GroupLimited),
-    ] {
-        let config =
-            Config { dtype, combine, route: RoutePolicy::Ibgda, detect_ms: 2000, ..Config::default() };
-        run(&config, &StepPlan::default(), routing, 1..=2);
-    }
-}

@@ -29,6 +29,7 @@ use super::{
 use crate::time::sleep;
 use capture::{CapturedMark, Plan};
 use executor::{Drive, Executor, PoolExecutor};
+pub use memory::Backing;
 use memory::{Allocations, Mapping};
 use queue::{FrozenLaunch, Marker, Queues, Ready, StreamIdx, Token};
 
@@ -55,6 +56,7 @@ const WAIT_POLL: Duration = Duration::from_micros(50);
 /// Runs kernels on the CPU.
 pub struct HostGpu {
     device: Arc<Device>,
+    backing: Backing,
 }
 
 /// What handles, allocations and completions share.
@@ -116,7 +118,14 @@ impl HostGpu {
             allocations: Allocations::default(),
             stuck: AtomicBool::new(false),
         };
-        Self { device: Arc::new(device) }
+        Self { device: Arc::new(device), backing: Backing::default() }
+    }
+
+    /// The same GPU with another way of backing what is allocated from now on.
+    #[must_use]
+    pub fn with_backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
     }
 
     fn stream_idx(&self, stream: &Stream) -> Result<StreamIdx, GpuError> {
@@ -153,7 +162,7 @@ fn check(field: GpuField, value: u64, max: u64) -> Result<(), GpuError> {
 
 impl Gpu for HostGpu {
     fn alloc(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError> {
-        let mapping = Mapping::new(len, align)?;
+        let mapping = Mapping::new(len, align, self.backing)?;
         let addr = mapping.addr();
         self.device.allocations.insert(&mapping, len);
         let block = HostBlock { device: Arc::clone(&self.device), mapping: Some(mapping) };

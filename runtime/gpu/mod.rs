@@ -27,7 +27,7 @@ pub mod image;
 pub mod pool;
 
 pub use error::{CaptureError, GpuError, GpuField, HandleKind};
-pub use host::HostGpu;
+pub use host::{Backing, HostGpu};
 pub use pool::{ARGS_LEN_MAX, WARPS_PER_BLOCK_MAX};
 
 /// A kernel, by the number under which both sides know it (kernels/include/ibex/kernel_list.h).

@@ -20,7 +20,7 @@ use super::Session;
 use crate::config::{Config, Link, ValidConfig};
 use crate::error::{ConfigError, Error, Limit, Violation};
 use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
-use crate::gpu::{Gpu, HostGpu};
+use crate::gpu::{Backing, Gpu, HostGpu};
 use crate::ids::Rank;
 
 /// How a [`World`] runs.
@@ -36,6 +36,8 @@ pub struct WorldOptions {
     pub placement: Placement,
     /// The first sequence number of every lane and operation, from 1.
     pub first_seq: u64,
+    /// When the pages of GPU memory come.
+    pub backing: Backing,
     /// What stands between a session and its device.
     pub devices: DeviceWrapper,
 }
@@ -74,6 +76,7 @@ impl Default for WorldOptions {
             simulation: None,
             placement: Placement::InOrder,
             first_seq: 1,
+            backing: Backing::default(),
             devices: DeviceWrapper::default(),
         }
     }
@@ -215,7 +218,8 @@ impl World {
             Arc::new(Pool::new(pool_config.with_progress(progress)).map_err(crate::gpu::GpuError::from)?);
         let mut sessions = Vec::new();
         for rank in 0..config.num_ranks {
-            let gpu: Arc<dyn Gpu> = Arc::new(HostGpu::new(Arc::clone(&pool), rank));
+            let gpu = HostGpu::new(Arc::clone(&pool), rank).with_backing(options.backing);
+            let gpu: Arc<dyn Gpu> = Arc::new(gpu);
             let hca = options.devices.wrap(Rank(rank as u16), &agents.devices[rank as usize]);
             sessions.push(Arc::new(Session::new(&config, Rank(rank as u16), gpu, hca)?));
         }

@@ -8,14 +8,12 @@
 //! step left in the small outputs is wiped before.
 
 use core::time::Duration;
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::thread;
 
 use ibex::config::ValidConfig;
 use ibex::error::Error;
 use ibex::gpu::Event;
-use ibex::harness::{Rig, RigRank};
+use ibex::harness::{Rig, RigRank, on_all_cores};
 use ibex::ids::{Lane, Rank};
 use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::{InputKey, RankInput};
@@ -348,34 +346,5 @@ impl<'a> Bench<'a> {
             return None;
         }
         Some(median(samples_us)? / floor_us.filter(|floor| *floor > 0.0)?)
-    }
-}
-
-/// Applies `work` to `0..count` on as many threads as there are cores; results in order.
-fn on_all_cores<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let share = count.div_ceil(cores).max(1);
-    let work = &work;
-    thread::scope(|scope| {
-        let part = |from: usize| {
-            let until = (from + share).min(count);
-            scope.spawn(move || (from..until).map(work).collect::<Vec<T>>())
-        };
-        let workers: Vec<_> = (0..count).step_by(share).map(part).collect();
-        // PANIC: a panic of the reference is a broken invariant of ours and goes on.
-        workers.into_iter().flat_map(|worker| worker.join().expect("the reference does not panic")).collect()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn work_on_all_cores_keeps_its_order() {
-        for count in [0, 1, 7, 64] {
-            let squares: Vec<usize> = on_all_cores(count, |i| i * i);
-            assert_eq!(squares, (0..count).map(|i| i * i).collect::<Vec<_>>());
-        }
     }
 }

@@ -25,6 +25,16 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Longest allocation: 2^46 bytes, half of what a process can address.
 const ALLOC_LEN_MAX: usize = 1 << 46;
 
+/// When the pages of an allocation come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// With the allocation, as a GPU does it: no kernel ever stops for a page fault.
+    #[default]
+    AtAllocation,
+    /// With the first use. Groups with room for the worst routing start sooner and take less memory; times are off.
+    OnFirstUse,
+}
+
 /// Anonymous pages, unmapped when dropped.
 pub(super) struct Mapping {
     base: usize,
@@ -35,7 +45,7 @@ pub(super) struct Mapping {
 
 impl Mapping {
     /// Maps `len` zeroed bytes at a multiple of `align`.
-    pub(super) fn new(len: usize, align: usize) -> Result<Self, GpuError> {
+    pub(super) fn new(len: usize, align: usize, backing: Backing) -> Result<Self, GpuError> {
         check_range(GpuField::AllocLen, len, ALLOC_LEN_MAX)?;
         check_range(GpuField::AllocAlign, align, ALLOC_LEN_MAX)?;
         if !align.is_power_of_two() {
@@ -47,7 +57,7 @@ impl Mapping {
         let mapped_len = len.next_multiple_of(PAGE) + (align - PAGE);
         let base = map_pages(mapped_len)?;
         let addr = base.next_multiple_of(align);
-        if len >= HUGE_PAGE {
+        if len >= HUGE_PAGE && backing == Backing::AtAllocation {
             back_with_huge_pages(addr, len.next_multiple_of(PAGE));
         }
         Ok(Self { base, mapped_len, addr })
@@ -285,7 +295,7 @@ mod tests {
 
     fn live(len: usize, align: usize) -> (Allocations, Mapping) {
         let allocations = Allocations::default();
-        let mapping = Mapping::new(len, align).unwrap();
+        let mapping = Mapping::new(len, align, Backing::default()).unwrap();
         allocations.insert(&mapping, len);
         (allocations, mapping)
     }
@@ -365,7 +375,7 @@ mod tests {
 
     #[test]
     fn bad_sizes_and_alignments_are_refused() {
-        let refused = |len, align| Mapping::new(len, align).err();
+        let refused = |len, align| Mapping::new(len, align, Backing::default()).err();
         let range =
             |field, value, max: usize| Some(GpuError::OutOfRange { field, value, min: 1, max: max as u64 });
         assert_eq!(refused(0, 8), range(GpuField::AllocLen, 0, ALLOC_LEN_MAX));
