@@ -3,17 +3,17 @@
 
     benches/sass.py                              print the table
     benches/sass.py --write benches/results      write sass-<date>.md and sass-<date>.json there
-    benches/sass.py --check FILE.json            fail (1) where a figure is worse than in FILE, or breaks a limit
+    benches/sass.py --check FILE.json            fail (1) where a figure is worse than in FILE or over a limit
     benches/sass.py --targets sm_90a,...         only these
     benches/sass.py --save FILE.json             keep what was measured
     benches/sass.py --measured FILE.json         take it from there and compile nothing
 
 No GPU is needed. Each file is compiled to one cubin per target and read with cuobjdump. `sass` is the static
-number of instructions without NOPs, functions called included; `local` those among them that touch local memory
-(spills and stack arrays). Exit: 0 good, 1 worse, 2 bad request, 77 no compiler (with a line that says why).
+number of instructions without NOPs, functions called included; `local` those among them that touch local
+memory (spills and stack arrays). Exit: 0 good, 1 worse, 2 bad request, 77 no compiler (a line says why).
 
-nvcc is looked for as build.rs does: --nvcc, $CUDA_HOME/bin, PATH, pip's wheels; cuobjdump beside it or on PATH.
-When a kernel becomes better, or has to become larger, write the table anew and say why in the commit.
+nvcc is looked for as build.rs does: --nvcc, $CUDA_HOME/bin, PATH, pip's wheels; cuobjdump beside it or on
+PATH. When a kernel becomes better, or has to become larger, write the table anew and say why in the commit.
 """
 
 import argparse
@@ -33,15 +33,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["sm_80", "sm_90a", "sm_100a"]
 # The target that limits and the comparison with peers speak of.
 JUDGED = "sm_90a"
-SOURCES = ["kernels/src/dispatch.cu", "kernels/src/combine.cu", "kernels/src/post.cu", "kernels/src/expert.cu",
-           "benches/sass_probe.cu"]
+SOURCES = ["kernels/src/dispatch.cu", "kernels/src/combine.cu", "kernels/src/post.cu",
+           "kernels/src/expert.cu", "benches/sass_probe.cu"]
 # As build.rs passes them.
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Ikernels/include"]
 SKIPPED = 77
 
 # Figures in which smaller is better, and what each is called in the table.
-FIGURES = {"registers": "registers", "spill_store": "spill st B", "spill_load": "spill ld B", "stack": "stack B",
-           "local": "local", "sass": "SASS"}
+FIGURES = {"registers": "registers", "spill_store": "spill st B", "spill_load": "spill ld B",
+           "stack": "stack B", "local": "local", "sass": "SASS"}
 
 # What must hold on JUDGED, whatever was measured before. kernel -> {figure: largest value}.
 POST = {"registers": 32, "spill_store": 0, "spill_load": 0, "cas": 0}
@@ -102,13 +102,16 @@ def run(command):
     return done.stdout + done.stderr
 
 
+STACK_AND_SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+
+
 def resources(log):
     """kernel -> registers and bytes, from ptxas -v. Functions that a kernel calls count towards its bytes."""
     out, kernel = {}, None
     for line in log.splitlines():
         if m := re.search(r"Compiling entry function 'ibex_(\w+)'", line):
             kernel = out.setdefault(m[1], {"registers": 0, "spill_store": 0, "spill_load": 0, "stack": 0})
-        elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif m := re.search(STACK_AND_SPILLS, line):
             for figure, bytes_ in zip(("stack", "spill_store", "spill_load"), m.groups()):
                 kernel[figure] += int(bytes_)
         elif m := re.search(r"Used (\d+) registers", line):
@@ -177,18 +180,21 @@ def table(head, rows):
 
 def markdown(report):
     p = report["provenance"]
-    text = f"# SASS of the kernels\n\n`benches/sass.py`, {p['date']}, commit {p['commit']}, nvcc {p['nvcc']}, "
-    text += f"`{p['flags']}`.\nStatic instructions without NOPs; `local`: those that touch local memory.\n"
+    text = f"# SASS of the kernels\n\n`benches/sass.py`, {p['date']}, commit {p['commit']}, "
+    text += f"nvcc {p['nvcc']}, `{p['flags']}`.\n"
+    text += "Static instructions without NOPs; `local`: those that touch local memory.\n"
     for target, kernels in report["targets"].items():
         head = [target, *FIGURES.values(), "CAS", "limit"]
         rows = []
         for kernel, f in kernels.items():
             limits = LIMITS.get(kernel, {}) if target == JUDGED else {}
-            said = ", ".join(f"{figure} <= {limit}" for figure, limit in limits.items() if limit or figure == "cas")
+            shown = [(figure, limit) for figure, limit in limits.items() if limit or figure == "cas"]
+            said = ", ".join(f"{figure} <= {limit}" for figure, limit in shown)
             rows.append([f"`{kernel}`", *(f[figure] for figure in FIGURES), f["cas"], said])
         text += "\n" + table(head, rows)
-    text += "\nPeers (sm_90, whole wrapper kernel, hidden 7168 compiled in, same way of counting). Theirs know no credits,\n"
-    text += "deadlines, faults, losses, member tables or signal modes, and take their shape at compile time.\n\n"
+    text += "\nPeers (sm_90, whole wrapper kernel, hidden 7168 compiled in, same way of counting). "
+    text += "Theirs know no credits,\ndeadlines, faults, losses, member tables or signal modes, "
+    text += "and take their shape at compile time.\n\n"
     rows = [[what, who, sass, registers, spill] for what, who, sass, registers, spill in PEERS]
     return text + table(["kernel", "peer", "SASS", "registers", "spill st/ld B"], rows)
 
@@ -213,7 +219,8 @@ def violations(report, committed):
                 out.append(f"{target} {kernel}: committed, but not measured")
                 continue
             worse = [figure for figure in FIGURES if now[figure] > before[figure]]
-            out += [f"{target} {kernel}: {figure} {now[figure]}, committed {before[figure]}" for figure in worse]
+            for figure in worse:
+                out.append(f"{target} {kernel}: {figure} {now[figure]}, committed {before[figure]}")
     return out
 
 
@@ -261,7 +268,7 @@ def main():
         found = violations(report, json.loads(Path(args.check).read_text()))
         print("\n".join(found) or "no figure is worse than committed, none over its limit")
         if found:
-            print("worse for a good reason? benches/sass.py --write benches/results, and say why in the commit")
+            print("for a good reason? benches/sass.py --write benches/results, and say why in the commit")
         sys.exit(1 if found else 0)
     print(markdown(report))
 

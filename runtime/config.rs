@@ -41,7 +41,7 @@ pub const STAGING_ROWS_MAX: u32 = 65_536;
 pub const DETECT_MS_MAX: u32 = 60_000;
 /// Longest `stall_ms`: an hour.
 pub const STALL_MS_MAX: u32 = 3_600_000;
-/// `stall_ms` as a multiple of `detect_ms` where none is given (DESIGN, deadlines).
+/// `stall_ms` as a multiple of `detect_ms` where none is given.
 pub const STALL_PER_DETECT: u32 = 20;
 /// Channels of a fp8 scale.
 pub const SCALE_BLOCK: u32 = 128;

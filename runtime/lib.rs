@@ -47,6 +47,11 @@
 //!
 //! [`Session`] has each part by itself: send and receive halves, streams, lanes, captured graphs.
 
+/// The README's example, so that it is compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub mod buffer;
 pub mod config;
 pub mod error;

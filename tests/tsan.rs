@@ -204,6 +204,15 @@ fn what_the_hca_orders_is_relied_on() {
     expect_race_at("ep-staged", "drop-release", "completions", "read_rows_again", 0..4);
 }
 
+/// The kernels' own ends of the same edges, and of those that a peer's words make.
+#[test]
+fn a_word_read_without_acquire_is_found() {
+    expect_race_at("ep-ibgda", "drop-acquire", "signals", "fan_out", 0..4);
+    expect_race_at("ep-mapped", "drop-acquire", "signals", "fan_out", 0..4);
+    expect_race_at("ep-staged", "drop-acquire", "completions", "read_rows_again", 0..4);
+    expect_race_at("ep-ibgda", "drop-acquire", "records", "read_wqe", 0..4);
+}
+
 #[test]
 fn a_credit_without_release_is_found() {
     expect_race_at("ep-split-mapped", "drop-release", "consumed", "fan_out", 1..25);

@@ -115,6 +115,8 @@ Order tsan_planted(const void* p, Order order, Scope* scope) {
   return order;
 }
 
+bool tsan_forgets_acquire(const void* p) { return hits(Plant::drop_acquire, p); }
+
 void tsan_acquire(const void* p, Scope scope) {
   uint32_t device;
   if (scope == Scope::sys) __tsan_acquire(key(p, kSysDomain));

@@ -23,6 +23,7 @@ enum class Scope : uint8_t { gpu, sys };
 enum class Plant : uint8_t {
   none,
   drop_release,    ///< a release store or update is performed relaxed
+  drop_acquire,    ///< an acquire load or update is performed relaxed
   narrow_scope,    ///< a release at sys scope is performed at gpu scope
   drop_fence,      ///< fences do nothing (everywhere)
   narrow_fence,    ///< fences at sys scope are performed at gpu scope (everywhere)
@@ -58,6 +59,8 @@ void tsan_relaxed_store(const void* p, Scope scope);
 void tsan_fence(Scope scope);
 /// Applies the plants to a release at `p`: returns the order to perform and narrows `scope`.
 Order tsan_planted(const void* p, Order order, Scope* scope);
+/// Is the acquire of an access to `p` left out?
+bool tsan_forgets_acquire(const void* p);
 bool tsan_hold_back(uint4* p, const uint4& v);
 /// The next held-back store of this warp after a release at `released`; the instrumented caller performs it.
 bool tsan_next_held(const void* released, uint4** p, uint4* v);
@@ -67,7 +70,7 @@ constexpr bool releases(Order order) { return order == Order::release || order =
 
 template <Order kOrder, Scope kScope>
 IBEX_DEV void tsan_after_load(const void* p) {
-  if constexpr (acquires(kOrder)) tsan_acquire(p, kScope);
+  if (acquires(kOrder) && !tsan_forgets_acquire(p)) tsan_acquire(p, kScope);
   else tsan_relaxed_load(p, kScope);
 }
 

@@ -105,6 +105,8 @@ fn reasons(source: &Source, findings: &mut Vec<Finding>) {
 /// Both ends of every numbered edge stand in code, and every edge has a row in the table.
 pub(crate) fn check_ordering(sources: &[Source], findings: &mut Vec<Finding>) {
     let Some(table) = sources.iter().find(|source| source.is_under(ORDERING)) else {
+        let what = "is missing: edges are numbered there, and checked against it".to_owned();
+        findings.push(Finding { path: ORDERING.into(), line: 0, what });
         return;
     };
     let rows = table_rows(&table.text);
@@ -205,5 +207,8 @@ mod tests {
         assert_eq!(check("| 1 | a |\n", "// ORDER(1): b\n"), 1, "one end is missing");
         assert_eq!(check("| 1 | a |\n", "let a = \"ORDER(1)\"; // ORDER(1)\n"), 1, "a string is no end");
         assert_eq!(check("| a | b |\n", "// ORDER(1): b\n// ORDER(1): c\n"), 2, "the row is missing");
+        let mut findings = Vec::new();
+        check_ordering(&[source("runtime/a.rs", "// ORDER(1): b\n// ORDER(1): c\n")], &mut findings);
+        assert_eq!(findings.len(), 1, "the table is missing");
     }
 }

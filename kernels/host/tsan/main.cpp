@@ -22,6 +22,7 @@ struct PlantName {
 constexpr PlantName kPlants[] = {
     {"none", Plant::none},
     {"drop-release", Plant::drop_release},
+    {"drop-acquire", Plant::drop_acquire},
     {"narrow-scope", Plant::narrow_scope},
     {"drop-fence", Plant::drop_fence},
     {"narrow-fence", Plant::narrow_fence},
