@@ -3,6 +3,8 @@
 use ibex_abi::prm::{Op, Status};
 use ibex_abi::types::QpState;
 
+use crate::emulated::AdvertError;
+
 /// A PRM command that did not complete with status OK.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("command {} failed: status {status}, syndrome {syndrome:#x}, errno {errno}{}",
@@ -49,6 +51,9 @@ pub enum HcaError {
     /// The device refused a command.
     #[error(transparent)]
     Command(#[from] CommandError),
+    /// The advert of a port of another process was refused, or could not be made.
+    #[error(transparent)]
+    Advert(#[from] AdvertError),
     /// The operating system refused a call.
     #[error("{call} failed with errno {errno}")]
     Os {

@@ -47,6 +47,7 @@ use parking_lot::{Mutex, RwLock};
 
 pub use commands::CommandSyndrome;
 pub use counters::{DeviceCounters, FirstError};
+pub use fabric::advert::{AdvertError, AdvertKind};
 pub use fabric::{Fabric, FabricConfig, PORTS_MAX, PathState, Placement, PortId};
 pub use stepping::Step;
 pub use thread::{Backoff, DeviceThread};
@@ -111,7 +112,6 @@ pub struct EmulatedHca {
     config: EmulatedConfig,
     caps: HcaCaps,
     port: PortInfo,
-    port_id: PortId,
     fabric: Arc<Fabric>,
     fabric_port: Arc<Port>,
     objects: Mutex<Objects>,
@@ -133,22 +133,21 @@ impl EmulatedHca {
     /// # Errors
     /// [`HcaError::Exhausted`] if the fabric has no port left.
     pub fn new(fabric: Arc<Fabric>, config: EmulatedConfig) -> Result<Arc<Self>, HcaError> {
-        let mut attached = true;
+        let mut refused = None;
         let device = Arc::new_cyclic(|this| {
             let make = |id| {
                 let (lid, gid, mac) = fabric.addresses(id, config.link);
                 let mtu = fabric.config().mtu;
                 PortInfo { port_num: 1, link: config.link, lid, gid, gid_index: 0, mac, mtu }
             };
-            let (port_id, fabric_port) = fabric.attach(this, make).unwrap_or_else(|| {
-                attached = false;
-                Port::detached(make(PortId(0)))
+            let fabric_port = fabric.attach(this, make).unwrap_or_else(|error| {
+                refused = Some(error);
+                Arc::new(Port::detached(make(PortId(0))))
             });
             Self {
                 config,
                 caps: default_caps(config.link),
                 port: *fabric_port.info(),
-                port_id,
                 fabric: Arc::clone(&fabric),
                 fabric_port,
                 objects: Mutex::default(),
@@ -162,9 +161,9 @@ impl EmulatedHca {
                 counters: Counters::default(),
             }
         });
-        match attached {
-            true => Ok(device),
-            false => Err(HcaError::Exhausted { what: "ports", requested: 1, limit: PORTS_MAX as u64 }),
+        match refused {
+            None => Ok(device),
+            Some(error) => Err(error),
         }
     }
 
@@ -176,8 +175,8 @@ impl EmulatedHca {
 
     /// Its port on the fabric.
     #[must_use]
-    pub const fn port_id(&self) -> PortId {
-        self.port_id
+    pub fn port_id(&self) -> PortId {
+        self.fabric_port.id()
     }
 
     /// The fabric it is attached to.

@@ -9,8 +9,10 @@ use ibex_abi::types::QpState;
 
 use super::EmulatedHca;
 use super::counters::add;
+use super::fabric::Medium;
 use super::fabric::inproc::{KeyGuards, Link};
 use super::qp::{Qp, ahead};
+use super::requester::Requester;
 use super::requester::fetch::Local;
 use super::requester::send::Turn;
 use crate::Nanos;
@@ -28,6 +30,7 @@ pub struct Step {
 }
 
 impl Step {
+    #[inline]
     pub(super) fn merge(&mut self, turn: Turn) {
         self.did_work |= turn.did_work;
         self.next_deadline = match (self.next_deadline, turn.deadline) {
@@ -47,6 +50,7 @@ impl EmulatedHca {
         if self.is_strict() {
             self.scan_doorbells();
         }
+        step.merge(self.fabric().take_arrivals(self, now));
         for qp in &self.qp_table().list {
             step.merge(self.step_qp(qp, now));
         }
@@ -125,6 +129,12 @@ impl EmulatedHca {
             requester.note_idleness(qp);
             return Turn { did_work: false, deadline: requester.deadline() };
         }
+        match self.fabric().medium() {
+            Medium::Inproc => self.send_inproc(qp, &mut requester, now),
+        }
+    }
+
+    fn send_inproc(&self, qp: &Qp, requester: &mut Requester, now: Nanos) -> Turn {
         let far = requester.far_end(self);
         let far = far.as_ref().map(|far| (&*far.device, &*far.qp));
         let keys = KeyGuards::lock(self, far.map(|(device, _)| device));

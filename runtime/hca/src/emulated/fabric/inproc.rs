@@ -6,7 +6,7 @@
 use ibex_abi::types::{Psn, QpNum};
 use parking_lot::{MutexGuard, RwLockReadGuard};
 
-use super::{Port, PortId, Wire};
+use super::{Port, Wire};
 use crate::emulated::message::{Payload, Piece, Reply, Request, Target};
 use crate::emulated::mkeys::MkeyTable;
 use crate::emulated::qp::Qp;
@@ -47,7 +47,6 @@ impl<'a> KeyGuards<'a> {
 /// The remote end of a [`Link`].
 struct FarHalf<'a> {
     port: &'a Port,
-    port_id: PortId,
     /// It is connected to our port: packets from another are dropped.
     hears_us: bool,
     /// It is connected to our queue pair: answers go to the one it is connected to.
@@ -59,7 +58,6 @@ struct FarHalf<'a> {
 /// One queue pair's way to its responder, for one turn.
 pub(in crate::emulated) struct Link<'a> {
     port: &'a Port,
-    port_id: PortId,
     far: Option<FarHalf<'a>>,
 }
 
@@ -72,21 +70,20 @@ impl<'a> Link<'a> {
         keys: &'a KeyGuards<'a>,
         now: Nanos,
     ) -> Self {
-        let (port, port_id) = (&**near.fabric_port(), near.port_id());
+        let port = &**near.fabric_port();
         let placement = near.fabric().config().placement;
         let far = far.map(|(device, qp)| {
             let responder = qp.responder.lock();
             let from = responder.from.as_ref();
             FarHalf {
                 port: device.fabric_port(),
-                port_id: device.port_id(),
                 hears_us: from.is_some_and(|(to, _)| port.answers_to(to)),
                 answers_us: from.is_some_and(|(_, remote)| *remote == qpn),
                 responder,
                 around: Surroundings { device, qp, keys: keys.far(), placement, now },
             }
         });
-        Self { port, port_id, far }
+        Self { port, far }
     }
 }
 
@@ -94,13 +91,13 @@ impl Wire for Link<'_> {
     #[inline]
     fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Option<Reply> {
         let far = self.far.as_mut()?;
-        if !far.hears_us || !self.port.passes(far.port, far.port_id) {
+        if !far.hears_us || !self.port.passes(far.port) {
             return None;
         }
         let reply = far.responder.take(&far.around, request, payload, piece);
         // Placing a part is not acknowledged, so no lost answer can hide it; its message's end is.
         let is_placed = matches!((piece, &reply), (Piece::Part { .. }, Some(Reply::Ack { .. })));
-        match far.answers_us && (is_placed || far.port.passes(self.port, self.port_id)) {
+        match far.answers_us && (is_placed || far.port.passes(self.port)) {
             true => reply,
             false => None,
         }
@@ -112,7 +109,7 @@ impl Wire for Link<'_> {
             return false;
         };
         let connected = far.hears_us && far.answers_us;
-        let open = self.port.passes(far.port, far.port_id) && far.port.passes(self.port, self.port_id);
+        let open = self.port.passes(far.port) && far.port.passes(self.port);
         connected && open && far.responder.write_plain(&far.around, psn, packets, to, source)
     }
 }

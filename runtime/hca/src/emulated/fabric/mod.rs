@@ -2,15 +2,19 @@
 //!
 //! A requester hands each request message, piece by piece, to a [`Wire`]; a responder executes what
 //! arrives and answers with a [`Reply`]. A wire is all that a fabric is to the two state machines:
-//! [`inproc`] calls the responder at once, a fabric between processes would queue the request and
-//! answer later. The requester copes with an answer that comes at once, later or never.
+//! [`inproc`] calls the responder at once, a fabric between processes queues the request and brings the
+//! answer in a later step. The requester copes with an answer that comes at once, later or never.
+//!
+//! What carries the requests is the fabric's [`Medium`]. A step of a device asks it twice: for what
+//! arrived ([`Fabric::take_arrivals`]), and, per queue pair that sends, for a wire (`stepping.rs`).
 //!
 //! *Who owns what.* The [`Fabric`] knows ports by weak reference: a device that is dropped is a port
 //! that stopped answering. Payload is read from the requester's memory at the instant of delivery.
 
+pub(super) mod advert;
 pub(super) mod inproc;
+mod port;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use ibex_abi::types::{Gid, Lid, Mac, PathMtu, Psn};
@@ -19,7 +23,10 @@ use parking_lot::RwLock;
 use super::EmulatedHca;
 use super::message::{Payload, Piece, Reply, Request, Target};
 use super::requester::plain::Source;
-use crate::{LinkLayer, PathAddress, PortInfo};
+use super::requester::send::Turn;
+use crate::{HcaError, LinkLayer, Nanos, PathAddress, PortInfo};
+use advert::AdvertError;
+pub(super) use port::Port;
 
 /// Most ports on one fabric.
 pub const PORTS_MAX: usize = 1024;
@@ -76,23 +83,25 @@ pub(super) trait Wire {
     /// Carries a whole RDMA WRITE and its acknowledgement, if nothing is in the way of either; otherwise
     /// nothing happens, and [`carry`](Self::carry) tells what is wrong.
     fn write_plain(&mut self, psn: Psn, packets: u32, to: Target, source: Source<'_>) -> bool;
+
+    /// Whether a request that is carried now would be taken; one that is not stays unsent.
+    fn has_room(&self) -> bool {
+        true
+    }
 }
 
-/// One port, as the fabric knows it.
+/// What carries requests from port to port.
 #[derive(Debug)]
-pub(super) struct Port {
-    device: Weak<EmulatedHca>,
-    info: PortInfo,
-    dead: AtomicBool,
-    /// `cut[dst]`: packets from this port to `dst` vanish.
-    cut: RwLock<Vec<PortId>>,
-    any_cut: AtomicBool,
+pub(super) enum Medium {
+    /// Direct calls between the devices of this process.
+    Inproc,
 }
 
 /// A set of ports and the paths between them.
 #[derive(Debug)]
 pub struct Fabric {
     config: FabricConfig,
+    medium: Medium,
     ports: RwLock<Vec<Arc<Port>>>,
 }
 
@@ -100,7 +109,7 @@ impl Fabric {
     /// A fabric within this process: requests execute by direct calls between devices.
     #[must_use]
     pub fn inproc(config: FabricConfig) -> Arc<Self> {
-        Arc::new(Self { config, ports: RwLock::default() })
+        Arc::new(Self { config, medium: Medium::Inproc, ports: RwLock::default() })
     }
 
     /// What the fabric was made with.
@@ -113,13 +122,9 @@ impl Fabric {
     ///
     /// Unknown ports are ignored.
     pub fn set_path(&self, src: PortId, dst: PortId, state: PathState) {
-        let Some(port) = self.port(src) else { return };
-        let mut cut = port.cut.write();
-        cut.retain(|other| *other != dst);
-        if state == PathState::Cut {
-            cut.push(dst);
+        if let Some(port) = self.port(src) {
+            port.set_path(dst, state);
         }
-        port.any_cut.store(!cut.is_empty(), Ordering::Release);
     }
 
     /// Sets both directions between two ports.
@@ -131,7 +136,7 @@ impl Fabric {
     /// Takes a port off the fabric for good, as if its process had died.
     pub fn kill(&self, port: PortId) {
         if let Some(port) = self.port(port) {
-            port.dead.store(true, Ordering::Release);
+            port.kill();
         }
     }
 
@@ -141,35 +146,62 @@ impl Fabric {
         let (Some(from), Some(to)) = (self.port(src), self.port(dst)) else {
             return false;
         };
-        from.passes(&to, dst)
+        from.passes(&to)
     }
 
     fn port(&self, id: PortId) -> Option<Arc<Port>> {
         self.ports.read().get(usize::from(id.0)).cloned()
     }
 
-    /// Adds a port; `None` if the fabric is full.
+    /// The bytes by which a fabric of another process gets to know a port of this one.
+    ///
+    /// # Errors
+    /// [`AdvertError::Local`] if no other process can reach the ports of this fabric.
+    pub fn advert(&self, port: PortId) -> Result<Vec<u8>, HcaError> {
+        let unknown = HcaError::Unknown { what: "port", number: port.0.into() };
+        let _port = self.port(port).ok_or(unknown)?;
+        match &self.medium {
+            Medium::Inproc => Err(AdvertError::Local.into()),
+        }
+    }
+
+    /// Makes a port of another process known to this fabric, from the bytes of its advert.
+    ///
+    /// The bytes are not trusted; what is wrong with them is an error, and nothing changes.
+    ///
+    /// # Errors
+    /// [`HcaError::Advert`] with the reason.
+    pub fn admit(&self, _advert: &[u8]) -> Result<PortId, HcaError> {
+        match &self.medium {
+            Medium::Inproc => Err(AdvertError::Local.into()),
+        }
+    }
+
+    /// What carries the requests.
+    #[inline]
+    pub(super) const fn medium(&self) -> &Medium {
+        &self.medium
+    }
+
+    /// Lets `device` execute requests and take in answers that came from other processes.
+    #[inline]
+    pub(super) fn take_arrivals(&self, _device: &EmulatedHca, _now: Nanos) -> Turn {
+        match &self.medium {
+            Medium::Inproc => Turn::default(),
+        }
+    }
+
+    /// Adds the port of a device of this process.
     pub(super) fn attach(
         &self,
         device: &Weak<EmulatedHca>,
         make: impl FnOnce(PortId) -> PortInfo,
-    ) -> Option<(PortId, Arc<Port>)> {
+    ) -> Result<Arc<Port>, HcaError> {
         let mut ports = self.ports.write();
-        if ports.len() == PORTS_MAX {
-            return None;
-        }
-        // CAST: below PORTS_MAX.
-        let id = PortId(ports.len() as u16);
-        let info = make(id);
-        let port = Arc::new(Port {
-            device: device.clone(),
-            info,
-            dead: AtomicBool::new(false),
-            cut: RwLock::default(),
-            any_cut: AtomicBool::new(false),
-        });
+        let id = next_id(&ports)?;
+        let port = Arc::new(Port::new(id, device.clone(), make(id)));
         ports.push(Arc::clone(&port));
-        Some((id, port))
+        Ok(port)
     }
 
     /// The device that an address vector leads to.
@@ -200,37 +232,10 @@ impl Fabric {
     }
 }
 
-impl Port {
-    pub(super) const fn info(&self) -> &PortInfo {
-        &self.info
-    }
-
-    pub(super) fn is_dead(&self) -> bool {
-        self.dead.load(Ordering::Acquire)
-    }
-
-    fn answers_to(&self, to: &PathAddress) -> bool {
-        match (to, self.info.link) {
-            (PathAddress::Ib { rlid }, LinkLayer::Ib) => *rlid == self.info.lid,
-            (PathAddress::Roce { rgid, rmac, .. }, LinkLayer::Roce) => {
-                *rgid == self.info.gid && *rmac == self.info.mac
-            }
-            _ => false,
-        }
-    }
-
-    fn passes(&self, to: &Self, dst: PortId) -> bool {
-        let dead = self.dead.load(Ordering::Acquire) || to.dead.load(Ordering::Acquire);
-        let cut = self.any_cut.load(Ordering::Acquire) && self.cut.read().contains(&dst);
-        !dead && !cut
-    }
-}
-
-impl Port {
-    /// A port on no fabric, for a device that could not be attached.
-    pub(super) fn detached(info: PortInfo) -> (PortId, Arc<Self>) {
-        let (dead, any_cut) = (AtomicBool::new(true), AtomicBool::new(false));
-        let port = Self { device: Weak::new(), info, dead, cut: RwLock::default(), any_cut };
-        (PortId(u16::MAX), Arc::new(port))
+/// The identifier of the next port, if there may be one.
+fn next_id(ports: &[Arc<Port>]) -> Result<PortId, HcaError> {
+    match u16::try_from(ports.len()) {
+        Ok(id) if usize::from(id) < PORTS_MAX => Ok(PortId(id)),
+        _ => Err(HcaError::Exhausted { what: "ports", requested: 1, limit: PORTS_MAX as u64 }),
     }
 }

@@ -104,6 +104,9 @@ impl Requester {
         let mut buf: WqeBuf = [0; WQE_BYTES_MAX];
         let (mut bytes, mut available) = (0, 0);
         while did.sent < TURN_WQES_MAX && bytes < TURN_BYTES_MAX && self.not_ready_until.is_none() {
+            if !wire.has_room() {
+                return;
+            }
             let sent = match self.first_unsent() {
                 Some(pos) => self.send_again(local, wire, &mut buf, pos, did),
                 None if self.outstanding.len() >= OUTSTANDING_MAX => return,

@@ -1,0 +1,80 @@
+//! One port, as its fabric knows it: who it is, where it is, and what is cut.
+
+use std::sync::Weak;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::RwLock;
+
+use super::{PathState, PortId};
+use crate::emulated::EmulatedHca;
+use crate::{LinkLayer, PathAddress, PortInfo};
+
+/// A port of this process, or one of another that was admitted.
+#[derive(Debug)]
+pub(in crate::emulated) struct Port {
+    pub(super) id: PortId,
+    /// The device behind it; dangling for a port of another process.
+    pub(super) device: Weak<EmulatedHca>,
+    info: PortInfo,
+    dead: AtomicBool,
+    /// `cut[dst]`: packets from this port to `dst` vanish.
+    cut: RwLock<Vec<PortId>>,
+    any_cut: AtomicBool,
+}
+
+impl Port {
+    pub(super) fn new(id: PortId, device: Weak<EmulatedHca>, info: PortInfo) -> Self {
+        let (dead, any_cut) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { id, device, info, dead, cut: RwLock::default(), any_cut }
+    }
+
+    /// A port on no fabric, for a device that could not be attached.
+    pub(in crate::emulated) fn detached(info: PortInfo) -> Self {
+        let port = Self::new(PortId(u16::MAX), Weak::new(), info);
+        port.kill();
+        port
+    }
+
+    pub(in crate::emulated) const fn id(&self) -> PortId {
+        self.id
+    }
+
+    pub(in crate::emulated) const fn info(&self) -> &PortInfo {
+        &self.info
+    }
+
+    pub(in crate::emulated) fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    pub(super) fn kill(&self) {
+        self.dead.store(true, Ordering::Release);
+    }
+
+    pub(super) fn answers_to(&self, to: &PathAddress) -> bool {
+        match (to, self.info.link) {
+            (PathAddress::Ib { rlid }, LinkLayer::Ib) => *rlid == self.info.lid,
+            (PathAddress::Roce { rgid, rmac, .. }, LinkLayer::Roce) => {
+                *rgid == self.info.gid && *rmac == self.info.mac
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn set_path(&self, dst: PortId, state: PathState) {
+        let mut cut = self.cut.write();
+        cut.retain(|other| *other != dst);
+        if state == PathState::Cut {
+            cut.push(dst);
+        }
+        self.any_cut.store(!cut.is_empty(), Ordering::Release);
+    }
+
+    /// Whether packets from this port reach `to` now.
+    #[inline]
+    pub(super) fn passes(&self, to: &Self) -> bool {
+        let dead = self.is_dead() || to.is_dead();
+        let cut = self.any_cut.load(Ordering::Acquire) && self.cut.read().contains(&to.id);
+        !dead && !cut
+    }
+}
