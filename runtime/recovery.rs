@@ -362,6 +362,7 @@ impl Session {
             beat,
             sent: [word(sent)?, word(sent + 8)?],
             credited: [word(credited)?, word(credited + 8)?],
+            suspects: self.suspicion_row(buffers)?,
             ..LifeWords::default()
         })
     }

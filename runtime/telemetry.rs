@@ -3,9 +3,10 @@
 //! Counters and fault records stand in pinned memory; this room owns nothing and only copies them out. Counters of one
 //! peer are read one after the other, so two of them may belong to different instants.
 
-use ibex_abi::device_ctx::{DeviceFault, PeerTelemetry, code};
+use ibex_abi::device_ctx::{DeviceFault, LifeWords, PeerTelemetry, RANK_WORDS, code};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::buffer::LaneBuffers;
 use crate::error::Error;
 use crate::ids::{Lane, QpSlot, Rank};
 use crate::session::Session;
@@ -163,6 +164,36 @@ impl Session {
             }
         }
         Ok(faults)
+    }
+
+    /// Peers that `peer` no longer waits for on some lane, by its last sign of life.
+    ///
+    /// # Errors
+    /// `Gpu` if the words cannot be read.
+    pub fn suspected_by(&self, peer: Rank) -> Result<Vec<Rank>, Error> {
+        let mut suspected = Vec::new();
+        for runtime in &self.lanes {
+            let life = runtime.buffers.read().region_addr(peer) + self.plan.layout.life_off;
+            let row = life + core::mem::offset_of!(LifeWords, suspects) as u64;
+            for rank in self.ranks() {
+                let word = self.gpu.load_u64(row + rank.index() as u64 / 64 * 8)?;
+                if word >> (rank.index() % 64) & 1 != 0 && !suspected.contains(&rank) {
+                    suspected.push(rank);
+                }
+            }
+        }
+        suspected.sort_unstable();
+        Ok(suspected)
+    }
+
+    /// One lane's suspicions as bits, which its sign of life carries.
+    pub(crate) fn suspicion_row(&self, buffers: &LaneBuffers) -> Result<[u64; RANK_WORDS], Error> {
+        let mut row = [0; RANK_WORDS];
+        for peer in self.ranks() {
+            let suspected = self.gpu.load_u32(buffers.suspect_addr(peer))? != 0;
+            row[peer.index() / 64] |= u64::from(suspected) << (peer.index() % 64);
+        }
+        Ok(row)
     }
 
     /// Peers that kernels no longer wait for.

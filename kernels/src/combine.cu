@@ -146,8 +146,8 @@ struct CombineRows {
     const bool is_last = k + 1 == num_topk && first + group >= load;
     warp::sync();
     if (n != 0) {
-      if (j.rdma() && data_space(j, n) < n) return kStarves;
-      if (through_ring(j) && !has_ring_rows(j, n)) return kStarves;
+      if (j.rdma() && data_space(j, n) < n) return starve_for_space(j);
+      if (through_ring(j) && !has_ring_rows(j, n)) return starve_for_rows(j);
       if (j.rdma() && !through_ring(j)) {
         post_picks(j, set, k, mask);
       } else {
@@ -193,8 +193,8 @@ struct CombineRows {
     if (j.cursor.next >= load) return kPhaseSignal;
     const uint8_t* header = kept(j, j.cursor.next);
     const Pick* picks = picks_of(header);
-    if (j.rdma() && data_space(j, 1) < 1) return kStarves;
-    if (j.rdma() && !has_ring_rows(j, 1)) return kStarves;
+    if (j.rdma() && data_space(j, 1) < 1) return starve_for_space(j);
+    if (j.rdma() && !has_ring_rows(j, 1)) return starve_for_rows(j);
     RowSet& set = row_set_of_this_warp();
     uint32_t first_k = 0, num_rows = 0;
     for (uint32_t k = 0; k < c.ticket->num_topk; ++k) {
@@ -236,6 +236,10 @@ struct CombineRows {
     });
     warp::sync();
     return free;
+  }
+
+  IBEX_DEV uint32_t starve_for_rows(SendJob& j) const {
+    return starve_for_room(j, j.a.telemetry[j.peer].ring_full);
   }
 
   /// Posts the ring row just filled. Every row is signalled: its CQE is what gives the row back.

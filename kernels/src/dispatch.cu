@@ -107,6 +107,15 @@ IBEX_CALL void suspect_holders(const LaneArgs& a, const HalfContext& h, uint64_t
   }
 }
 
+/// Counts a wait for a staging slot with every queue that holds its rows.
+IBEX_CALL void count_holders(const LaneArgs& a, uint32_t staging_slot) {
+  IBEX_ROLLED
+  for (uint32_t q = 0; q < a.shape.num_ranks * a.shape.num_channels; ++q) {
+    if (!holds_staging_slot(a.qps[q], staging_slot)) continue;
+    add_relaxed_sys(&a.telemetry[q / a.shape.num_channels].staging_full, uint64_t{1});
+  }
+}
+
 /// Finds a staging slot whose rows may be overwritten. The source-row rule: a NIC may retransmit from a row until
 /// a CQE covers every WQE that names it; a consumer's credit is not enough. Leader only.
 IBEX_DEV uint32_t take_staging_slot(const LaneArgs& a, HandleCtx& ctx) {
@@ -126,8 +135,10 @@ IBEX_DEV uint32_t take_staging_slot(const LaneArgs& a, HandleCtx& ctx) {
       }
       return kGoRun;
     }
-    const bool expired =
-        warp::one_lane([&] { return tick(a, clock, a.shape.rank, true) != kFaultNone; });
+    const bool expired = warp::one_lane([&] {
+      if (clock.polls == 0) count_holders(a, start);
+      return tick(a, clock, a.shape.rank, true) != kFaultNone;
+    });
     if (expired) {
       const HalfContext& h = read_context(a, ctx, kDispatch, kSendHalf, kGoNoRows);
       ONE_LANE suspect_holders(a, h, waited(clock));
@@ -365,7 +376,7 @@ struct DispatchRows {
     uint32_t mask = warp::ballot(goes);
     if (j.rdma() && mask != 0) {
       const uint32_t budget = data_space(j, min_of(popc(mask), batch_limit(j)));
-      if (budget == 0) return kStarves;
+      if (budget == 0) return starve_for_space(j);
       // Cut the run after the last message that fits.
       while (popc(mask) > budget) {
         run = highest_bit(mask);

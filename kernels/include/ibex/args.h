@@ -125,7 +125,7 @@ struct alignas(64) QpDeviceCtx {
   uint64_t signal_last[kNumOps][kMaxRing];  ///< fetch-add mode: value our adds have produced at the peer
   uint64_t ring_head, reserved1;            ///< ring_head: next row of the combine staging ring
   uint32_t counted_idx, doorbells;          ///< producer_idx up to which WQEs are counted; doorbells to be counted
-  uint32_t cqes, reserved2;                 ///< CQEs seen, to be counted
+  uint32_t cqes, in_flight_max;             ///< CQEs seen, to be counted; most WQEBBs in flight at a doorbell
   uint64_t reserved3[2];
 };
 static_assert(sizeof(QpDeviceCtx) == 320 && offsetof(QpDeviceCtx, producer_idx) == 64);
@@ -149,10 +149,10 @@ struct LifeWords {
   uint64_t beat;               ///< counts signs of life; any change is one
   uint64_t sent[kNumOps];      ///< last send half finished, per op
   uint64_t credited[kNumOps];  ///< every step up to this one is consumed and its credit posted, per op
-  uint64_t suspects;           ///< place for the peer's suspicion bits, ranks 0..63 (telemetry); zero today
-  uint64_t reserved[2];
+  uint64_t suspects[kRankWords];  ///< bit p: the peer's kernels no longer wait for rank p
+  uint64_t reserved[3];
 };
-static_assert(sizeof(LifeWords) == 64);
+static_assert(sizeof(LifeWords) == 128);
 
 /// Members and expert placement. Two exist; sequence s uses the newer one iff s >= its from_seq.
 struct alignas(64) MemberTable {
@@ -211,8 +211,10 @@ struct alignas(64) PeerTelemetry {
   uint64_t wqes, doorbells, cqes;                  ///< cqes: those seen; others were overwritten
   uint64_t bytes_local, bytes_mapped, bytes_rdma;  ///< of messages and rows, by route
   uint64_t steps_lost, credits;
-  uint64_t sq_full, ring_full;                     ///< place for them; not counted
-  uint64_t sq_high_water, reserved[3];             ///< most WQEBBs in flight at the end of a send half
+  uint64_t sq_full, ring_full;                     ///< waits for room: in a send queue, in a combine staging ring
+  uint64_t sq_high_water;                          ///< most WQEBBs in flight at a doorbell, as the kernel knew
+  uint64_t staging_full;                           ///< dispatches that found this peer's queues on a staging slot
+  uint64_t reserved[2];
 };
 static_assert(sizeof(PeerTelemetry) == 128);
 

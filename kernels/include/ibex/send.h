@@ -62,7 +62,7 @@ IBEX_DEV void count_queue(SendJob& j) {
   add_relaxed_sys(&t.wqes, uint64_t{qp.producer_idx - qp.counted_idx});
   add_relaxed_sys(&t.doorbells, uint64_t{qp.doorbells});
   add_relaxed_sys(&t.cqes, uint64_t{qp.cqes});
-  max_relaxed_sys(&t.sq_high_water, uint64_t{qp.producer_idx - qp.consumer_idx});
+  max_relaxed_sys(&t.sq_high_water, uint64_t{qp.in_flight_max});
   qp.counted_idx = qp.producer_idx;
   qp.doorbells = 0;
   qp.cqes = 0;
@@ -116,7 +116,19 @@ IBEX_DEV void advance_cursor(SendJob& j, uint32_t next, uint32_t messages, uint3
 }
 
 /// Tells the HCA that the job's batch is ready.
-IBEX_DEV void ring(SendJob& j, Batch& b, Ctrl last) { ring_doorbell(b, last, guarded(j.a, kGuardDoorbell)); }
+IBEX_DEV void ring(SendJob& j, Batch& b, Ctrl last) {
+  ONE_LANE j.qp.in_flight_max = max_of(j.qp.in_flight_max, b.next_idx - j.qp.consumer_idx);
+  ring_doorbell(b, last, guarded(j.a, kGuardDoorbell));
+}
+
+/// Begins, or goes on with, a wait for room. `counter` counts each wait once, however often it looks.
+IBEX_DEV uint32_t starve_for_room(SendJob& j, uint64_t& counter) {
+  ONE_LANE {
+    if (j.cursor.clock.polls == 0) add_relaxed_sys(&counter, uint64_t{1});
+  }
+  return kStarves;
+}
+IBEX_DEV uint32_t starve_for_space(SendJob& j) { return starve_for_room(j, j.a.telemetry[j.peer].sq_full); }
 
 /// Puts one little-endian word into our region at the peer, as a WQE of `b`. Returns its ctrl.
 IBEX_DEV Ctrl put_word(SendJob& j, Batch& b, uint64_t offset, uint64_t word) {
@@ -275,7 +287,7 @@ IBEX_DEV uint32_t signal_peer(SendJob& j, Rows& rows) {
     const Ctrl last = put_signal(j, b, word);
     ring(j, b, last);
   } else if (!lost) {
-    return kStarves;
+    return starve_for_space(j);
   }
   rows.posted(j);
   return Rows::kMayDrain && rows.must_drain(j) ? kPhaseDrain : kPhaseDone;

@@ -294,8 +294,8 @@ device_struct! {
         pub doorbells: u32,
         /// CQEs seen and not yet added to the telemetry.
         pub cqes: u32,
-        /// Zero.
-        pub reserved2: u32,
+        /// Most WQEBBs in flight when a doorbell was rung, by the cached consumer index.
+        pub in_flight_max: u32,
         /// Zero.
         pub reserved3: [u64; 2],
     }
@@ -344,10 +344,10 @@ device_struct! {
         pub sent: [u64; NUM_OPS],
         /// Every step up to this one is consumed and its credit posted, per operation.
         pub credited: [u64; NUM_OPS],
-        /// Place for the peer's suspicion bits, ranks 0 to 63; telemetry only, zero today.
-        pub suspects: u64,
+        /// Bit p: the peer's kernels no longer wait for rank p.
+        pub suspects: [u64; RANK_WORDS],
         /// Zero.
-        pub reserved: [u64; 2],
+        pub reserved: [u64; 3],
     }
 }
 
@@ -488,14 +488,17 @@ device_struct! {
         pub steps_lost: u64,
         /// Consumed words posted.
         pub credits: u64,
-        /// Place for waits on a full send queue; not counted.
+        /// Waits of send halves for room in a send queue.
         pub sq_full: u64,
-        /// Place for waits on a full staging ring; not counted.
+        /// Waits of send halves for a row of a combine's staging ring.
         pub ring_full: u64,
-        /// Most WQEBBs in flight at the end of a send half.
+        /// Most WQEBBs in flight on one queue pair when a doorbell was rung, as far as the kernel knew.
         pub sq_high_water: u64,
+        /// Dispatches that had to wait because a queue to this peer still named rows of the next staging slot; counted
+        /// per queue.
+        pub staging_full: u64,
         /// Zero.
-        pub reserved: [u64; 3],
+        pub reserved: [u64; 2],
     }
 }
 
