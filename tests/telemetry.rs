@@ -15,7 +15,7 @@ const SEEDS: std::ops::RangeInclusive<u64> = 1..=8;
 
 /// Counters of rank 0 towards rank 1.
 fn towards_peer(sim: &Sim) -> PeerTelemetry {
-    sim.at(0, 0).session.telemetry().unwrap().lanes[0].peers[1].clone()
+    sim.at(0, 0).session.telemetry().unwrap().lanes[0].peers[1]
 }
 
 /// One whole step under every seed.
@@ -54,8 +54,8 @@ fn a_full_staging_ring_is_counted() {
     assert!(roomy.iter().all(|peer| peer.ring_full == 0), "{roomy:?}");
 }
 
-/// Nothing of ours arrives at the peer, so no CQE comes; its credits do arrive. A ring of one has two staging slots: the
-/// third dispatch finds both taken.
+/// Nothing of ours arrives at the peer, so no CQE comes; its credits do arrive. A ring of one has two staging slots:
+/// the third dispatch finds both taken.
 #[test]
 fn a_dispatch_that_waits_for_its_staging_slot_is_counted() {
     for seed in SEEDS {
