@@ -62,6 +62,7 @@ mod hca;
 pub mod host_memory;
 pub mod host_qp;
 pub mod objects;
+pub mod shared_memory;
 
 pub use error::{CommandError, HcaError};
 pub use hca::{
