@@ -10,6 +10,7 @@ use std::fmt;
 use ibex_hca::control_region::ControlError;
 use ibex_hca::{CommandError, HcaError};
 
+use crate::bootstrap::BootstrapError;
 use crate::gpu::GpuError;
 use crate::ids::{Epoch, QpSlot, Rank};
 
@@ -47,6 +48,9 @@ pub enum Error {
     /// Control memory refused a block.
     #[error(transparent)]
     Control(ControlError),
+    /// Ranks in processes of their own did not find each other.
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
     /// A call to the operating system failed.
     #[error(transparent)]
     Os(#[from] OsError),

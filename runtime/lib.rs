@@ -52,6 +52,7 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+pub mod bootstrap;
 pub mod buffer;
 pub mod config;
 pub mod error;
