@@ -40,8 +40,10 @@ pub(super) enum FabricKind {
 
 /// Where ranks run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Hosts {
+pub(super) enum Hosts {
+    /// This host.
     Local,
+    /// A network namespace per host.
     Netns,
 }
 

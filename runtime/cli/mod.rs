@@ -15,6 +15,7 @@ use ibex::error::{ConfigError, Error};
 mod bench;
 mod flags;
 mod info;
+mod launch;
 mod plot;
 mod progress;
 mod table;
@@ -32,6 +33,8 @@ enum Command {
     /// Measure, and with --check verify.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Start ranks as processes, here or in network namespaces.
+    Launch(launch::Args),
     /// Show what this build and this machine offer, and what a configuration costs in memory.
     Info(info::Args),
 }
@@ -42,6 +45,8 @@ enum Outcome {
     Good,
     /// The run was carried out and found wrong rows, losses or violations.
     Wrong,
+    /// Processes were run and ended with this code.
+    Ended(u8),
 }
 
 /// Why a command gave no result.
@@ -56,6 +61,9 @@ enum CliError {
     /// A report file that cannot be written; found out before the run.
     #[error("cannot write {}: {source}", .path.display())]
     Output { path: PathBuf, source: std::io::Error },
+    /// Processes could not be started.
+    #[error(transparent)]
+    Launch(#[from] launch::LaunchError),
     /// The runtime refused or failed.
     #[error(transparent)]
     Runtime(#[from] Error),
@@ -77,7 +85,7 @@ impl CliError {
     /// 2 where the request was refused before anything ran, 1 where it failed.
     fn exit_code(&self) -> u8 {
         match self {
-            Self::NotBuilt { .. } | Self::Conflict { .. } | Self::Output { .. } => 2,
+            Self::NotBuilt { .. } | Self::Conflict { .. } | Self::Output { .. } | Self::Launch(_) => 2,
             Self::Runtime(Error::Config(_)) => 2,
             Self::Runtime(_) => 1,
         }
@@ -100,11 +108,13 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let result = match cli.command {
         Command::Bench(command) => bench::run(&command),
+        Command::Launch(args) => launch::run(&args).map(Outcome::Ended),
         Command::Info(args) => info::run(&args),
     };
     match result {
         Ok(Outcome::Good) => ExitCode::SUCCESS,
         Ok(Outcome::Wrong) => ExitCode::from(1),
+        Ok(Outcome::Ended(code)) => ExitCode::from(code),
         Err(error) => {
             eprintln!("ibex: {error}");
             ExitCode::from(error.exit_code())
