@@ -114,7 +114,7 @@ fn words_that_do_not_exist_are_refused() {
     refused(&["bench", "ep", "--tokens", "-3"], &["-3"]);
     refused(&["bench", "ep", "--iters", "0"], &["--iters", "0"]);
     refused(&["bench", "ep", "--frobnicate"], &["--frobnicate"]);
-    refused(&["launch"], &["launch"]);
+    refused(&["launch"], &["--ranks"]);
     refused(&["bench", "post", "--tokens", "3"], &["--tokens"]);
 }
 

@@ -165,7 +165,7 @@ mod tests {
         let line = complaint(&["ibex", "bench", "ep", "--tokens", "-1"]);
         assert!(!line.contains('\n') && line.contains("-1"), "{line}");
         let line = complaint(&["ibex", "launch"]);
-        assert!(!line.contains('\n') && line.contains("launch"), "{line}");
+        assert!(!line.contains('\n') && line.contains("--ranks"), "{line}");
     }
 
     #[test]
