@@ -16,6 +16,7 @@
 mod error;
 mod frame;
 mod headers;
+mod hidden_id;
 mod icrc;
 mod opcode;
 mod packet;
@@ -24,6 +25,7 @@ pub mod views;
 pub use error::WireError;
 pub use frame::{ETHERNET_LEN, Ecn, Flow, Frame, IPV4_LEN, IPV6_LEN, Ips, Link, ROCE_PORT, UDP_LEN};
 pub use headers::{Aeth, AtomicAckEth, AtomicEth, Bth, ImmDt, NakCode, Reth, Syndrome};
+pub use hidden_id::HiddenId;
 pub use icrc::ICRC_LEN;
 pub use opcode::{Class, Opcode, Part};
 pub(crate) use packet::pad_of;
