@@ -19,7 +19,7 @@ use ibex_abi::device_ctx::{
     MemberTable, PeerCtx, PeerTelemetry, QpDeviceCtx, SendCursor,
 };
 use ibex_abi::types::{Iova, Pd};
-use ibex_hca::{Access, Hca, MemoryRegion, Mkey};
+use ibex_hca::{Access, Hca, MemoryRegion, Mkey, destroyed};
 use zerocopy::IntoBytes;
 
 use crate::error::Error;
@@ -75,7 +75,7 @@ impl OwnedMkey {
     /// Gives the key back now, so that a refusal is seen; a retry is allowed.
     fn revoke(&mut self) -> Result<(), Error> {
         if self.is_live {
-            self.pd.hca.deregister(self.key)?;
+            destroyed(self.pd.hca.deregister(self.key))?;
             self.is_live = false;
         }
         Ok(())

@@ -133,6 +133,44 @@ fn live_objects(device: &EmulatedHca) -> Vec<(String, i64)> {
     counts.into_iter().collect()
 }
 
+/// Loses the reply of the k-th command on one device while `LOST` is replaced. A queue pair whose name is lost stays on
+/// the device, and with it the memory that it could write; all else is as after a refusal. Returns the command's kind
+/// and the bytes that stay taken; none if there is no such command.
+fn lose_reply(device: Rank, skip: u32) -> Option<(Op, u64)> {
+    let (rig, devices) = faulty_rig();
+    let faulty = &devices[device.index()];
+    let bytes = || rig.ranks().iter().map(|r| r.session.control_report().live_bytes).collect::<Vec<_>>();
+    whole_step(&rig, 0);
+    let before = bytes();
+    faulty.inject(Fault { op: None, skip, effect: Effect::LoseReply(Status::IntErr) });
+    let Err(error) = rig.world().replace_peer(LOST, Replacement::default()) else { return None };
+    let Error::Command(command) = &error else { panic!("command {skip}: {error:?}") };
+    assert!(bytes().iter().zip(&before).all(|(now, before)| now <= before), "command {skip}");
+    degraded_step(&rig, 1, &[Rank(0), Rank(1), LOST], without_lost);
+    rig.world().replace_peer(LOST, Replacement::default()).unwrap();
+    whole_step(&rig, 2);
+    let mut expected = before;
+    let kept = bytes()[device.index()] - expected[device.index()];
+    expected[device.index()] += kept;
+    assert_eq!(bytes(), expected, "command {skip}: {command}");
+    Some((command.op()?, kept))
+}
+
+#[test]
+fn any_reply_may_be_lost() {
+    for (device, num_pairs) in [(Rank(0), 1), (LOST, 2)] {
+        let lost: Vec<_> = (0..).map_while(|skip| lose_reply(device, skip)).collect();
+        let kept_after = |op| lost.iter().filter(move |(of, kept)| *of == op && *kept != 0).count();
+        for op in [Op::DestroyQp, Op::DestroyCq, Op::DestroyMkey, Op::DeallocUar, Op::ToErrQp, Op::ToRstQp] {
+            assert!(lost.contains(&(op, 0)), "{op:?} of {lost:?}");
+        }
+        // The control queue pair's memory is in a region of its own.
+        let num_kernel_driven = num_pairs * config().channels.unwrap() as usize;
+        assert_eq!(kept_after(Op::CreateQp), num_kernel_driven);
+        assert_eq!(lost.iter().filter(|(_, kept)| *kept != 0).count(), num_kernel_driven, "{lost:?}");
+    }
+}
+
 /// Refuses the k-th command on one device while `LOST` is replaced, for every k there is.
 fn refuse_every_command_on(device: Rank) {
     let (rig, devices) = faulty_rig();

@@ -12,7 +12,7 @@ use ibex_abi::device_ctx::{QpDeviceCtx, code};
 use ibex_abi::types::{CqNum, Eqn, Psn, QpNum};
 use ibex_hca::control_region::{Carved, ControlRegion};
 use ibex_hca::objects::{self, CqSpec, InitSpec, Place, QpSpec, RtrSpec, RtsSpec};
-use ibex_hca::{Access, DoorbellPage, Hca, MemoryKind, MemoryRegion, PortInfo};
+use ibex_hca::{Access, DoorbellPage, Hca, MemoryKind, MemoryRegion, PortInfo, destroyed};
 
 use super::QueueOffer;
 use super::control::{CONTROL_SQ_LOG, ControlQueue};
@@ -59,11 +59,11 @@ impl Queue {
                 objects::to_reset(hca, qpn)?;
                 self.is_reset = true;
             }
-            objects::destroy_qp(hca, qpn)?;
+            destroyed(objects::destroy_qp(hca, qpn))?;
             self.qpn = None;
         }
         if let Some(cqn) = self.cqn {
-            objects::destroy_cq(hca, cqn)?;
+            destroyed(objects::destroy_cq(hca, cqn))?;
             self.cqn = None;
         }
         Ok(())

@@ -109,3 +109,15 @@ pub enum HcaError {
         number: u64,
     },
 }
+
+/// Takes the answer to a destroy. An object that the device does not know is destroyed: the reply of an earlier attempt
+/// was lost, and the retry must not fail for ever.
+///
+/// # Errors
+/// Any other refusal: the object is still there.
+pub fn destroyed(answer: Result<(), HcaError>) -> Result<(), HcaError> {
+    match answer {
+        Err(HcaError::Command(refusal)) if refusal.status == Status::BadRes => Ok(()),
+        other => other,
+    }
+}

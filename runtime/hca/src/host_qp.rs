@@ -25,7 +25,7 @@ use ibex_abi::types::{CqNum, PathMtu, Pd, Psn, QpNum};
 
 use crate::control_region::{Carved, ControlError, ControlRegion};
 use crate::objects::{self, CqSpec, InitSpec, QpInfo, QpSpec, RecvSpec, RtrSpec, RtsSpec};
-use crate::{Access, DoorbellPage, Hca, HcaError, Path, PortAddress};
+use crate::{Access, DoorbellPage, Hca, HcaError, Path, PortAddress, destroyed};
 
 mod post;
 mod queue;
@@ -437,17 +437,22 @@ impl Core {
 impl Core {
     /// The queue pair first: the device keeps what it refers to.
     fn destroy(&mut self) -> Result<(), HcaError> {
+        self.destroy_queues()?;
+        if self.has_page {
+            destroyed(self.hca.free_doorbell(self.page))?;
+            self.has_page = false;
+        }
+        Ok(())
+    }
+
+    fn destroy_queues(&mut self) -> Result<(), HcaError> {
         if self.qpn.get() != 0 {
-            objects::destroy_qp(&*self.hca, self.qpn)?;
+            destroyed(objects::destroy_qp(&*self.hca, self.qpn))?;
             self.qpn = QpNum::new(0);
         }
         self.send_cq.destroy()?;
         if let Some(cq) = &mut self.recv_cq {
             cq.destroy()?;
-        }
-        if self.has_page {
-            self.hca.free_doorbell(self.page)?;
-            self.has_page = false;
         }
         Ok(())
     }
@@ -456,9 +461,10 @@ impl Core {
 impl Drop for Core {
     fn drop(&mut self) {
         // A page that is not given back is lost to the device, and harmless.
-        if self.destroy().is_err() && self.qpn.get() != 0 {
-            // The device may still write there: each piece keeps its bytes, and the region its memory.
-            // The completion queues find out by themselves that they are in use.
+        if self.destroy().is_err() && self.destroy_queues().is_err() {
+            // The device may still write there, also for a queue pair whose number was lost with the reply that named
+            // it: each piece keeps its bytes, and the region its memory. The completion queues find out by themselves
+            // that they are in use.
             self.rings.leak();
             self.record.leak();
         }

@@ -64,7 +64,7 @@ pub mod host_qp;
 pub mod objects;
 pub mod shared_memory;
 
-pub use error::{CommandError, HcaError};
+pub use error::{CommandError, HcaError, destroyed};
 pub use hca::{
     Access, AsyncEvent, DoorbellPage, Hca, HcaCaps, LinkLayer, MemoryKind, MemoryRegion, Mkey, Path,
     PathAddress, PortAddress, PortInfo, Umem,

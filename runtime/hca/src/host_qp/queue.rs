@@ -10,7 +10,7 @@ use ibex_abi::types::{CqNum, UarIdx};
 
 use super::{CqShape, create_cq};
 use crate::control_region::{Carved, ControlError, ControlRegion};
-use crate::{Hca, HcaError, objects};
+use crate::{Hca, HcaError, destroyed, objects};
 
 /// How work ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +108,7 @@ impl HostCq {
 
     pub(super) fn destroy(&mut self) -> Result<(), HcaError> {
         if !self.is_destroyed {
-            objects::destroy_cq(&*self.hca, self.num)?;
+            destroyed(objects::destroy_cq(&*self.hca, self.num))?;
             self.is_destroyed = true;
         }
         Ok(())
