@@ -436,3 +436,35 @@ fn generations_wrap_without_a_lost_step() {
         }
     }
 }
+
+/// Halves that run when a replacement begins end during its grace period, and move their rank's counters: the group goes
+/// on from there, not from what the counters said before.
+#[test]
+fn a_peer_may_be_replaced_while_halves_run() {
+    let mut num_caught = 0;
+    for seed in 1..=4 * SEEDS {
+        let mut sim = Sim::seeded(&tiny(), seed, 1);
+        for rank in 0..sim.num_ranks() {
+            sim.dispatch(rank, 0, Lane(0), &sim.at(rank, 0).stream, Halves::Both).unwrap();
+        }
+        sim.run_for(10 * seed);
+        let next_of = |rank: usize| sim.at(rank, 0).session.next_seq(Lane(0)).unwrap();
+        let before = next_of(0);
+        sim.world().replace_peer(Rank(1), Default::default()).unwrap();
+        let moved = next_of(0) != before;
+        sim.synchronize().unwrap();
+        if next_of(0) != next_of(1) {
+            // One of the two had not begun yet: this was not between two steps.
+            continue;
+        }
+        num_caught += u64::from(moved);
+        for iteration in 1..4 {
+            sim.load(0, seed, iteration);
+            sim.launch_step(0, CombineSource::ZeroCopy);
+            sim.synchronize().unwrap();
+            assert_eq!(sim.check(0), Flaws::default(), "seed {seed}, iteration {iteration}");
+        }
+    }
+    println!("halves were caught while they ran under {num_caught} seeds");
+    assert!(num_caught > 0);
+}
