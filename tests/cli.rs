@@ -155,6 +155,23 @@ fn help_and_version_are_no_errors() {
     }
 }
 
+/// One wrong byte a step, in a run that is right otherwise.
+#[test]
+fn a_wrong_byte_ends_a_checked_run_with_exit_code_1() {
+    let file = scratch("corrupt.json");
+    let mut args = small_with(&["--check", "--route", "ibgda", "--corrupt"]);
+    args.extend(["--json", file.to_str().unwrap()]);
+    let output = ibex(&args);
+    assert_eq!(exit_code(&output), 1, "{}{}", text(&output.stdout), text(&output.stderr));
+    assert!(text(&output.stdout).contains("4 wrong"), "{}", text(&output.stdout));
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    assert_eq!(
+        (&report["wrong"], &report["lost"], &report["unrung_wqes"]),
+        (&4.into(), &0.into(), &0.into())
+    );
+    refused(&small_with(&["--corrupt"]), &["--check"]);
+}
+
 #[test]
 fn a_checked_run_reports_every_key() {
     let report = bench_ep("keys", &["--check", "--route", "ibgda"]);

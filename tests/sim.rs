@@ -437,8 +437,8 @@ fn generations_wrap_without_a_lost_step() {
     }
 }
 
-/// Halves that run when a replacement begins end during its grace period, and move their rank's counters: the group goes
-/// on from there, not from what the counters said before.
+/// Halves that run when a replacement begins end during its grace period, and move their rank's counters: the group
+/// goes on from there, not from what the counters said before.
 #[test]
 fn a_peer_may_be_replaced_while_halves_run() {
     let mut num_caught = 0;

@@ -46,6 +46,9 @@ pub(in crate::cli) struct Args {
     /// Write a latency histogram as SVG.
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
+    /// Flip one bit of one output of rank 0 in every step, before it is checked: a test of the check itself.
+    #[arg(long, hide = true, requires = "check")]
+    corrupt: bool,
 }
 
 /// What a run measured.
@@ -63,7 +66,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     let config = args.shared.config()?;
     claim_output(args.json.as_deref())?;
     claim_output(args.plot.as_deref())?;
-    let bench = Bench::new(&args.shared, config)?;
+    let bench = Bench::new(&args.shared, config, args.corrupt)?;
     let samples = bench.run()?;
     bench.end();
     let report = bench.report(&samples)?;
@@ -96,6 +99,8 @@ struct Clock {
 
 struct Bench<'a> {
     flags: &'a Shared,
+    /// Outputs are corrupted before they are checked.
+    corrupt: bool,
     /// Per rank.
     clocks: Vec<Clock>,
     /// Per lane and rank; empty without `--graph`.
@@ -104,7 +109,7 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(flags: &'a Shared, config: ValidConfig) -> Result<Self, Error> {
+    fn new(flags: &'a Shared, config: ValidConfig, corrupt: bool) -> Result<Self, Error> {
         let is_simulation = flags.machine.fabric == FabricKind::Sim;
         let options = WorldOptions {
             doorbells: if flags.check { Doorbells::Strict } else { Doorbells::Record },
@@ -117,7 +122,7 @@ impl<'a> Bench<'a> {
             Clock { start: gpu.event(), end: gpu.event() }
         };
         let clocks = rig.ranks().iter().map(clock).collect();
-        let mut bench = Self { flags, clocks, graphs: Vec::new(), rig };
+        let mut bench = Self { flags, corrupt, clocks, graphs: Vec::new(), rig };
         if flags.graph {
             for lane in (0..flags.lanes).map(Lane) {
                 let capture = |rank| bench.capture(rank, lane);
@@ -217,6 +222,9 @@ impl<'a> Bench<'a> {
             Some(graphs) => rank.session.replay(&graphs[index].combine, &rank.stream),
             None => self.combine(rank, &handles[index]),
         })?;
+        if self.corrupt {
+            flip_bit(&self.rig.ranks()[0])?;
+        }
         if self.flags.check {
             *verdict += self.check(inputs)?;
         } else {
@@ -347,4 +355,12 @@ impl<'a> Bench<'a> {
         }
         Some(median(samples_us)? / floor_us.filter(|floor| *floor > 0.0)?)
     }
+}
+
+/// Flips one bit of the first output.
+fn flip_bit(rank: &RigRank) -> Result<(), Error> {
+    let (gpu, addr) = (rank.session.gpu(), rank.tensors.out.addr());
+    let mut byte = [0];
+    gpu.read(addr, &mut byte)?;
+    Ok(gpu.write(addr, &[byte[0] ^ 0x40])?)
 }
