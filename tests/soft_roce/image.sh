@@ -22,18 +22,25 @@ need() {
 }
 
 # Debian's linux-image-amd64 is an empty package; the kernel is what it depends on.
+kernel_package() {
+  apt-cache depends linux-image-amd64 2>/dev/null |
+    sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p' | head -n 1
+}
+
 fetch() {
   need apt-get:apt apt-cache:apt
-  local package
-  package=$(apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p' | head -n 1)
-  if [[ -z $package ]]; then
-    echo "apt knows no linux-image-amd64: run apt-get update" >&2
-    exit 3
-  fi
   cd "$1"
-  compgen -G "${package}_*.deb" >/dev/null && return 0
-  rm -f linux-image-*.deb
-  apt-get download -qq "$package" 2>fetch.log || { cat fetch.log >&2; exit 3; }
+  local package attempt
+  for attempt in known updated; do
+    package=$(kernel_package)
+    [[ -n $package ]] && compgen -G "${package}_*.deb" >/dev/null && return 0
+    rm -f linux-image-*.deb
+    [[ -n $package ]] && apt-get download -qq "$package" 2>fetch.log && return 0
+    # What apt knows may be older than what its servers still have.
+    [[ $attempt == known ]] && apt-get update -qq 2>>fetch.log
+  done
+  echo "apt-get could not download ${package:-what linux-image-amd64 depends on} (see $1/fetch.log)" >&2
+  exit 3
 }
 
 # copy_program ROOT FILE PLACE: the file to its place in the guest, and the libraries it is linked with to theirs.

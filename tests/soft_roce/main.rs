@@ -1,0 +1,119 @@
+//! Linux' soft-RoCE as a peer, in a guest of its own: it judges our packets, and our device judges it.
+//!
+//! ```text
+//!   network namespace of the test                      guest (QEMU, Debian's kernel, image.sh)
+//!   +--------------------------------+                 +----------------------------------+
+//!   | this binary        tap0 -------|----- link ------|- eth0 - rxe0      peer (peer.c)  |
+//!   |   10.77.0.1  fd77::1           |                 |         10.77.0.2   fd77::2      |
+//!   |   10.77.0.3  fd77::3           |-- serial line --|------------------------^         |
+//!   +--------------------------------+                 +----------------------------------+
+//! ```
+//!
+//! The visible test prepares the image and runs this binary again inside fresh namespaces; when that process
+//! ends, however it ends, the kernel takes guest, link and namespaces with it. Wants root (or what else may
+//! make a network namespace and a tap device), qemu, and what `image.sh` wants; says what is missing.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
+
+use std::io::Write;
+use std::net::IpAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::Command;
+
+mod guest;
+mod packets;
+mod raw;
+
+use guest::{GUEST_V4, GUEST_V6, Guest, LINK_MTU};
+use raw::Raw;
+
+const TAP: &str = "tap0";
+/// Addresses of the test: the first pair is the emulated device's, the second speaks packet by packet.
+const RAW_V4: &str = "10.77.0.3";
+const RAW_V6: &str = "fd77::3";
+/// Addresses with their prefixes.
+const OWN: [&str; 4] = ["10.77.0.1/24", "10.77.0.3/24", "fd77::1/64", "fd77::3/64"];
+/// Tells the inner run where the image is.
+const IMAGE: &str = "IBEX_SOFT_ROCE_IMAGE";
+
+/// Says why a test skipped, straight to stderr: the runner hides what a passing test prints.
+fn say_skipped(why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED: soft-RoCE: {why}");
+}
+
+#[test]
+fn linux_soft_roce_and_we_agree() {
+    if let Err(error) = Command::new("qemu-system-x86_64").arg("--version").output() {
+        return say_skipped(&format!("no qemu-system-x86_64 ({error}): apt-get install qemu-system-x86"));
+    }
+    let namespaces = ["--net", "--pid", "--fork", "--kill-child"];
+    let probe = "ip tuntap add tap0 mode tap";
+    match Command::new("unshare").args(namespaces).args(["sh", "-c", probe]).output() {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            let why = String::from_utf8_lossy(&output.stderr);
+            return say_skipped(&format!(
+                "no namespace with a tap device here (root is needed): {}",
+                why.trim()
+            ));
+        }
+        Err(error) => return say_skipped(&format!("no unshare ({error}): apt-get install util-linux")),
+    }
+    let image = match guest::image() {
+        Ok(image) => image,
+        Err(why) => return say_skipped(&why),
+    };
+    let output = Command::new("unshare")
+        .args(namespaces)
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "inside_the_namespaces", "--ignored", "--nocapture"])
+        .env(IMAGE, image)
+        .output()
+        .unwrap();
+    let log = [output.stdout, output.stderr].concat();
+    let log = String::from_utf8_lossy(&log);
+    print!("{log}");
+    assert!(output.status.success() && log.contains("1 passed"), "see above");
+}
+
+/// Everything on the link is ours: two addresses of each family on a tap device.
+fn set_up_link() {
+    let ip = |args: &str| {
+        let output = Command::new("ip").args(args.split(' ')).output().unwrap();
+        assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    ip("link set lo up");
+    ip(&format!("tuntap add {TAP} mode tap"));
+    ip(&format!("link set {TAP} mtu {LINK_MTU} up"));
+    for addr in OWN {
+        let no_wait = if addr.contains(':') { " nodad" } else { "" };
+        ip(&format!("addr add {addr} dev {TAP}{no_wait}"));
+    }
+}
+
+#[test]
+#[ignore = "linux_soft_roce_and_we_agree runs it inside namespaces of its own"]
+fn inside_the_namespaces() {
+    let image = PathBuf::from(std::env::var_os(IMAGE).expect("the visible test sets it"));
+    set_up_link();
+    let mut guest = Guest::boot(&image, TAP);
+    let mut failed = Vec::new();
+    let addr = |text: &str| text.parse::<IpAddr>().unwrap();
+    let mut links = [Raw::bind(addr(RAW_V4), addr(GUEST_V4)), Raw::bind(addr(RAW_V6), addr(GUEST_V6))];
+    for raw in &mut links {
+        for (name, check) in packets::CHECKS {
+            let name = format!("{}: {name}", raw.own());
+            run(&name, &mut failed, || check(&mut guest, raw));
+        }
+    }
+    assert!(failed.is_empty(), "failed: {failed:#?}");
+}
+
+/// One check's failure does not hide the others'.
+fn run(name: &str, failed: &mut Vec<String>, check: impl FnOnce()) {
+    let ended = catch_unwind(AssertUnwindSafe(check));
+    println!("{} {name}", if ended.is_ok() { "ok    " } else { "FAILED" });
+    if ended.is_err() {
+        failed.push(name.to_owned());
+    }
+}
