@@ -305,12 +305,13 @@ impl PeerQueues {
         let Some(qpn) = queue.qpn else { return Ok(None) };
         let hca = &*self.hca;
         let depth = hca.caps().log_max_rd_atomic.min(4);
+        let path = hca.resolve(&port.address())?;
         let rtr = RtrSpec {
             qpn,
             remote_qpn: offer.qpn,
             rq_psn: offer.psn,
-            path: hca.resolve(&port.address())?,
-            mtu: hca.port().mtu.min(port.mtu),
+            mtu: path.mtu.min(port.mtu),
+            path,
             min_rnr_nak: MIN_RNR_NAK,
             log_rra_max: depth,
         };

@@ -4,6 +4,7 @@ use ibex_abi::prm::{Op, Status};
 use ibex_abi::types::QpState;
 
 use crate::emulated::AdvertError;
+use crate::emulated::switch::PlanLimit;
 
 /// A PRM command that did not complete with status OK.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +55,9 @@ pub enum HcaError {
     /// The advert of a port of another process was refused, or could not be made.
     #[error(transparent)]
     Advert(#[from] AdvertError),
+    /// A fault plan is not one.
+    #[error(transparent)]
+    Plan(#[from] PlanLimit),
     /// The operating system refused a call.
     #[error("{call} failed with errno {errno}")]
     Os {

@@ -5,7 +5,10 @@
 use std::sync::Arc;
 
 use ibex_hca::contract::{CASES, World};
-use ibex_hca::emulated::{Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, Placement};
+use ibex_hca::emulated::switch::FaultPlan;
+use ibex_hca::emulated::{
+    Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, Placement, UdpConfig,
+};
 use ibex_hca::{Hca, LinkLayer, Nanos};
 
 struct Emulated {
@@ -128,4 +131,86 @@ fn a_device_stepped_in_pieces_keeps_the_contract() {
 #[test]
 fn a_device_that_places_writes_in_any_order_keeps_the_contract() {
     seeded_suite(Placement::WritesAnyOrder, 10..13);
+}
+
+/// Two devices that exchange packets, on one virtual clock.
+struct Packets {
+    devices: Emulated,
+    /// Packets may be on their way for a moment of real time.
+    real: bool,
+}
+
+impl Packets {
+    fn switched() -> Self {
+        let fabric = Fabric::switched(FabricConfig::default(), FaultPlan::default()).unwrap();
+        Self::of([Arc::clone(&fabric), fabric], false)
+    }
+
+    /// Two sockets, or none where the machine lacks the address.
+    fn udp(ip: &str) -> Option<Self> {
+        let bind = std::net::SocketAddr::new(ip.parse().unwrap(), 0);
+        let fabric = || Fabric::udp(UdpConfig { bind, ..UdpConfig::new(bind.ip()) });
+        match (fabric(), fabric()) {
+            (Ok(near), Ok(far)) => {
+                let made = Self::of([near, far], true);
+                let [near, far] = &made.devices.hcas;
+                far.fabric().admit(&near.fabric().advert(near.port_id()).unwrap()).unwrap();
+                near.fabric().admit(&far.fabric().advert(far.port_id()).unwrap()).unwrap();
+                Some(made)
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                println!("SKIPPED: no socket on {ip}: {error}; give the loopback interface that address");
+                None
+            }
+        }
+    }
+
+    fn of(fabrics: [Arc<Fabric>; 2], real: bool) -> Self {
+        let hcas = fabrics.map(|fabric| EmulatedHca::new(fabric, EmulatedConfig::default()).unwrap());
+        Self { devices: Emulated { hcas, now: Nanos(0) }, real }
+    }
+}
+
+impl World for Packets {
+    fn hca(&self, end: usize) -> Arc<dyn Hca> {
+        self.devices.hca(end)
+    }
+
+    fn settle(&mut self, nanos: u64) {
+        let end = self.devices.now.plus(nanos);
+        loop {
+            let steps = [0, 1].map(|device: usize| self.devices.hcas[device].step(self.devices.now));
+            let arrives = |hca: &Arc<EmulatedHca>| self.real && hca.fabric().wait_for_arrivals(20_000);
+            if steps.iter().any(|step| step.did_work) || self.devices.hcas.iter().any(arrives) {
+                continue;
+            }
+            match steps.iter().filter_map(|step| step.next_deadline).min() {
+                Some(at) if at <= end => self.devices.now = at,
+                _ => break,
+            }
+        }
+    }
+
+    fn has_masked_atomics(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_device_that_sends_frames_through_a_switch_keeps_the_contract() {
+    for (name, case) in CASES {
+        println!("{name}");
+        case(&mut Packets::switched());
+    }
+}
+
+#[test]
+fn a_device_that_sends_packets_through_sockets_keeps_the_contract() {
+    for ip in ["127.0.0.1", "::1"] {
+        for (name, case) in CASES {
+            println!("{ip} {name}");
+            let Some(mut world) = Packets::udp(ip) else { break };
+            case(&mut world);
+        }
+    }
 }

@@ -29,6 +29,11 @@ pub trait World {
 
     /// Lets the devices work until nothing more happens, passing time as timers need, at most `nanos`.
     fn settle(&mut self, nanos: u64);
+
+    /// Whether masked atomics reach the other device: RoCEv2 has no packets for them.
+    fn has_masked_atomics(&self) -> bool {
+        true
+    }
 }
 
 /// A case of the suite.

@@ -1,6 +1,6 @@
 //! What each operation does when nothing is wrong.
 
-use ibex_abi::cqe::CqeOpcode;
+use ibex_abi::cqe::{CqeOpcode, Syndrome};
 use ibex_abi::wqe::{AtomicOp, CqUpdate, CtrlFlags, FenceMode, Request};
 
 use super::{PATIENCE_NS, Rig, SIGNALED, World, atomic, connected, gather, inline, pattern, write};
@@ -125,6 +125,9 @@ pub(super) fn atomics_return_the_old_value(world: &mut dyn World) {
 }
 
 pub(super) fn masked_atomics_respect_their_masks(world: &mut dyn World) {
+    if !world.has_masked_atomics() {
+        return masked_atomics_without_packets_fail_locally(world);
+    }
     let [mut near, far] = connected(world, Rig::default());
     far.put(0, &0x0000_00ff_ffff_0001_u64.to_ne_bytes());
     let add =
@@ -165,6 +168,22 @@ impl Posted for Result<u16, crate::host_qp::PostError> {
     fn expect_posted(self) {
         self.expect("room in the send queue");
     }
+}
+
+fn masked_atomics_without_packets_fail_locally(world: &mut dyn World) {
+    let [mut near, far] = connected(world, Rig::default());
+    // A mask that hides nothing is the plain operation.
+    let add = AtomicOp::MaskedFetchAdd64 { add: 3, field_boundary: 0 };
+    let request = atomic(far.remote(0), add, near.data(64, 8));
+    near.qp().post(SIGNALED, request).expect_posted();
+    world.settle(PATIENCE_NS);
+    near.good();
+    let add = AtomicOp::MaskedFetchAdd64 { add: 3, field_boundary: 1 << 31 };
+    let request = atomic(far.remote(0), add, near.data(64, 8));
+    near.qp().post(SIGNALED, request).expect_posted();
+    world.settle(PATIENCE_NS);
+    near.failed(Syndrome::LOCAL_QP_OP);
+    assert_eq!(far.get(0, 8), 3_u64.to_ne_bytes());
 }
 
 pub(super) fn a_nop_completes(world: &mut dyn World) {

@@ -53,6 +53,70 @@ pub struct DeviceCounters {
     pub dropped_events: u64,
     /// The first error completion of this device.
     pub first_error: Option<FirstError>,
+    /// What it did with packets; all zero on a fabric that carries none.
+    pub packets: PacketCounters,
+}
+
+/// Packets of a device, and why some were dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PacketCounters {
+    /// Packets sent.
+    pub sent: u64,
+    /// Of these, packets of requests sent again.
+    pub sent_again: u64,
+    /// Packets that the network below refused.
+    pub unsent: u64,
+    /// Packets that arrived.
+    pub received: u64,
+    /// Dropped: the ICRC is wrong.
+    pub bad_icrc: u64,
+    /// Dropped: not RoCEv2, or not for this port.
+    pub malformed: u64,
+    /// Dropped: there is no such queue pair.
+    pub unknown_qp: u64,
+    /// Dropped: from another address than the queue pair is connected to.
+    pub wrong_source: u64,
+    /// Dropped: another partition.
+    pub wrong_pkey: u64,
+    /// Dropped: its queue pair does not take it in its state.
+    pub unexpected: u64,
+    /// Requests refused with a negative acknowledgement: a bad key, range, right or sequence of opcodes.
+    pub refused: u64,
+}
+
+/// The live counters of packets.
+#[derive(Debug, Default)]
+pub(super) struct Packets {
+    pub(super) sent: AtomicU64,
+    pub(super) sent_again: AtomicU64,
+    pub(super) unsent: AtomicU64,
+    pub(super) received: AtomicU64,
+    pub(super) bad_icrc: AtomicU64,
+    pub(super) malformed: AtomicU64,
+    pub(super) unknown_qp: AtomicU64,
+    pub(super) wrong_source: AtomicU64,
+    pub(super) wrong_pkey: AtomicU64,
+    pub(super) unexpected: AtomicU64,
+    pub(super) refused: AtomicU64,
+}
+
+impl Packets {
+    fn snapshot(&self) -> PacketCounters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PacketCounters {
+            sent: read(&self.sent),
+            sent_again: read(&self.sent_again),
+            unsent: read(&self.unsent),
+            received: read(&self.received),
+            bad_icrc: read(&self.bad_icrc),
+            malformed: read(&self.malformed),
+            unknown_qp: read(&self.unknown_qp),
+            wrong_source: read(&self.wrong_source),
+            wrong_pkey: read(&self.wrong_pkey),
+            unexpected: read(&self.unexpected),
+            refused: read(&self.refused),
+        }
+    }
 }
 
 /// The live counters.
@@ -71,6 +135,7 @@ pub(super) struct Counters {
     pub(super) unrung_wqes: AtomicU64,
     pub(super) late_doorbells: AtomicU64,
     pub(super) dropped_events: AtomicU64,
+    pub(super) packets: Packets,
     first_error: Mutex<Option<FirstError>>,
 }
 
@@ -104,6 +169,7 @@ impl Counters {
             late_doorbells: read(&self.late_doorbells),
             dropped_events: read(&self.dropped_events),
             first_error: *self.first_error.lock(),
+            packets: self.packets.snapshot(),
         }
     }
 }

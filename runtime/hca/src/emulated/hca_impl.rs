@@ -128,10 +128,8 @@ impl Hca for EmulatedHca {
                 udp_sport: 0xc000,
             },
         };
-        if self.fabric.locate(&to).is_none() {
-            return Err(HcaError::Unreachable { reason: "no port has this address" });
-        }
-        Ok(Path { port_num: self.port.port_num, sl: 0, to, mtu: self.port.mtu })
+        let mtu = self.fabric.path_mtu(self.fabric_port(), &to)?;
+        Ok(Path { port_num: self.port.port_num, sl: 0, to, mtu })
     }
 
     fn exec(&self, input: &[u8], output: &mut [u8]) -> Result<(), CommandError> {

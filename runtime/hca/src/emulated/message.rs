@@ -149,6 +149,35 @@ impl Payload<'_> {
         });
     }
 
+    /// As [`gather`](Self::gather), into bytes that the device owns.
+    pub(super) fn gather_into(&self, offset: u64, to: &mut [u8]) {
+        self.walk(offset, to.len() as u64, |segment, from, at, len| {
+            // CAST: positions inside `to` and inside inline data.
+            let (from_at, at, len_at) = (from as usize, at as usize, len as usize);
+            let into = &mut to[at..at + len_at];
+            match segment {
+                Segment::Inline(bytes) => into.copy_from_slice(&bytes[from_at..from_at + len_at]),
+                Segment::Data(seg) => {
+                    if let Ok(source) = self.reach(seg, Want::LocalRead) {
+                        source.read(from, into);
+                    }
+                }
+            }
+        });
+    }
+
+    /// As [`scatter`](Self::scatter), from bytes that the device owns.
+    pub(super) fn scatter_from(&self, offset: u64, from: &[u8]) {
+        self.walk(offset, from.len() as u64, |segment, into, at, len| {
+            if let Segment::Data(seg) = segment
+                && let Ok(target) = self.reach(seg, Want::LocalWrite)
+            {
+                // CAST: positions inside `from`.
+                target.write(into, &from[at as usize..(at + len) as usize]);
+            }
+        });
+    }
+
     /// Calls `each(segment, offset in segment, offset in range, length)` over a range of the payload.
     #[inline]
     fn walk(&self, offset: u64, len: u64, mut each: impl FnMut(Segment<'_>, u64, u64, u64)) {

@@ -19,11 +19,13 @@
 //! Rust values. It is strict: what hardware refuses is refused, with the same status, syndrome and CQE.
 
 mod atomics;
+mod capture;
 mod commands;
 mod counters;
 mod cq;
 mod doorbell;
 mod fabric;
+mod frames;
 mod hca_impl;
 mod memory;
 mod message;
@@ -36,6 +38,7 @@ mod stepping;
 pub mod switch;
 mod thread;
 mod trace;
+mod udp;
 mod umem;
 
 use std::collections::{HashMap, VecDeque};
@@ -45,13 +48,15 @@ use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::{QpNum, QpState};
 use parking_lot::{Mutex, RwLock};
 
+pub use capture::{Capture, Origin};
 pub use commands::CommandSyndrome;
-pub use counters::{DeviceCounters, FirstError};
+pub use counters::{DeviceCounters, FirstError, PacketCounters};
 pub use fabric::advert::{AdvertError, AdvertKind};
 pub use fabric::{Fabric, FabricConfig, PORTS_MAX, PathState, Placement, PortId};
 pub use stepping::Step;
 pub use thread::{Backoff, DeviceThread};
 pub use trace::{CommandRecord, ObjectKind, TRACE_MAX};
+pub use udp::{Offloads, UdpConfig};
 
 use crate::{AsyncEvent, HcaCaps, HcaError, LinkLayer, Nanos, PortInfo};
 use commands::Objects;
@@ -59,6 +64,7 @@ use counters::Counters;
 use cq::{Cq, Entry, Overrun};
 use doorbell::Uar;
 use fabric::Port;
+use frames::Station;
 use mkeys::MkeyTable;
 use qp::Qp;
 use requester::complete::Failure;
@@ -114,6 +120,8 @@ pub struct EmulatedHca {
     port: PortInfo,
     fabric: Arc<Fabric>,
     fabric_port: Arc<Port>,
+    /// Sends and receives packets, where the fabric carries them.
+    station: Option<Station>,
     objects: Mutex<Objects>,
     keys: RwLock<MkeyTable>,
     qps: Mutex<Arc<QpTable>>,
@@ -135,17 +143,18 @@ impl EmulatedHca {
     pub fn new(fabric: Arc<Fabric>, config: EmulatedConfig) -> Result<Arc<Self>, HcaError> {
         let mut refused = None;
         let device = Arc::new_cyclic(|this| {
-            let make = |id| {
-                let (lid, gid, mac) = fabric.addresses(id, config.link);
-                let mtu = fabric.config().mtu;
-                PortInfo { port_num: 1, link: config.link, lid, gid, gid_index: 0, mac, mtu }
-            };
+            let make = |id| fabric.port_info(id, config.link);
             let fabric_port = fabric.attach(this, make).unwrap_or_else(|error| {
                 refused = Some(error);
                 Arc::new(Port::detached(make(PortId(0))))
             });
+            let station = fabric.station(&fabric_port).unwrap_or_else(|error| {
+                refused.get_or_insert(error);
+                None
+            });
             Self {
                 config,
+                station,
                 caps: default_caps(config.link),
                 port: *fabric_port.info(),
                 fabric: Arc::clone(&fabric),

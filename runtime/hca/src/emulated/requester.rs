@@ -21,6 +21,7 @@ use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::{PathMtu, Psn, QpNum};
 use ibex_abi::wqe::{CqUpdate, CtrlSeg};
 
+use super::frames::PacketRequester;
 use super::message::Reply;
 use super::qp::Qp;
 use super::{EmulatedHca, Nanos};
@@ -190,6 +191,8 @@ pub(super) struct Requester {
     pub(super) ack_deadline: Option<Nanos>,
     pub(super) not_ready_until: Option<Nanos>,
     pub(super) far: Option<Far>,
+    /// The state machine on packets, where the fabric carries them.
+    pub(super) packets: Option<Box<PacketRequester>>,
 }
 
 impl Default for Requester {
@@ -205,6 +208,7 @@ impl Default for Requester {
             ack_deadline: None,
             not_ready_until: None,
             far: None,
+            packets: None,
         }
     }
 }

@@ -12,13 +12,14 @@
 use std::collections::VecDeque;
 
 use ibex_abi::cqe::{Cqe64, CqeOpcode, ErrorCqe, OpOwn, Syndrome, VendorSyndrome};
-use ibex_abi::types::{Psn, QpNum, QpState};
+use ibex_abi::types::{PathMtu, Psn, QpNum, QpState};
 use ibex_abi::wqe::{AtomicOp, recv_segments};
 use zerocopy::byteorder::big_endian::U32;
 
 use super::atomics;
 use super::counters::{FirstError, add};
 use super::fabric::Placement;
+use super::frames::PacketResponder;
 use super::memory::Span;
 use super::message::{Nak, Payload, Piece, Reply, Request, RequestOp, Target};
 use super::mkeys::{MkeyTable, Want};
@@ -53,6 +54,10 @@ pub(super) struct Responder {
     receive: Option<Box<Receive>>,
     atomics: VecDeque<(Psn, u64)>,
     asked_again: bool,
+    /// MTU of the path, from INIT2RTR.
+    pub(super) mtu: Option<PathMtu>,
+    /// The state machine on packets, where the fabric carries them.
+    pub(super) packets: Option<Box<PacketResponder>>,
 }
 
 impl Default for Responder {
@@ -68,6 +73,8 @@ impl Default for Responder {
             receive: None,
             atomics: VecDeque::new(),
             asked_again: false,
+            mtu: None,
+            packets: None,
         }
     }
 }
@@ -82,7 +89,7 @@ pub(super) struct Surroundings<'a> {
 }
 
 /// Why a message cannot be executed now, or ever.
-enum Stop {
+pub(super) enum Stop {
     NotReady,
     Refuse(Nak),
 }
@@ -193,7 +200,9 @@ impl Responder {
                 if let Some(imm) = imm {
                     self.open_receive(around)?;
                     let kind = CqeOpcode::RespWriteImm;
-                    self.complete_receive(around, request, kind, Some(imm))?;
+                    // CAST: a message is at most 2^31 bytes.
+                    let len = request.len as u32;
+                    self.complete_receive(around, len, request.solicited, kind, Some(imm))?;
                 }
             }
             RequestOp::Send { imm } => {
@@ -203,7 +212,8 @@ impl Responder {
                     return Ok(Reply::Ack { next: self.expected });
                 }
                 let kind = if imm.is_some() { CqeOpcode::RespSendImm } else { CqeOpcode::RespSend };
-                self.complete_receive(around, request, kind, imm)?;
+                // CAST: as above.
+                self.complete_receive(around, request.len as u32, request.solicited, kind, imm)?;
             }
             RequestOp::Read { from } => {
                 let memory = self.readable(around, from, request.len, piece)?;
@@ -299,7 +309,7 @@ impl Responder {
     }
 
     /// Takes the next receive WQE for the current message, unless it has one.
-    fn open_receive(&mut self, around: &Surroundings<'_>) -> Result<(), Stop> {
+    pub(super) fn open_receive(&mut self, around: &Surroundings<'_>) -> Result<(), Stop> {
         if self.receive.is_some() {
             return Ok(());
         }
@@ -331,6 +341,19 @@ impl Responder {
             Piece::Part { offset, len } => (offset, offset + len),
             Piece::End => return Ok(()),
         };
+        self.scatter_receive(around, start, end, request.len, |from, memory| payload.gather(from, memory))
+    }
+
+    /// Calls `place` for the memory of each part of bytes `[start, end)` of a message, of which at least
+    /// `whole` bytes are known to come.
+    pub(super) fn scatter_receive(
+        &mut self,
+        around: &Surroundings<'_>,
+        start: u64,
+        end: u64,
+        whole: u64,
+        mut place: impl FnMut(u64, Span),
+    ) -> Result<(), Stop> {
         let Some(receive) = &self.receive else {
             return Err(Stop::NotReady);
         };
@@ -342,13 +365,13 @@ impl Responder {
                 let va = seg.addr.get().wrapping_add(from - at);
                 let lkey = seg.lkey.get();
                 match around.keys.reach(around.qp.layout.pd, lkey, va, to - from, Want::LocalWrite) {
-                    Ok(memory) => payload.gather(from, memory),
+                    Ok(memory) => place(from, memory),
                     Err(_) => outcome = Err((Syndrome::LOCAL_PROT, Nak::RemoteOperation)),
                 }
             }
             at += size;
         }
-        if request.len > at {
+        if whole > at {
             outcome = Err((Syndrome::LOCAL_LENGTH, Nak::InvalidRequest));
         }
         outcome.map_err(|(syndrome, nak)| {
@@ -357,10 +380,12 @@ impl Responder {
         })
     }
 
-    fn complete_receive(
+    /// Completes the open receive with a message of `len` bytes.
+    pub(super) fn complete_receive(
         &mut self,
         around: &Surroundings<'_>,
-        request: &Request,
+        len: u32,
+        solicited: bool,
         kind: CqeOpcode,
         imm: Option<u32>,
     ) -> Result<(), Stop> {
@@ -368,10 +393,8 @@ impl Responder {
             return Ok(());
         };
         let layout = &around.qp.layout;
-        // CAST: a message is at most 2^31 bytes.
-        let len = request.len as u32;
         let mut cqe = Cqe64::new(0, layout.num, len, receive.idx, OpOwn::new(kind, false));
-        cqe.word.op_own |= u8::from(request.solicited) << 1;
+        cqe.word.op_own |= u8::from(solicited) << 1;
         cqe.srqn_uidx = U32::new(layout.user_index);
         cqe.imm_inval_pkey = U32::new(imm.unwrap_or(0));
         cqe.timestamp = around.now.0.into();
@@ -389,7 +412,7 @@ impl Responder {
     }
 
     /// Moves the queue pair to ERR and says why.
-    fn fail(&mut self, around: &Surroundings<'_>, nak: Nak) {
+    pub(super) fn fail(&mut self, around: &Surroundings<'_>, nak: Nak) {
         let qpn = around.qp.num();
         around.qp.set_state(QpState::Err);
         around.device.post_event(match nak {

@@ -50,6 +50,9 @@ impl EmulatedHca {
         if self.is_strict() {
             self.scan_doorbells();
         }
+        if let Some(station) = &self.station {
+            return station.step(self, now);
+        }
         step.merge(self.fabric().take_arrivals(self, now));
         for qp in &self.qp_table().list {
             step.merge(self.step_qp(qp, now));
@@ -131,6 +134,8 @@ impl EmulatedHca {
         }
         match self.fabric().medium() {
             Medium::Inproc => self.send_inproc(qp, &mut requester, now),
+            // Packets are the station's.
+            Medium::Switched(_) | Medium::Udp(_) => Turn::default(),
         }
     }
 

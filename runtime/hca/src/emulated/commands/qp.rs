@@ -168,6 +168,7 @@ impl EmulatedHca {
         }
         let remote_qpn = QpNum::new(get32(context, qpc::REMOTE_QPN));
         responder.from = Some((to, remote_qpn));
+        responder.mtu = Some(mtu);
         responder.expected = Psn::new(get32(context, qpc::NEXT_RCV_PSN));
         responder.min_rnr_nak = get8(context, qpc::MIN_RNR_NAK);
         responder.log_max_reads = get8(context, qpc::LOG_RRA_MAX);

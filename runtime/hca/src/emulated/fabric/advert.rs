@@ -90,7 +90,6 @@ const _: () = assert!(size_of::<Head>() == 36);
 ///
 /// # Panics
 /// PANIC: if `body` is 64 KiB or longer; bodies are of fixed size.
-#[cfg_attr(not(test), expect(dead_code, reason = "no fabric of this build spans processes yet"))]
 pub(super) fn seal(kind: AdvertKind, port: &PortInfo, body: &[u8]) -> Vec<u8> {
     let body_len = u16::try_from(body.len()).expect("an advert's body is short");
     let head = Head {
@@ -112,7 +111,6 @@ pub(super) fn seal(kind: AdvertKind, port: &PortInfo, body: &[u8]) -> Vec<u8> {
 }
 
 /// Takes an advert of `kind` apart.
-#[cfg_attr(not(test), expect(dead_code, reason = "no fabric of this build spans processes yet"))]
 pub(super) fn open(kind: AdvertKind, bytes: &[u8]) -> Result<(PortInfo, &[u8]), AdvertError> {
     let len = bytes.len() as u64;
     let malformed = |what| AdvertError::Malformed { what, len };

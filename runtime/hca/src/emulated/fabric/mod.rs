@@ -15,17 +15,23 @@ pub(super) mod advert;
 pub(super) mod inproc;
 mod port;
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
 
 use ibex_abi::types::{Gid, Lid, Mac, PathMtu, Psn};
 use parking_lot::RwLock;
 
 use super::EmulatedHca;
+use super::capture::Capture;
+use super::frames::switched::{self, Exchange};
+use super::frames::{Station, ip_of};
 use super::message::{Payload, Piece, Reply, Request, Target};
 use super::requester::plain::Source;
 use super::requester::send::Turn;
+use super::switch::{FaultCounts, FaultPlan, Switch};
+use super::udp::{Endpoint, Offloads, UdpConfig};
 use crate::{HcaError, LinkLayer, Nanos, PathAddress, PortInfo};
-use advert::AdvertError;
+use advert::{AdvertError, AdvertKind};
 pub(super) use port::Port;
 
 /// Most ports on one fabric.
@@ -95,6 +101,10 @@ pub(super) trait Wire {
 pub(super) enum Medium {
     /// Direct calls between the devices of this process.
     Inproc,
+    /// Frames through a simulated switch, between the devices of this process.
+    Switched(Arc<Exchange>),
+    /// Packets through a UDP socket; one port of this process, others by advert.
+    Udp(Arc<Endpoint>),
 }
 
 /// A set of ports and the paths between them.
@@ -110,6 +120,66 @@ impl Fabric {
     #[must_use]
     pub fn inproc(config: FabricConfig) -> Arc<Self> {
         Arc::new(Self { config, medium: Medium::Inproc, ports: RwLock::default() })
+    }
+
+    /// A fabric within this process whose ports exchange frames through a switch that follows `plan`.
+    ///
+    /// Devices on it are driven on one clock, virtual or real; their ports are Ethernet ports.
+    ///
+    /// # Errors
+    /// [`HcaError::Plan`] if a value of the plan is out of its range.
+    pub fn switched(config: FabricConfig, plan: FaultPlan) -> Result<Arc<Self>, HcaError> {
+        let medium = Medium::Switched(Exchange::new(Switch::new(plan, switched::LATENCY)?));
+        Ok(Arc::new(Self { config, medium, ports: RwLock::default() }))
+    }
+
+    /// A fabric of one port of this process, which is a UDP socket, and of those it admits.
+    ///
+    /// # Errors
+    /// [`HcaError::Plan`], [`HcaError::Unreachable`] for an address that is not one host's, or the
+    /// operating system's refusal, such as `EADDRINUSE`.
+    pub fn udp(config: UdpConfig) -> Result<Arc<Self>, HcaError> {
+        let general = FabricConfig { mtu: config.mtu, ..FabricConfig::default() };
+        let medium = Medium::Udp(Endpoint::new(config)?);
+        Ok(Arc::new(Self { config: general, medium, ports: RwLock::default() }))
+    }
+
+    /// What a switch in this process did to frames so far; `None` where there is none.
+    #[must_use]
+    pub fn fault_counts(&self) -> Option<FaultCounts> {
+        match &self.medium {
+            Medium::Inproc => None,
+            Medium::Switched(exchange) => Some(exchange.counts()),
+            Medium::Udp(endpoint) => endpoint.fault_counts(),
+        }
+    }
+
+    /// Where the socket of a udp fabric is bound, and what the kernel does for it.
+    #[must_use]
+    pub fn socket(&self) -> Option<(SocketAddr, Offloads)> {
+        match &self.medium {
+            Medium::Udp(endpoint) => Some((endpoint.local(), endpoint.offloads())),
+            Medium::Inproc | Medium::Switched(_) => None,
+        }
+    }
+
+    /// Waits until packets arrived from outside this process, or for `nanos`; whether some did.
+    ///
+    /// Returns at once where nothing arrives from outside.
+    pub fn wait_for_arrivals(&self, nanos: u64) -> bool {
+        match &self.medium {
+            Medium::Udp(endpoint) => endpoint.wait(nanos),
+            Medium::Inproc | Medium::Switched(_) => false,
+        }
+    }
+
+    /// Has the frames of every port of this process, present ones, written to `capture`.
+    ///
+    /// A port keeps the first capture it was given.
+    pub fn capture_to(&self, capture: &Arc<Capture>) {
+        for port in self.ports.read().iter() {
+            port.capture_to(Arc::clone(capture));
+        }
     }
 
     /// What the fabric was made with.
@@ -159,9 +229,10 @@ impl Fabric {
     /// [`AdvertError::Local`] if no other process can reach the ports of this fabric.
     pub fn advert(&self, port: PortId) -> Result<Vec<u8>, HcaError> {
         let unknown = HcaError::Unknown { what: "port", number: port.0.into() };
-        let _port = self.port(port).ok_or(unknown)?;
+        let port = self.port(port).ok_or(unknown)?;
         match &self.medium {
-            Medium::Inproc => Err(AdvertError::Local.into()),
+            Medium::Inproc | Medium::Switched(_) => Err(AdvertError::Local.into()),
+            Medium::Udp(endpoint) => Ok(advert::seal(AdvertKind::Udp, port.info(), &endpoint.advert_body())),
         }
     }
 
@@ -171,10 +242,29 @@ impl Fabric {
     ///
     /// # Errors
     /// [`HcaError::Advert`] with the reason.
-    pub fn admit(&self, _advert: &[u8]) -> Result<PortId, HcaError> {
+    pub fn admit(&self, advert: &[u8]) -> Result<PortId, HcaError> {
         match &self.medium {
-            Medium::Inproc => Err(AdvertError::Local.into()),
+            Medium::Inproc | Medium::Switched(_) => Err(AdvertError::Local.into()),
+            Medium::Udp(endpoint) => {
+                let (info, body) = advert::open(AdvertKind::Udp, advert)?;
+                let (addr, node) = endpoint.read_advert(&info, body)?;
+                let port = self.add_remote(info)?;
+                let id = port.id();
+                endpoint.learn(addr, node, port);
+                Ok(id)
+            }
         }
+    }
+
+    /// Adds the port of a device of another process.
+    fn add_remote(&self, info: PortInfo) -> Result<Arc<Port>, HcaError> {
+        let mut ports = self.ports.write();
+        if let Some(known) = ports.iter().find(|port| port.info().address() == info.address()) {
+            return Err(AdvertError::AddressTaken { port: known.id().0 }.into());
+        }
+        let port = Arc::new(Port::new(next_id(&ports)?, Weak::new(), info));
+        ports.push(Arc::clone(&port));
+        Ok(port)
     }
 
     /// What carries the requests.
@@ -187,7 +277,8 @@ impl Fabric {
     #[inline]
     pub(super) fn take_arrivals(&self, _device: &EmulatedHca, _now: Nanos) -> Turn {
         match &self.medium {
-            Medium::Inproc => Turn::default(),
+            // Where packets arrive, the station takes them in.
+            Medium::Inproc | Medium::Switched(_) | Medium::Udp(_) => Turn::default(),
         }
     }
 
@@ -199,6 +290,9 @@ impl Fabric {
     ) -> Result<Arc<Port>, HcaError> {
         let mut ports = self.ports.write();
         let id = next_id(&ports)?;
+        if matches!(self.medium, Medium::Udp(_)) && ports.iter().any(|port| port.is_local()) {
+            return Err(HcaError::Exhausted { what: "ports of a socket", requested: 1, limit: 1 });
+        }
         let port = Arc::new(Port::new(id, device.clone(), make(id)));
         ports.push(Arc::clone(&port));
         Ok(port)
@@ -210,8 +304,44 @@ impl Fabric {
         ports.iter().find(|port| port.answers_to(to))?.device.upgrade()
     }
 
+    /// What the device behind `port` sends and receives packets through; `None` if there are none here.
+    pub(super) fn station(&self, port: &Arc<Port>) -> Result<Option<Station>, HcaError> {
+        let carrier = match &self.medium {
+            Medium::Inproc => return Ok(None),
+            Medium::Switched(_) | Medium::Udp(_) if port.info().link == LinkLayer::Ib => {
+                return Err(HcaError::Unreachable { reason: "a fabric of RoCEv2 frames has Ethernet ports" });
+            }
+            Medium::Switched(exchange) => exchange.plug(port),
+            Medium::Udp(endpoint) => endpoint.carrier(port)?,
+        };
+        Ok(Some(Station::new(carrier)))
+    }
+
+    /// The path from `port` to `to`: its MTU is the smallest of both ports' and the route's.
+    pub(super) fn path_mtu(&self, port: &Port, to: &PathAddress) -> Result<PathMtu, HcaError> {
+        let unknown = HcaError::Unreachable { reason: "no port has this address" };
+        let far = self.ports.read().iter().find(|port| port.answers_to(to)).cloned().ok_or(unknown)?;
+        if far.is_local() && far.device.strong_count() == 0 {
+            return Err(unknown);
+        }
+        let mtu = port.info().mtu.min(far.info().mtu);
+        match &self.medium {
+            Medium::Inproc | Medium::Switched(_) => Ok(mtu),
+            Medium::Udp(endpoint) => Ok(mtu.min(endpoint.route_mtu(ip_of(far.info().gid))?)),
+        }
+    }
+
+    /// Who the `id`-th port is.
+    pub(super) fn port_info(&self, id: PortId, link: LinkLayer) -> PortInfo {
+        if let (Medium::Udp(endpoint), LinkLayer::Roce) = (&self.medium, link) {
+            return endpoint.port_info();
+        }
+        let (lid, gid, mac) = self.addresses(id, link);
+        PortInfo { port_num: 1, link, lid, gid, gid_index: 0, mac, mtu: self.config.mtu }
+    }
+
     /// The addresses of the `id`-th port.
-    pub(super) fn addresses(&self, id: PortId, link: LinkLayer) -> (Lid, Gid, Mac) {
+    fn addresses(&self, id: PortId, link: LinkLayer) -> (Lid, Gid, Mac) {
         let [hi, lo] = id.0.to_be_bytes();
         let [.., s] = self.config.seed.to_be_bytes();
         match link {

@@ -1,12 +1,13 @@
 //! One port, as its fabric knows it: who it is, where it is, and what is cut.
 
-use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::RwLock;
 
 use super::{PathState, PortId};
 use crate::emulated::EmulatedHca;
+use crate::emulated::capture::Capture;
 use crate::{LinkLayer, PathAddress, PortInfo};
 
 /// A port of this process, or one of another that was admitted.
@@ -20,12 +21,13 @@ pub(in crate::emulated) struct Port {
     /// `cut[dst]`: packets from this port to `dst` vanish.
     cut: RwLock<Vec<PortId>>,
     any_cut: AtomicBool,
+    capture: OnceLock<Arc<Capture>>,
 }
 
 impl Port {
     pub(super) fn new(id: PortId, device: Weak<EmulatedHca>, info: PortInfo) -> Self {
         let (dead, any_cut) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { id, device, info, dead, cut: RwLock::default(), any_cut }
+        Self { id, device, info, dead, cut: RwLock::default(), any_cut, capture: OnceLock::new() }
     }
 
     /// A port on no fabric, for a device that could not be attached.
@@ -35,12 +37,28 @@ impl Port {
         port
     }
 
+    /// Whether its device is, or was, in this process.
+    pub(super) fn is_local(&self) -> bool {
+        !self.device.ptr_eq(&Weak::new())
+    }
+
     pub(in crate::emulated) const fn id(&self) -> PortId {
         self.id
     }
 
     pub(in crate::emulated) const fn info(&self) -> &PortInfo {
         &self.info
+    }
+
+    /// Where the port's frames are written, if anywhere.
+    #[inline]
+    pub(in crate::emulated) fn capture(&self) -> Option<&Arc<Capture>> {
+        self.capture.get()
+    }
+
+    /// Has the port's frames written; false if they are already.
+    pub(super) fn capture_to(&self, capture: Arc<Capture>) -> bool {
+        self.capture.set(capture).is_ok()
     }
 
     pub(in crate::emulated) fn is_dead(&self) -> bool {
@@ -72,7 +90,7 @@ impl Port {
 
     /// Whether packets from this port reach `to` now.
     #[inline]
-    pub(super) fn passes(&self, to: &Self) -> bool {
+    pub(in crate::emulated) fn passes(&self, to: &Self) -> bool {
         let dead = self.is_dead() || to.is_dead();
         let cut = self.any_cut.load(Ordering::Acquire) && self.cut.read().contains(&to.id);
         !dead && !cut

@@ -26,7 +26,7 @@ pub(in crate::emulated) struct Turn {
 }
 
 /// What sending one message led to.
-pub(super) enum Sent {
+pub(in crate::emulated) enum Sent {
     /// Its payload, if it had any, is on its way or there.
     Bytes(u64),
     /// Nothing more can be sent in this turn.
@@ -190,7 +190,12 @@ impl Requester {
     }
 
     /// A WQE that fails its checks fails after everything before it.
-    pub(super) fn fail_fetched(&mut self, local: &Local<'_>, work: &Work, failure: Failure) -> Sent {
+    pub(in crate::emulated) fn fail_fetched(
+        &mut self,
+        local: &Local<'_>,
+        work: &Work,
+        failure: Failure,
+    ) -> Sent {
         self.retire(local.device, local.qp, local.now);
         if self.outstanding.is_empty() {
             self.next = self.next.wrapping_add(work.blocks.max(1));

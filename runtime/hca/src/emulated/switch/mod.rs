@@ -21,7 +21,9 @@ mod plan;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
-pub use plan::{Fault, FaultPlan, FaultRule, OVERTAKE_MAX, PPM_MAX, PlanError, RULES_MAX, TIME_US_MAX};
+pub use plan::{
+    Fault, FaultPlan, FaultRule, OVERTAKE_MAX, PPM_MAX, PlanError, PlanLimit, RULES_MAX, TIME_US_MAX,
+};
 
 use crate::Nanos;
 
@@ -122,8 +124,8 @@ impl Switch {
     /// A switch under `plan` whose paths take `latency` when nothing is wrong.
     ///
     /// # Errors
-    /// [`PlanError`] if a value of the plan is out of its range.
-    pub fn new(plan: FaultPlan, latency: Nanos) -> Result<Self, PlanError> {
+    /// [`PlanLimit`] if a value of the plan is out of its range.
+    pub fn new(plan: FaultPlan, latency: Nanos) -> Result<Self, PlanLimit> {
         plan.check()?;
         Ok(Self {
             random: Random(plan.seed),

@@ -118,6 +118,15 @@ pub enum PlanError {
     /// The text is not a plan in JSON.
     #[error("fault plan: {0}")]
     Json(#[from] serde_json::Error),
+    /// A value is outside its range.
+    #[error(transparent)]
+    Limit(#[from] PlanLimit),
+}
+
+/// Which limit a plan exceeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanLimit {
     /// There are too many rules.
     #[error("fault plan: {count} rules; at most {RULES_MAX}")]
     TooManyRules {
@@ -144,7 +153,7 @@ impl FaultPlan {
     /// Reads and checks a plan.
     ///
     /// # Errors
-    /// [`PlanError`], which names the rule, the field, the value and the limit.
+    /// [`PlanError`]: what is not JSON, or the limit that a value exceeds.
     pub fn from_json(text: &str) -> Result<Self, PlanError> {
         let plan: Self = serde_json::from_str(text)?;
         plan.check()?;
@@ -160,10 +169,10 @@ impl FaultPlan {
     /// Checks every value against its range.
     ///
     /// # Errors
-    /// As for [`from_json`](Self::from_json).
-    pub fn check(&self) -> Result<(), PlanError> {
+    /// [`PlanLimit`], which names the rule, the field, the value and the limit.
+    pub fn check(&self) -> Result<(), PlanLimit> {
         if self.rules.len() > RULES_MAX {
-            return Err(PlanError::TooManyRules { count: self.rules.len() });
+            return Err(PlanLimit::TooManyRules { count: self.rules.len() });
         }
         self.rules.iter().enumerate().try_for_each(|(idx, rule)| rule.check(idx))
     }
@@ -191,10 +200,10 @@ impl FaultRule {
         (forth || back) && us >= self.from_us && self.to_us.is_none_or(|to| us < to)
     }
 
-    fn check(&self, rule: usize) -> Result<(), PlanError> {
+    fn check(&self, rule: usize) -> Result<(), PlanLimit> {
         let within = |field, value, min, max| match value >= min && value <= max {
             true => Ok(()),
-            false => Err(PlanError::OutOfRange { rule, field, value, min, max }),
+            false => Err(PlanLimit::OutOfRange { rule, field, value, min, max }),
         };
         let often = |ppm: u32| within("ppm", ppm.into(), 0, PPM_MAX.into());
         within("from_us", self.from_us, 0, TIME_US_MAX)?;
@@ -271,7 +280,7 @@ mod tests {
         }
         let rules = vec![FaultRule::always(Fault::Partition); RULES_MAX + 1];
         let many = FaultPlan { seed: 0, rules }.check();
-        assert!(matches!(many, Err(PlanError::TooManyRules { count: 1025 })));
+        assert!(matches!(many, Err(PlanLimit::TooManyRules { count: 1025 })));
     }
 
     #[test]

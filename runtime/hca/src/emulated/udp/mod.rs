@@ -1,0 +1,340 @@
+//! RC over RoCEv2 through UDP sockets: one socket per device.
+//!
+//! Frames are those of RoCEv2: Wireshark decodes them, and the ICRC is the one that other stacks compute,
+//! identification and all (`ident.rs`). Both ports of a flow are the sockets' own: the source port, which
+//! hardware varies per queue pair to spread flows over paths, cannot be chosen per datagram.
+//!
+//! *Who owns what.* The [`Endpoint`] owns the socket and knows the peers; it is the fabric's. The carrier is
+//! the device's: it owns datagrams on their way and, under a fault plan, a switch at its exit.
+//!
+//! What a UDP socket does not show of an arriving packet is its identification, which the ICRC covers.
+//! Senders of this kind use numbers below 64, so those are tried; an IPv4 sender that numbers its packets
+//! otherwise is refused here as damaged. IPv6 has no identification.
+
+mod ident;
+mod socket;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ibex_abi::types::{Lid, PathMtu};
+use ibex_roce::Mtu;
+use ibex_roce::wire::{Flow, Frame, ICRC_LEN, Link, ROCE_PORT, WireError};
+use parking_lot::{Mutex, RwLock};
+
+use super::capture::Origin;
+use super::fabric::Port;
+use super::fabric::advert::AdvertError;
+use super::frames::{Carrier, EachArrival, PACKET_LEN_MAX, gid_of, ip_of, mac_of, path_mtu, port_of};
+use super::switch::{FaultCounts, FaultPlan, Switch};
+use crate::{HcaError, LinkLayer, Nanos, PortInfo};
+use ident::IdentTable;
+pub use socket::Offloads;
+use socket::{Inbox, Outbox, Socket};
+
+/// Bytes of an advert's body: the node's number.
+const BODY_LEN: usize = 2;
+
+/// What a udp fabric is made with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UdpConfig {
+    /// Address and port of the socket; RoCEv2's port is [`ROCE_PORT`], port 0 takes any.
+    pub bind: SocketAddr,
+    /// Number of this port in fault plans: the rank.
+    pub node: u16,
+    /// Largest MTU of the port; paths may have less.
+    pub mtu: PathMtu,
+    /// What goes wrong with what this port sends.
+    pub faults: Option<FaultPlan>,
+}
+
+impl UdpConfig {
+    /// RoCEv2's port at `ip`, nothing going wrong.
+    #[must_use]
+    pub const fn new(ip: IpAddr) -> Self {
+        Self { bind: SocketAddr::new(ip, ROCE_PORT), node: 0, mtu: PathMtu::B4096, faults: None }
+    }
+}
+
+/// A port at the other end of a path.
+#[derive(Debug, Clone)]
+struct Peer {
+    node: u16,
+    port: Arc<Port>,
+}
+
+/// The socket of a fabric's one port, and whom it knows.
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    config: UdpConfig,
+    socket: Socket,
+    peers: RwLock<HashMap<SocketAddr, Peer>>,
+    fault_counts: Mutex<Option<FaultCounts>>,
+}
+
+impl Endpoint {
+    pub(super) fn new(config: UdpConfig) -> Result<Arc<Self>, HcaError> {
+        if let Some(plan) = &config.faults {
+            plan.check()?;
+        }
+        let socket = Socket::bind(config.bind)?;
+        Ok(Arc::new(Self { config, socket, peers: RwLock::default(), fault_counts: Mutex::default() }))
+    }
+
+    /// Where the socket is bound.
+    pub(super) fn local(&self) -> SocketAddr {
+        self.socket.local()
+    }
+
+    pub(super) fn offloads(&self) -> Offloads {
+        self.socket.offloads()
+    }
+
+    /// What other processes must know besides the port's address.
+    pub(super) fn advert_body(&self) -> [u8; BODY_LEN] {
+        self.config.node.to_le_bytes()
+    }
+
+    /// Reads an advert: where the port's socket is, and its number in fault plans.
+    pub(super) fn read_advert(&self, info: &PortInfo, body: &[u8]) -> Result<(SocketAddr, u16), HcaError> {
+        let len = body.len() as u64;
+        let malformed = |what| AdvertError::Malformed { what, len };
+        let node =
+            <[u8; BODY_LEN]>::try_from(body).map_err(|_| malformed("its body is not of a udp port"))?;
+        if info.link != LinkLayer::Roce {
+            return Err(malformed("a udp port is an Ethernet port").into());
+        }
+        let addr = SocketAddr::new(ip_of(info.gid), port_of(info.mac));
+        if addr.is_ipv4() != self.local().is_ipv4() {
+            return Err(HcaError::Unreachable { reason: "one port has an IPv4 address, the other IPv6" });
+        }
+        if addr.ip().is_unspecified() || addr.ip().is_multicast() || addr.port() == 0 {
+            return Err(malformed("its address is not one host's").into());
+        }
+        Ok((addr, u16::from_le_bytes(node)))
+    }
+
+    /// What the switch at the exit did so far, if there is one.
+    pub(super) fn fault_counts(&self) -> Option<FaultCounts> {
+        *self.fault_counts.lock()
+    }
+
+    /// The port as its device shows it.
+    pub(super) fn port_info(&self) -> PortInfo {
+        let local = self.local();
+        let (gid, mac, mtu) = (gid_of(local.ip()), mac_of(local.port()), self.config.mtu);
+        let (link, lid) = (LinkLayer::Roce, Lid(0));
+        PortInfo { port_num: 1, link, lid, gid, gid_index: 0, mac, mtu }
+    }
+
+    /// Makes a port known: this one, or an admitted one.
+    pub(super) fn learn(&self, addr: SocketAddr, node: u16, port: Arc<Port>) {
+        self.peers.write().insert(addr, Peer { node, port });
+    }
+
+    /// The largest MTU whose packets the route to `to` carries.
+    pub(super) fn route_mtu(&self, to: IpAddr) -> Result<PathMtu, HcaError> {
+        let len = self.socket.payload_max(to)?;
+        let smallest = Mtu::B256.packet_len_max() as u64;
+        let too_small = HcaError::OutOfRange {
+            field: "UDP payload of the route's MTU",
+            value: len as u64,
+            min: smallest,
+            max: PACKET_LEN_MAX as u64,
+        };
+        Mtu::fitting(len).map(path_mtu).ok_or(too_small)
+    }
+
+    /// Waits until something arrived, or for `nanos`; whether something did.
+    pub(super) fn wait(&self, nanos: u64) -> bool {
+        self.socket.wait(nanos)
+    }
+
+    /// What the device behind `port` sends and receives through.
+    pub(super) fn carrier(self: &Arc<Self>, port: &Arc<Port>) -> Result<Box<dyn Carrier>, HcaError> {
+        self.learn(self.local(), self.config.node, Arc::clone(port));
+        let switch = self.config.faults.clone().map(|plan| Switch::new(plan, Nanos(0))).transpose()?;
+        Ok(Box::new(UdpCarrier {
+            outbox: Outbox::new(&self.socket),
+            inbox: Inbox::new(),
+            idents: IdentTable::default(),
+            exit: switch.map(|switch| Exit { switch, room: vec![0; PACKET_LEN_MAX].into_boxed_slice() }),
+            unsent: 0,
+            now: Nanos(0),
+            frame: Vec::new(),
+            endpoint: Arc::clone(self),
+            port: Arc::clone(port),
+        }))
+    }
+}
+
+/// The switch at a device's exit.
+#[derive(Debug)]
+struct Exit {
+    switch: Switch,
+    /// Where a packet is written before the switch takes it.
+    room: Box<[u8]>,
+}
+
+#[derive(Debug)]
+struct UdpCarrier {
+    endpoint: Arc<Endpoint>,
+    port: Arc<Port>,
+    outbox: Outbox,
+    inbox: Inbox,
+    idents: IdentTable,
+    exit: Option<Exit>,
+    unsent: u64,
+    /// When the inbox was filled.
+    now: Nanos,
+    /// A frame on its way to a capture.
+    frame: Vec<u8>,
+}
+
+impl UdpCarrier {
+    fn peer(&self, addr: SocketAddr) -> Option<Peer> {
+        self.endpoint.peers.read().get(&addr).cloned()
+    }
+
+    /// Moves what the switch lets go to the outbox.
+    fn release(&mut self, now: Nanos) {
+        let Some(mut exit) = self.exit.take() else { return };
+        let peers: Vec<(SocketAddr, u16)> =
+            self.endpoint.peers.read().iter().map(|(addr, peer)| (*addr, peer.node)).collect();
+        for (addr, node) in peers {
+            while exit.switch.next_deadline(node).is_some_and(|due| due <= now) {
+                if self.outbox.room(PACKET_LEN_MAX).is_none() {
+                    self.flush_outbox();
+                }
+                let Some(room) = self.outbox.room(PACKET_LEN_MAX) else { break };
+                let Some(delivery) = exit.switch.poll(now, node) else { break };
+                let len = delivery.frame.len();
+                room[..len].copy_from_slice(&delivery.frame);
+                self.keep(now, addr, len);
+                exit.switch.give_back(delivery.frame);
+            }
+        }
+        *self.endpoint.fault_counts.lock() = Some(*exit.switch.counts());
+        self.exit = Some(exit);
+    }
+
+    /// Puts the packet in the outbox's room, its ICRC made for identification 0, among those to be sent.
+    fn keep(&mut self, now: Nanos, to: SocketAddr, len: usize) {
+        let (ident, payload) = self.outbox.keep(to, len, &mut self.idents);
+        if let Some(capture) = self.port.capture()
+            && let Some(flow) = flow_from(self.endpoint.local(), to)
+        {
+            put_frame(&mut self.frame, &flow.with_id(ident), payload);
+            capture.frame(now, Origin::Wire, &self.frame);
+        }
+    }
+
+    fn flush_outbox(&mut self) {
+        self.unsent += self.outbox.flush(&self.endpoint.socket).refused;
+    }
+}
+
+/// The flow of datagrams from one socket to another; `None` between address families.
+fn flow_from(from: SocketAddr, to: SocketAddr) -> Option<Flow> {
+    let flow = Flow::new(from.ip(), to.ip(), from.port())?;
+    Some(Flow { dst_port: to.port(), ..flow })
+}
+
+/// Writes a frame around a UDP payload; Ethernet addresses stand for the ports, no kernel shows the real ones.
+fn put_frame(frame: &mut Vec<u8>, flow: &Flow, payload: &[u8]) {
+    let link = Link { src: mac_of(flow.src_port).0, dst: mac_of(flow.dst_port).0 };
+    let head = Frame::new(Some(link), *flow);
+    frame.clear();
+    frame.resize(head.headers_len(), 0);
+    if head.emit_headers(payload.len(), frame).is_ok() {
+        frame.extend_from_slice(payload);
+    }
+}
+
+impl Carrier for UdpCarrier {
+    fn room(&mut self, _now: Nanos) -> Option<&mut [u8]> {
+        if self.exit.is_some() {
+            return self.exit.as_mut().map(|exit| &mut *exit.room);
+        }
+        if self.outbox.room(PACKET_LEN_MAX).is_none() {
+            self.flush_outbox();
+        }
+        self.outbox.room(PACKET_LEN_MAX)
+    }
+
+    fn send(&mut self, now: Nanos, to: SocketAddr, len: usize) {
+        let Some(peer) = self.peer(to).filter(|peer| self.port.passes(&peer.port)) else {
+            return;
+        };
+        let Some(flow) = flow_from(self.endpoint.local(), to) else { return };
+        if let Some(exit) = &mut self.exit {
+            let packet = &mut exit.room[..len];
+            if flow.seal(packet).is_ok() {
+                exit.switch.submit(now, self.endpoint.config.node, peer.node, packet);
+            }
+        } else if let Some(room) = self.outbox.room(len)
+            && flow.seal(room).is_ok()
+        {
+            self.keep(now, to, len);
+        }
+    }
+
+    fn flush(&mut self, now: Nanos) {
+        self.release(now);
+        if !self.outbox.is_empty() {
+            self.flush_outbox();
+        }
+    }
+
+    fn fill(&mut self, now: Nanos) -> bool {
+        self.now = now;
+        self.inbox.fill(&self.endpoint.socket);
+        !self.inbox.is_empty()
+    }
+
+    fn for_each(&mut self, each: &mut EachArrival<'_>) {
+        let (local, idents) = (self.endpoint.local(), &mut self.idents);
+        let peers = self.endpoint.peers.read();
+        for datagram in self.inbox.datagrams() {
+            let from = datagram.from;
+            if peers.get(&from).is_some_and(|peer| !peer.port.passes(&self.port)) {
+                continue;
+            }
+            let Some(flow) = flow_from(from, local) else { continue };
+            let (opened, ident) = open(&flow, idents, datagram.payload, datagram.nth);
+            if let Some(capture) = self.port.capture() {
+                put_frame(&mut self.frame, &flow.with_id(ident), datagram.payload);
+                capture.frame(self.now, Origin::Wire, &self.frame);
+            }
+            each(from, opened);
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Nanos> {
+        let exit = self.exit.as_ref()?;
+        self.endpoint.peers.read().values().filter_map(|peer| exit.switch.next_deadline(peer.node)).min()
+    }
+
+    fn take_unsent(&mut self) -> u64 {
+        std::mem::take(&mut self.unsent)
+    }
+}
+
+/// Checks the ICRC under every identification that a sender of this kind may have used; also gives that.
+fn open<'a>(
+    flow: &Flow,
+    idents: &mut IdentTable,
+    payload: &'a [u8],
+    likely: u16,
+) -> (Result<&'a [u8], WireError>, u16) {
+    match flow.open(payload) {
+        Err(WireError::Icrc { found, computed }) if flow.addrs().0.is_ipv4() => {
+            match idents.explain(payload.len(), found ^ computed, likely) {
+                Some(ident) => (Ok(&payload[..payload.len() - ICRC_LEN]), ident),
+                None => (Err(WireError::Icrc { found, computed }), 0),
+            }
+        }
+        opened => (opened, 0),
+    }
+}
