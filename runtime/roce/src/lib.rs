@@ -25,6 +25,8 @@
 //! [`responder::Host`].
 #![forbid(unsafe_code)]
 
+#[doc(hidden)]
+pub mod fuzz;
 pub mod requester;
 pub mod responder;
 mod types;
