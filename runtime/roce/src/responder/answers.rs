@@ -32,6 +32,8 @@ pub(super) struct Reading {
     /// Packets sent.
     pub(super) sent: u32,
     pub(super) msn: Msn,
+    /// The READ was accepted before: if it fails now, the connection does not.
+    pub(super) is_repeat: bool,
 }
 
 /// All answers of one responder that wait.
@@ -107,13 +109,15 @@ impl Answers {
     ) -> Result<Option<usize>, (Psn, Refusal)> {
         let len = match self.waiting.front_mut() {
             None => return Ok(None),
-            Some(Answer::Read(reading)) => {
-                let len = reading.transmit(config, host, out)?;
-                if reading.sent < reading.packets {
-                    return Ok(Some(len));
+            Some(Answer::Read(reading)) => match reading.transmit(config, host, out) {
+                Ok(len) if reading.sent < reading.packets => return Ok(Some(len)),
+                Ok(len) => len,
+                Err(_) if reading.is_repeat => {
+                    self.pop();
+                    return self.transmit(config, host, out);
                 }
-                len
-            }
+                Err(failed) => return Err(failed),
+            },
             Some(Answer::Ack { psn, syndrome, msn }) => {
                 let ext = Extension::Aeth(Aeth { syndrome: *syndrome, msn: *msn });
                 emit(config, Opcode::Ack, *psn, ext, out)
@@ -124,10 +128,14 @@ impl Answers {
                 emit(config, Opcode::AtomicAck, *psn, ext, out)
             }
         };
-        if !matches!(self.waiting.pop_front(), Some(Answer::Ack { .. })) {
+        self.pop();
+        Ok(Some(len))
+    }
+
+    fn pop(&mut self) {
+        if let Some(Answer::Read(_) | Answer::Atomic { .. }) = self.waiting.pop_front() {
             self.num_responses -= 1;
         }
-        Ok(Some(len))
     }
 }
 

@@ -173,7 +173,7 @@ impl Responder {
 
     fn reading(&self, packet: &Packet<'_>, range: RemoteRange) -> Reading {
         let packets = self.config.mtu.packets(range.len);
-        Reading { psn: packet.bth().psn, range, packets, sent: 0, msn: self.msn }
+        Reading { psn: packet.bth().psn, range, packets, sent: 0, msn: self.msn, is_repeat: false }
     }
 
     fn atomic<H: Host + ?Sized>(
@@ -209,22 +209,18 @@ impl Responder {
     }
 
     /// SPEC: IBTA C9-105 and following: a repeated READ may ask for the rest of the original's range.
+    ///
+    /// It may also be the network that repeats it, long after its key is gone: that fails nothing.
     fn read_again<H: Host + ?Sized>(&mut self, packet: &Packet<'_>, reth: Reth, host: &mut H) -> Verdict {
         let (psn, range) = (packet.bth().psn, reth.0);
-        let left = self.expected.packets_since(psn);
-        if range.len > MESSAGE_LEN_MAX || self.config.mtu.packets(range.len) > left {
+        let is_legal = self.config.rights.read
+            && packet.payload.is_empty()
+            && range.len <= MESSAGE_LEN_MAX
+            && self.config.mtu.packets(range.len) <= self.expected.packets_since(psn);
+        if !is_legal || (range.len != 0 && host.check_read(range).is_err()) {
             return Verdict::Dropped(Dropped::BadRepeat);
         }
-        if self.check_repeat(packet, self.config.rights.read).is_err() {
-            return Verdict::Dropped(Dropped::BadRepeat);
-        }
-        if range.len != 0
-            && let Err(refusal) = host.check_read(range)
-        {
-            self.refuse(psn, refusal);
-            return Verdict::Refused(refusal);
-        }
-        let reading = self.reading(packet, range);
+        let reading = Reading { is_repeat: true, ..self.reading(packet, range) };
         if !self.answers.restart(reading) {
             if !self.answers.has_room() {
                 return Verdict::Dropped(Dropped::TooManyRepeats);
@@ -232,10 +228,6 @@ impl Responder {
             self.answers.push(Answer::Read(reading));
         }
         Verdict::Repeated
-    }
-
-    fn check_repeat(&self, packet: &Packet<'_>, has_right: bool) -> Result<(), ()> {
-        if has_right && self.config.max_reads != 0 && packet.payload.is_empty() { Ok(()) } else { Err(()) }
     }
 
     /// An atomic is never carried out twice: the word has moved on, so its result is remembered.
