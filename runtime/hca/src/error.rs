@@ -5,6 +5,7 @@ use ibex_abi::types::QpState;
 
 use crate::emulated::AdvertError;
 use crate::emulated::switch::PlanLimit;
+use crate::shared_memory::SharedMemoryError;
 
 /// A PRM command that did not complete with status OK.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +59,9 @@ pub enum HcaError {
     /// A fault plan is not one.
     #[error(transparent)]
     Plan(#[from] PlanLimit),
+    /// Memory that processes share could not be made, or a peer's could not be reached.
+    #[error(transparent)]
+    SharedMemory(#[from] SharedMemoryError),
     /// The operating system refused a call.
     #[error("{call} failed with errno {errno}")]
     Os {

@@ -178,7 +178,6 @@ pub(crate) fn find(addr: u64, len: u64) -> Option<Known> {
 }
 
 /// A number that changes whenever a region of this process is dropped.
-#[expect(dead_code, reason = "asked by the fabric between processes")]
 pub(crate) fn drops() -> u64 {
     DROPPED.load(Ordering::Acquire)
 }
@@ -283,15 +282,8 @@ impl SharedRegion {
         export(self.known.addr, self.known.len)
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "asked by the fabric between processes"))]
     pub(crate) const fn file_id(&self) -> FileId {
         self.known.file
-    }
-
-    /// Position of the first byte in the file.
-    #[expect(dead_code, reason = "asked by the fabric between processes")]
-    pub(crate) const fn lead(&self) -> u64 {
-        self.known.lead
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ibex_hca::contract::{CASES, World};
 use ibex_hca::emulated::switch::FaultPlan;
 use ibex_hca::emulated::{
-    Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, Placement, UdpConfig,
+    Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, Placement, ShmConfig, UdpConfig,
 };
 use ibex_hca::{Hca, LinkLayer, Nanos};
 
@@ -25,6 +25,18 @@ impl Emulated {
         let fabric = Fabric::inproc(fabric);
         let config = EmulatedConfig { link, doorbells, ..EmulatedConfig::default() };
         let hcas = [0, 1].map(|_| EmulatedHca::new(Arc::clone(&fabric), config).unwrap());
+        Self { hcas, now: Nanos(0) }
+    }
+
+    /// Each device on a fabric of its own, as in two processes.
+    fn shared_memory(link: LinkLayer, doorbells: Doorbells) -> Self {
+        let fabric = |first_port| Fabric::shm(ShmConfig { first_port, ..ShmConfig::default() }).unwrap();
+        let config = EmulatedConfig { link, doorbells, ..EmulatedConfig::default() };
+        let hcas = [0, 1].map(|nth| EmulatedHca::new(fabric(nth), config).unwrap());
+        for end in [0, 1] {
+            let other = &hcas[1 - end];
+            hcas[end].fabric().admit(&other.fabric().advert(other.port_id()).unwrap()).unwrap();
+        }
         Self { hcas, now: Nanos(0) }
     }
 }
@@ -62,6 +74,15 @@ fn an_infiniband_device_driven_by_records_keeps_the_contract() {
     for (name, case) in CASES {
         println!("{name}");
         case(&mut Emulated::new(LinkLayer::Ib, Doorbells::Record));
+    }
+}
+
+#[test]
+fn devices_on_shared_memory_keep_the_contract() {
+    for (name, case) in CASES {
+        println!("{name}");
+        case(&mut Emulated::shared_memory(LinkLayer::Roce, Doorbells::Strict));
+        case(&mut Emulated::shared_memory(LinkLayer::Ib, Doorbells::Record));
     }
 }
 

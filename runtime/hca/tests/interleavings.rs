@@ -191,7 +191,7 @@ fn run(list: &[Posted], seed: u64, placement: Placement, cuts: bool) {
             post(&mut rig, &mut pending, fence_all, &mut expected);
         }
         if cuts && random.below(64) == 0 {
-            let [near, far] = rig.ports();
+            let [near, far] = rig.ports;
             let (src, dst) = if random.below(2) == 0 { (near, far) } else { (far, near) };
             let state = if random.below(2) == 0 { PathState::Cut } else { PathState::Up };
             rig.fabric.set_path(src, dst, state);

@@ -44,6 +44,12 @@ pub struct DeviceCounters {
     pub retransmissions: u64,
     /// Requests that arrived a second time and were not executed again.
     pub duplicates: u64,
+    /// Requests that this device answered with a negative acknowledgement: a key, a range, a right or an
+    /// operation that does not hold.
+    pub refused_requests: u64,
+    /// Requests of other processes that were dropped without an answer: malformed, withdrawn, for a queue
+    /// pair that does not exist or is connected elsewhere.
+    pub dropped_requests: u64,
     /// WQEBBs that a doorbell covered before the record did, or that a record covered although no
     /// doorbell ever did: each is a violation of the doorbell protocol.
     pub unrung_wqes: u64,
@@ -132,6 +138,8 @@ pub(super) struct Counters {
     pub(super) bytes_atomic: AtomicU64,
     pub(super) retransmissions: AtomicU64,
     pub(super) duplicates: AtomicU64,
+    pub(super) refused_requests: AtomicU64,
+    pub(super) dropped_requests: AtomicU64,
     pub(super) unrung_wqes: AtomicU64,
     pub(super) late_doorbells: AtomicU64,
     pub(super) dropped_events: AtomicU64,
@@ -165,6 +173,8 @@ impl Counters {
             bytes_atomic: read(&self.bytes_atomic),
             retransmissions: read(&self.retransmissions),
             duplicates: read(&self.duplicates),
+            refused_requests: read(&self.refused_requests),
+            dropped_requests: read(&self.dropped_requests),
             unrung_wqes: read(&self.unrung_wqes),
             late_doorbells: read(&self.late_doorbells),
             dropped_events: read(&self.dropped_events),

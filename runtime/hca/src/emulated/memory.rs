@@ -17,6 +17,8 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::shared_memory::{PeerRegion, SharedRegion};
+
 /// Bytes in the smallest page that the device maps.
 pub(super) const PAGE: u64 = 4096;
 
@@ -168,6 +170,62 @@ impl Span {
         let from = source.at(source_offset, len);
         // SAFETY: both ranges are in bounds of granted ranges. CAST: `len` is within a live range.
         unsafe { place(to, from, len as usize) };
+    }
+}
+
+impl Span {
+    /// The bytes of a region that this process shares with others; whoever uses the span holds the region.
+    pub(super) fn of_region(region: &SharedRegion) -> Self {
+        Self { base: region.as_ptr(), len: region.len() }
+    }
+}
+
+/// Memory of another process, mapped for reading.
+///
+/// It may change at any instant, to anything: nothing read from it is believed, and nothing is read twice
+/// where the two must agree. Whoever uses the span holds the region that it was made from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PeerSpan(Span);
+
+impl PeerSpan {
+    pub(super) fn of_region(region: &PeerRegion) -> Self {
+        Self(Span { base: region.as_ptr(), len: region.len() })
+    }
+
+    pub(super) const fn len(&self) -> u64 {
+        self.0.len
+    }
+
+    /// The part `[offset, offset + len)`, if it lies inside.
+    #[inline]
+    pub(super) fn slice(&self, offset: u64, len: u64) -> Option<Self> {
+        self.0.slice(offset, len).map(Self)
+    }
+
+    #[inline]
+    pub(super) fn load32(&self, offset: u64, order: Ordering) -> u32 {
+        self.0.load32(offset, order)
+    }
+
+    #[inline]
+    pub(super) fn load64(&self, offset: u64, order: Ordering) -> u64 {
+        self.0.load64(offset, order)
+    }
+
+    #[inline]
+    pub(super) fn read(&self, offset: u64, out: &mut [u8]) {
+        self.0.read(offset, out);
+    }
+
+    /// Address of the 4-byte word at `offset`.
+    pub(super) fn word_addr(&self, offset: u64) -> u64 {
+        self.0.at(offset, 4).addr() as u64
+    }
+
+    /// The same bytes as the source of a copy; a write to them would be a fault.
+    #[inline]
+    pub(super) const fn source(&self) -> Span {
+        self.0
     }
 }
 

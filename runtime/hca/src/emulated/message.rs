@@ -8,6 +8,7 @@ use ibex_abi::wqe::{self, AtomicOp, DataSeg, Segment};
 
 use super::memory::Span;
 use super::mkeys::{KeyFault, MkeyTable, Want};
+use super::requester::plain::Source;
 
 /// A request message.
 #[derive(Debug, Clone, Copy)]
@@ -101,6 +102,22 @@ pub(super) struct Payload<'a> {
     pub(super) pd: Pd,
 }
 
+/// The payload of a request, as its responder gets at it.
+pub(super) trait Content: Copy {
+    /// Gathers payload bytes `[offset, offset + to.len())` into `to`.
+    ///
+    /// False if the requester withdrew them meanwhile: what is in `to` then means nothing.
+    fn gather(&self, offset: u64, to: Span) -> bool;
+}
+
+impl Content for Payload<'_> {
+    #[inline]
+    fn gather(&self, offset: u64, to: Span) -> bool {
+        self.gather_span(offset, to);
+        true
+    }
+}
+
 impl Payload<'_> {
     fn reach(&self, seg: &DataSeg, want: Want) -> Result<Span, KeyFault> {
         self.keys.reach(self.pd, seg.lkey.get(), seg.addr.get(), seg.byte_len(), want)
@@ -126,13 +143,27 @@ impl Payload<'_> {
     ///
     /// Segments were checked under the same key guard; one that is refused now is left out.
     #[inline]
-    pub(super) fn gather(&self, offset: u64, to: Span) {
+    fn gather_span(&self, offset: u64, to: Span) {
         self.walk(offset, to.len(), |segment, from, at, len| match segment {
             // CAST: inline data is shorter than a WQE.
             Segment::Inline(bytes) => to.write(at, &bytes[from as usize..][..len as usize]),
             Segment::Data(seg) => {
                 if let Ok(source) = self.reach(seg, Want::LocalRead) {
                     to.copy_from(at, source, from, len);
+                }
+            }
+        });
+    }
+
+    /// Calls `each` for every stretch of the payload bytes `[offset, offset + len)`, in order.
+    pub(super) fn visit(&self, offset: u64, len: u64, mut each: impl FnMut(Source<'_>)) {
+        self.walk(offset, len, |segment, from, _, len| match segment {
+            // CAST: inline data is shorter than a WQE.
+            Segment::Inline(bytes) => each(Source::Inline(&bytes[from as usize..][..len as usize])),
+            Segment::Data(seg) => {
+                let found = self.reach(seg, Want::LocalRead).ok();
+                if let Some(part) = found.and_then(|span| span.slice(from, len)) {
+                    each(Source::Memory(part));
                 }
             }
         });

@@ -22,6 +22,7 @@ use parking_lot::Mutex;
 
 use super::cq::Cq;
 use super::doorbell::Uar;
+use super::fabric::shm::PortMemory;
 use super::memory::Span;
 use super::requester::Requester;
 use super::responder::Responder;
@@ -66,6 +67,8 @@ pub(super) struct Qp {
     pub(super) holds: Mutex<Vec<UmemHold>>,
     pub(super) requester: Mutex<Requester>,
     pub(super) responder: Mutex<Responder>,
+    /// Where requests wait for another process to take them, if the fabric has such a place.
+    pub(super) port: Option<Arc<PortMemory>>,
 }
 
 /// Marks [`Qp::idle_at`] as holding the next index of an idle half.
@@ -95,7 +98,7 @@ fn state_of(code: u8) -> QpState {
 }
 
 impl Qp {
-    pub(super) fn new(layout: QpLayout, holds: Vec<UmemHold>) -> Arc<Self> {
+    pub(super) fn new(layout: QpLayout, holds: Vec<UmemHold>, port: Option<Arc<PortMemory>>) -> Arc<Self> {
         Arc::new(Self {
             layout,
             state: AtomicU8::new(QpState::Reset.code()),
@@ -104,6 +107,7 @@ impl Qp {
             holds: Mutex::new(holds),
             requester: Mutex::default(),
             responder: Mutex::default(),
+            port,
         })
     }
 
@@ -115,8 +119,15 @@ impl Qp {
         state_of(self.state.load(Ordering::Acquire))
     }
 
+    /// Changes the state; in ERR and RST nothing that was sent may be executed any more, because software
+    /// may overwrite its source as soon as it sees the state or a flushed completion.
     pub(super) fn set_state(&self, state: QpState) {
         self.state.store(state.code(), Ordering::Release);
+        if let Some(port) = &self.port
+            && matches!(state, QpState::Err | QpState::Reset)
+        {
+            port.withdraw(self.num());
+        }
     }
 
     /// Forgets every doorbell; part of going to RST.

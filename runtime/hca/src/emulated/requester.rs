@@ -27,6 +27,7 @@ use super::qp::Qp;
 use super::{EmulatedHca, Nanos};
 use crate::PathAddress;
 
+pub(super) mod answers;
 pub(super) mod complete;
 pub(super) mod fetch;
 pub(super) mod pieces;
@@ -155,11 +156,13 @@ pub(super) struct Outstanding {
     pub(super) progress: Progress,
     /// Chunks still to be placed or to arrive (seeded stepping only).
     pub(super) missing: Vec<u32>,
+    /// Payload bytes that the wire took of an unsent message, or that arrived of an unanswered READ.
+    pub(super) moved: u64,
 }
 
 impl Outstanding {
     pub(super) const fn new(work: Work, progress: Progress) -> Self {
-        Self { work, resent: false, progress, missing: Vec::new() }
+        Self { work, resent: false, progress, missing: Vec::new(), moved: 0 }
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -251,7 +254,14 @@ impl Requester {
             if matches!(entry.progress, Progress::Unanswered | Progress::Arriving) {
                 entry.progress = Progress::Unsent;
             }
+            entry.moved = 0;
         }
+    }
+
+    /// Marks the message at `pos`, and what is unanswered after it, for sending again.
+    fn send_from_start(&mut self, pos: usize) {
+        self.go_back(pos);
+        self.outstanding[pos].progress = Progress::Unsent;
     }
 
     /// Marks all messages before `next` as answered; a READ or atomic among them without its response
@@ -292,8 +302,7 @@ impl Requester {
             }
             Reply::NotReady { timer } => {
                 self.acknowledge(self.outstanding[pos].work.psn);
-                self.go_back(pos);
-                self.outstanding[pos].progress = Progress::Unsent;
+                self.send_from_start(pos);
                 if self.patience.rnr_retry != 7 {
                     if self.not_readies >= self.patience.rnr_retry {
                         return Settled::Failed(Failure::new(Syndrome::RNR_RETRY_EXC));
@@ -310,7 +319,7 @@ impl Requester {
                 match self.outstanding.iter().position(behind) {
                     Some(first) if first < pos || self.outstanding[first].work.psn == expected => {
                         self.go_back(first);
-                        self.outstanding[pos].progress = Progress::Unsent;
+                        self.send_from_start(pos);
                         Settled::GoOn
                     }
                     _ => Settled::Wait,

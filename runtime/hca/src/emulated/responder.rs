@@ -21,7 +21,7 @@ use super::counters::{FirstError, add};
 use super::fabric::Placement;
 use super::frames::PacketResponder;
 use super::memory::Span;
-use super::message::{Nak, Payload, Piece, Reply, Request, RequestOp, Target};
+use super::message::{Content, Nak, Piece, Reply, Request, RequestOp, Target};
 use super::mkeys::{MkeyTable, Want};
 use super::qp::Qp;
 use super::requester::plain::Source;
@@ -91,6 +91,8 @@ pub(super) struct Surroundings<'a> {
 /// Why a message cannot be executed now, or ever.
 pub(super) enum Stop {
     NotReady,
+    /// The requester took its payload back while it was read: nobody waits for an answer.
+    Withdrawn,
     Refuse(Nak),
 }
 
@@ -100,7 +102,7 @@ impl Responder {
         &mut self,
         around: &Surroundings<'_>,
         request: &Request,
-        payload: Payload<'_>,
+        payload: impl Content,
         piece: Piece,
     ) -> Option<Reply> {
         if !around.qp.state().responds() {
@@ -122,6 +124,7 @@ impl Responder {
         match self.execute(around, request, payload, piece) {
             Ok(reply) => Some(reply),
             Err(Stop::NotReady) => Some(Reply::NotReady { timer: self.min_rnr_nak }),
+            Err(Stop::Withdrawn) => None,
             Err(Stop::Refuse(nak)) => {
                 self.fail(around, nak);
                 Some(Reply::Refused(nak))
@@ -172,7 +175,7 @@ impl Responder {
                     self.fail(around, nak);
                     Some(Reply::Refused(nak))
                 }
-                Err(Stop::NotReady) => None,
+                Err(Stop::NotReady | Stop::Withdrawn) => None,
             },
             RequestOp::Atomic { .. } => {
                 let known = self.atomics.iter().find(|(psn, _)| *psn == request.psn)?;
@@ -185,7 +188,7 @@ impl Responder {
         &mut self,
         around: &Surroundings<'_>,
         request: &Request,
-        payload: Payload<'_>,
+        payload: impl Content,
         piece: Piece,
     ) -> Result<Reply, Stop> {
         match request.op {
@@ -245,7 +248,7 @@ impl Responder {
         around: &Surroundings<'_>,
         request: &Request,
         to: Target,
-        payload: Payload<'_>,
+        payload: impl Content,
         piece: Piece,
     ) -> Result<(), Stop> {
         if !self.rights.remote_write {
@@ -256,16 +259,15 @@ impl Responder {
             return Ok(());
         }
         let memory = reach(around, to, request.len, Want::RemoteWrite)?;
-        match piece {
+        let complete = match piece {
             Piece::Whole => payload.gather(0, memory),
-            Piece::Part { offset, len } => {
-                if let Some(part) = memory.slice(offset, len) {
-                    payload.gather(offset, part);
-                }
-            }
-            Piece::End => {}
-        }
-        Ok(())
+            Piece::Part { offset, len } => match memory.slice(offset, len) {
+                Some(part) => payload.gather(offset, part),
+                None => true,
+            },
+            Piece::End => true,
+        };
+        if complete { Ok(()) } else { Err(Stop::Withdrawn) }
     }
 
     fn readable(
@@ -333,7 +335,7 @@ impl Responder {
         &mut self,
         around: &Surroundings<'_>,
         request: &Request,
-        payload: Payload<'_>,
+        payload: impl Content,
         piece: Piece,
     ) -> Result<(), Stop> {
         let (start, end) = match piece {
@@ -345,14 +347,14 @@ impl Responder {
     }
 
     /// Calls `place` for the memory of each part of bytes `[start, end)` of a message, of which at least
-    /// `whole` bytes are known to come.
+    /// `whole` bytes are known to come; `place` says false if the bytes were withdrawn meanwhile.
     pub(super) fn scatter_receive(
         &mut self,
         around: &Surroundings<'_>,
         start: u64,
         end: u64,
         whole: u64,
-        mut place: impl FnMut(u64, Span),
+        mut place: impl FnMut(u64, Span) -> bool,
     ) -> Result<(), Stop> {
         let Some(receive) = &self.receive else {
             return Err(Stop::NotReady);
@@ -365,7 +367,8 @@ impl Responder {
                 let va = seg.addr.get().wrapping_add(from - at);
                 let lkey = seg.lkey.get();
                 match around.keys.reach(around.qp.layout.pd, lkey, va, to - from, Want::LocalWrite) {
-                    Ok(memory) => place(from, memory),
+                    Ok(memory) if place(from, memory) => {}
+                    Ok(_) => return Err(Stop::Withdrawn),
                     Err(_) => outcome = Err((Syndrome::LOCAL_PROT, Nak::RemoteOperation)),
                 }
             }
@@ -415,6 +418,7 @@ impl Responder {
     pub(super) fn fail(&mut self, around: &Surroundings<'_>, nak: Nak) {
         let qpn = around.qp.num();
         around.qp.set_state(QpState::Err);
+        add(&around.device.counters.refused_requests, 1);
         around.device.post_event(match nak {
             Nak::InvalidRequest => AsyncEvent::QpRequestError { qpn },
             Nak::RemoteAccess => AsyncEvent::QpAccessError { qpn },

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ibex_abi::types::QpState;
 
 use super::EmulatedHca;
+use super::fabric::Medium;
 use super::fabric::inproc::{KeyGuards, Link};
 use super::qp::Qp;
 use super::requester::fetch::Local;
@@ -31,10 +32,11 @@ enum Candidate {
 impl EmulatedHca {
     /// Executes one piece of work, chosen among all that hardware could do next.
     ///
-    /// `choose(n)` gives a number below `n`. Must not run at the same time as [`step`](Self::step).
+    /// `choose(n)` gives a number below `n`. Must not run at the same time as [`step`](Self::step). Pieces
+    /// are for devices of one process; on other fabrics this is [`step`](Self::step).
     pub fn step_seeded(&self, now: Nanos, choose: &mut dyn FnMut(u32) -> u32) -> Step {
-        if self.station.is_some() {
-            // What may happen in which order is the switch's to choose, frame by frame.
+        if !matches!(self.fabric().medium(), Medium::Inproc) {
+            // What may happen in which order is a switch's to choose, frame by frame, or another process's.
             return self.step(now);
         }
         let mut step = Step::default();

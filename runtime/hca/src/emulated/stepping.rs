@@ -11,6 +11,7 @@ use super::EmulatedHca;
 use super::counters::add;
 use super::fabric::Medium;
 use super::fabric::inproc::{KeyGuards, Link};
+use super::fabric::shm::Shm;
 use super::qp::{Qp, ahead};
 use super::requester::Requester;
 use super::requester::fetch::Local;
@@ -136,7 +137,20 @@ impl EmulatedHca {
             Medium::Inproc => self.send_inproc(qp, &mut requester, now),
             // Packets are the station's.
             Medium::Switched(_) | Medium::Udp(_) => Turn::default(),
+            Medium::Shm(shm) => self.send_shm(shm, qp, &mut requester, now),
         }
+    }
+
+    fn send_shm(&self, shm: &Shm, qp: &Qp, requester: &mut Requester, now: Nanos) -> Turn {
+        let peer = requester.connection.as_ref().map(|connection| (connection.to, connection.remote_qpn));
+        let link = peer.and_then(|(to, remote)| Some((shm.link(self.fabric_port(), &to)?, remote)));
+        let Some((link, remote)) = link else {
+            // A port of this process, or nobody.
+            return self.send_inproc(qp, requester, now);
+        };
+        let keys = self.keys.read();
+        let local = Local { device: self, qp, keys: &keys, now };
+        requester.turn(&local, &mut link.open(qp.num(), remote))
     }
 
     fn send_inproc(&self, qp: &Qp, requester: &mut Requester, now: Nanos) -> Turn {

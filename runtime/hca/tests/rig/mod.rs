@@ -7,7 +7,7 @@ use ibex_abi::types::{Iova, Pd, Psn};
 use ibex_abi::wqe::{DataSeg, Remote, Request, SegmentBuf};
 use ibex_hca::control_region::ControlRegion;
 use ibex_hca::emulated::{
-    Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, PathState, Placement, PortId,
+    Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, PathState, Placement, PortId, ShmConfig,
 };
 use ibex_hca::host_memory::Registered;
 use ibex_hca::host_qp::{ConnectSpec, CqShape, HostQp, HostQpSpec, Rts};
@@ -25,7 +25,9 @@ pub struct End {
 
 pub struct Rig {
     pub ends: [End; 2],
+    /// The fabric of end 0, and both ports as it numbers them.
     pub fabric: Arc<Fabric>,
+    pub ports: [PortId; 2],
     pub now: Nanos,
 }
 
@@ -64,7 +66,40 @@ pub fn rig(setup: Setup) -> Rig {
     let fabric = Fabric::inproc(config);
     let devices = [0, 1].map(|_| device(&fabric, setup.doorbells));
     let ends = connect(&devices, setup);
-    Rig { ends, fabric, now: Nanos(0) }
+    let ports = [0, 1].map(|end: usize| devices[end].port_id());
+    Rig { ends, fabric, ports, now: Nanos(0) }
+}
+
+/// The same with each device on a fabric of its own, joined by shared memory as two processes are.
+pub fn shm_rig(setup: Setup) -> Rig {
+    let fabrics = [0, 1].map(shm_fabric);
+    let devices = [0, 1].map(|end: usize| device(&fabrics[end], setup.doorbells));
+    let far = introduce(&devices);
+    let ends = connect(&devices, setup);
+    let ports = [devices[0].port_id(), far];
+    let [fabric, _] = fabrics;
+    Rig { ends, fabric, ports, now: Nanos(0) }
+}
+
+pub fn shm_fabric(first_port: u16) -> Arc<Fabric> {
+    Fabric::shm(ShmConfig { first_port, peers_max: 4, ..ShmConfig::default() }).unwrap()
+}
+
+/// Makes two devices on different fabrics known to each other; the second as the first's fabric calls it.
+pub fn introduce(devices: &[Arc<EmulatedHca>; 2]) -> PortId {
+    let [near, far] = devices.each_ref().map(|device| {
+        let fabric = device.fabric();
+        (fabric, fabric.advert(device.port_id()).unwrap())
+    });
+    far.0.admit(&near.1).unwrap();
+    near.0.admit(&far.1).unwrap()
+}
+
+/// Runs a test on a fabric within the process and on one of shared memory.
+pub fn on_both(setup: Setup, test: fn(Rig)) {
+    test(rig(setup));
+    println!("and through shared memory");
+    test(shm_rig(setup));
 }
 
 /// One more connection between two devices.
@@ -124,19 +159,15 @@ impl Rig {
         }
     }
 
-    pub fn ports(&self) -> [PortId; 2] {
-        [0, 1].map(|end: usize| self.ends[end].device.port_id())
-    }
-
     /// Sets the direction that requests of end 0 take.
     pub fn requests(&self, state: PathState) {
-        let [near, far] = self.ports();
+        let [near, far] = self.ports;
         self.fabric.set_path(near, far, state);
     }
 
     /// Sets the direction that answers to end 0 take.
     pub fn answers(&self, state: PathState) {
-        let [near, far] = self.ports();
+        let [near, far] = self.ports;
         self.fabric.set_path(far, near, state);
     }
 }

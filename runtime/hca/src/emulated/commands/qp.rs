@@ -83,7 +83,8 @@ impl EmulatedHca {
         recv_cq.users.fetch_add(1, Ordering::AcqRel);
         let (num, user_index) = (QpNum::new(number), get32(context, qpc::USER_INDEX));
         let layout = QpLayout { num, pd, user_index, sq, rq, record, send_cq, recv_cq, uar };
-        self.publish_qp(Qp::new(layout, vec![ring_hold, record_hold]));
+        let port = self.fabric_port().memory().cloned();
+        self.publish_qp(Qp::new(layout, vec![ring_hold, record_hold], port));
         prm::set(output, prm::create_qp_out::QPN, number.into());
         Ok(Touched::new(ObjectKind::Qp, number))
     }

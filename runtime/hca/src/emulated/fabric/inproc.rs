@@ -6,7 +6,7 @@
 use ibex_abi::types::{Psn, QpNum};
 use parking_lot::{MutexGuard, RwLockReadGuard};
 
-use super::{Port, Wire};
+use super::{Carried, Port, Wire};
 use crate::emulated::message::{Payload, Piece, Reply, Request, Target};
 use crate::emulated::mkeys::MkeyTable;
 use crate::emulated::qp::Qp;
@@ -87,9 +87,9 @@ impl<'a> Link<'a> {
     }
 }
 
-impl Wire for Link<'_> {
+impl Link<'_> {
     #[inline]
-    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Option<Reply> {
+    fn answer(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Option<Reply> {
         let far = self.far.as_mut()?;
         if !far.hears_us || !self.port.passes(far.port) {
             return None;
@@ -101,6 +101,13 @@ impl Wire for Link<'_> {
             true => reply,
             false => None,
         }
+    }
+}
+
+impl Wire for Link<'_> {
+    #[inline]
+    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Carried {
+        Carried::Whole(self.answer(request, payload, piece))
     }
 
     #[inline]

@@ -14,6 +14,7 @@
 pub(super) mod advert;
 pub(super) mod inproc;
 mod port;
+pub(super) mod shm;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
@@ -33,6 +34,7 @@ use super::udp::{Endpoint, Offloads, UdpConfig};
 use crate::{HcaError, LinkLayer, Nanos, PathAddress, PortInfo};
 use advert::{AdvertError, AdvertKind};
 pub(super) use port::Port;
+pub use shm::ShmConfig;
 
 /// Most ports on one fabric.
 pub const PORTS_MAX: usize = 1024;
@@ -82,18 +84,22 @@ impl Default for FabricConfig {
 pub(super) trait Wire {
     /// Carries one piece of a request; `payload` is the whole message's payload.
     ///
-    /// `None` if no answer came back at once: it was lost, or it comes later, or it never comes. The
+    /// Without a reply no answer came back at once: it was lost, or it comes later, or it never comes. The
     /// requester's timer tells.
-    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Option<Reply>;
+    fn carry(&mut self, request: &Request, payload: Payload<'_>, piece: Piece) -> Carried;
 
     /// Carries a whole RDMA WRITE and its acknowledgement, if nothing is in the way of either; otherwise
     /// nothing happens, and [`carry`](Self::carry) tells what is wrong.
     fn write_plain(&mut self, psn: Psn, packets: u32, to: Target, source: Source<'_>) -> bool;
+}
 
-    /// Whether a request that is carried now would be taken; one that is not stays unsent.
-    fn has_room(&self) -> bool {
-        true
-    }
+/// What became of a request that was handed to a [`Wire`].
+pub(super) enum Carried {
+    /// It is on its way, and perhaps answered already.
+    Whole(Option<Reply>),
+    /// Only payload before this position was taken, for want of room: the rest, [`Piece::Part`], is to be
+    /// carried later and ends the message.
+    Upto(u64),
 }
 
 /// What carries requests from port to port.
@@ -105,6 +111,8 @@ pub(super) enum Medium {
     Switched(Arc<Exchange>),
     /// Packets through a UDP socket; one port of this process, others by advert.
     Udp(Arc<Endpoint>),
+    /// Rings in shared memory, between processes of one host.
+    Shm(shm::Shm),
 }
 
 /// A set of ports and the paths between them.
@@ -148,7 +156,7 @@ impl Fabric {
     #[must_use]
     pub fn fault_counts(&self) -> Option<FaultCounts> {
         match &self.medium {
-            Medium::Inproc => None,
+            Medium::Inproc | Medium::Shm(_) => None,
             Medium::Switched(exchange) => Some(exchange.counts()),
             Medium::Udp(endpoint) => endpoint.fault_counts(),
         }
@@ -159,18 +167,25 @@ impl Fabric {
     pub fn socket(&self) -> Option<(SocketAddr, Offloads)> {
         match &self.medium {
             Medium::Udp(endpoint) => Some((endpoint.local(), endpoint.offloads())),
-            Medium::Inproc | Medium::Switched(_) => None,
+            Medium::Inproc | Medium::Switched(_) | Medium::Shm(_) => None,
         }
     }
 
     /// Waits until packets arrived from outside this process, or for `nanos`; whether some did.
     ///
-    /// Returns at once where nothing arrives from outside.
+    /// Returns at once where nothing arrives from outside. Doorbells of this process wake nobody: whoever
+    /// waits here while others post keeps the time short.
     pub fn wait_for_arrivals(&self, nanos: u64) -> bool {
         match &self.medium {
             Medium::Udp(endpoint) => endpoint.wait(nanos),
+            Medium::Shm(shm) => shm.wait(Nanos(nanos)),
             Medium::Inproc | Medium::Switched(_) => false,
         }
+    }
+
+    /// Whether ports of other processes may belong to it.
+    pub(super) const fn spans_processes(&self) -> bool {
+        matches!(self.medium, Medium::Udp(_) | Medium::Shm(_))
     }
 
     /// Has the frames of every port of this process, present ones, written to `capture`.
@@ -180,6 +195,17 @@ impl Fabric {
         for port in self.ports.read().iter() {
             port.capture_to(Arc::clone(capture));
         }
+    }
+
+    /// A fabric between processes of one host, through shared memory; this process's part of it.
+    ///
+    /// Every process makes its own and tells the others the [`advert`](Self::advert) of each of its ports.
+    ///
+    /// # Errors
+    /// [`HcaError::OutOfRange`] for a number of peers that cannot be.
+    pub fn shm(config: ShmConfig) -> Result<Arc<Self>, HcaError> {
+        let medium = Medium::Shm(shm::Shm::new(config)?);
+        Ok(Arc::new(Self { config: config.fabric, medium, ports: RwLock::default() }))
     }
 
     /// What the fabric was made with.
@@ -205,8 +231,11 @@ impl Fabric {
 
     /// Takes a port off the fabric for good, as if its process had died.
     pub fn kill(&self, port: PortId) {
-        if let Some(port) = self.port(port) {
-            port.kill();
+        if let Some(killed) = self.port(port) {
+            killed.kill();
+        }
+        if let Medium::Shm(shm) = &self.medium {
+            shm.forget(port);
         }
     }
 
@@ -233,6 +262,7 @@ impl Fabric {
         match &self.medium {
             Medium::Inproc | Medium::Switched(_) => Err(AdvertError::Local.into()),
             Medium::Udp(endpoint) => Ok(advert::seal(AdvertKind::Udp, port.info(), &endpoint.advert_body())),
+            Medium::Shm(shm) => shm.advert(&port),
         }
     }
 
@@ -253,6 +283,7 @@ impl Fabric {
                 endpoint.learn(addr, node, port);
                 Ok(id)
             }
+            Medium::Shm(shm) => shm.admit(&self.ports, advert),
         }
     }
 
@@ -275,10 +306,11 @@ impl Fabric {
 
     /// Lets `device` execute requests and take in answers that came from other processes.
     #[inline]
-    pub(super) fn take_arrivals(&self, _device: &EmulatedHca, _now: Nanos) -> Turn {
+    pub(super) fn take_arrivals(&self, device: &EmulatedHca, now: Nanos) -> Turn {
         match &self.medium {
             // Where packets arrive, the station takes them in.
             Medium::Inproc | Medium::Switched(_) | Medium::Udp(_) => Turn::default(),
+            Medium::Shm(shm) => shm.take_arrivals(device, now),
         }
     }
 
@@ -293,7 +325,15 @@ impl Fabric {
         if matches!(self.medium, Medium::Udp(_)) && ports.iter().any(|port| port.is_local()) {
             return Err(HcaError::Exhausted { what: "ports of a socket", requested: 1, limit: 1 });
         }
-        let port = Arc::new(Port::new(id, device.clone(), make(id)));
+        let port = match &self.medium {
+            Medium::Shm(shm) => {
+                let port = Port::new(id, device.clone(), make(shm.next_number()?));
+                let port = Arc::new(port.with_memory(Some(shm.new_memory()?)));
+                shm.add_local(&port)?;
+                port
+            }
+            _ => Arc::new(Port::new(id, device.clone(), make(id))),
+        };
         ports.push(Arc::clone(&port));
         Ok(port)
     }
@@ -307,7 +347,7 @@ impl Fabric {
     /// What the device behind `port` sends and receives packets through; `None` if there are none here.
     pub(super) fn station(&self, port: &Arc<Port>) -> Result<Option<Station>, HcaError> {
         let carrier = match &self.medium {
-            Medium::Inproc => return Ok(None),
+            Medium::Inproc | Medium::Shm(_) => return Ok(None),
             Medium::Switched(_) | Medium::Udp(_) if port.info().link == LinkLayer::Ib => {
                 return Err(HcaError::Unreachable { reason: "a fabric of RoCEv2 frames has Ethernet ports" });
             }
@@ -326,7 +366,7 @@ impl Fabric {
         }
         let mtu = port.info().mtu.min(far.info().mtu);
         match &self.medium {
-            Medium::Inproc | Medium::Switched(_) => Ok(mtu),
+            Medium::Inproc | Medium::Switched(_) | Medium::Shm(_) => Ok(mtu),
             Medium::Udp(endpoint) => Ok(mtu.min(endpoint.route_mtu(ip_of(far.info().gid))?)),
         }
     }

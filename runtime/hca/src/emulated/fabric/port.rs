@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::RwLock;
 
+use super::shm::PortMemory;
 use super::{PathState, PortId};
 use crate::emulated::EmulatedHca;
 use crate::emulated::capture::Capture;
@@ -22,12 +23,23 @@ pub(in crate::emulated) struct Port {
     cut: RwLock<Vec<PortId>>,
     any_cut: AtomicBool,
     capture: OnceLock<Arc<Capture>>,
+    /// What other processes read of a port of this one.
+    memory: Option<Arc<PortMemory>>,
 }
 
 impl Port {
     pub(super) fn new(id: PortId, device: Weak<EmulatedHca>, info: PortInfo) -> Self {
         let (dead, any_cut) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { id, device, info, dead, cut: RwLock::default(), any_cut, capture: OnceLock::new() }
+        let (cut, memory, capture) = (RwLock::default(), None, OnceLock::new());
+        Self { id, device, info, dead, cut, any_cut, memory, capture }
+    }
+
+    pub(super) fn with_memory(self, memory: Option<Arc<PortMemory>>) -> Self {
+        Self { memory, ..self }
+    }
+
+    pub(in crate::emulated) const fn memory(&self) -> Option<&Arc<PortMemory>> {
+        self.memory.as_ref()
     }
 
     /// A port on no fabric, for a device that could not be attached.
@@ -75,6 +87,15 @@ impl Port {
             (PathAddress::Roce { rgid, rmac, .. }, LinkLayer::Roce) => {
                 *rgid == self.info.gid && *rmac == self.info.mac
             }
+            _ => false,
+        }
+    }
+
+    /// Whether a port with this address would get this one's packets.
+    pub(super) fn has_address_of(&self, info: &PortInfo) -> bool {
+        match (info.link, self.info.link) {
+            (LinkLayer::Ib, LinkLayer::Ib) => info.lid == self.info.lid,
+            (LinkLayer::Roce, LinkLayer::Roce) => (info.gid, info.mac) == (self.info.gid, self.info.mac),
             _ => false,
         }
     }

@@ -164,7 +164,7 @@ const fn refusal_of(stop: &Stop) -> Refusal {
     match stop {
         Stop::Refuse(Nak::RemoteAccess) => Refusal::RemoteAccess,
         Stop::Refuse(Nak::RemoteOperation) => Refusal::RemoteOperation,
-        Stop::Refuse(Nak::InvalidRequest) | Stop::NotReady => Refusal::InvalidRequest,
+        Stop::Refuse(Nak::InvalidRequest) | Stop::NotReady | Stop::Withdrawn => Refusal::InvalidRequest,
     }
 }
 
@@ -225,6 +225,7 @@ impl Host for Memory<'_, '_> {
             // CAST: a position inside `bytes`.
             let at = (from - start) as usize;
             memory.write(0, &bytes[at..at + memory.len() as usize]);
+            true
         };
         self.half.scatter_receive(self.around, start, end, end, place).map_err(|stop| refusal_of(&stop))
     }

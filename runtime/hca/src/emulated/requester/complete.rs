@@ -6,6 +6,7 @@ use ibex_abi::wqe::{CqUpdate, CtrlSeg, Opcode, WQEBB};
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
+use super::fetch::Local;
 use super::{Outstanding, Requester, Work};
 use crate::AsyncEvent;
 use crate::emulated::counters::FirstError;
@@ -50,6 +51,15 @@ impl Requester {
             retired += usize::from(self.retire_one(device, qp, now));
         }
         retired
+    }
+
+    /// As [`retire`](Self::retire), unless the queue pair failed: what is done but came after the first
+    /// error is flushed like everything else.
+    pub(in crate::emulated) fn retire_unless_failed(&mut self, local: &Local<'_>) -> usize {
+        match local.qp.state() {
+            QpState::Err => 0,
+            _ => self.retire(local.device, local.qp, local.now),
+        }
     }
 
     /// Completes the message at the head if it is done.

@@ -13,7 +13,7 @@ use super::{OUTSTANDING_MAX, Outstanding, Progress, Requester, Work};
 use crate::emulated::EmulatedHca;
 use crate::emulated::Nanos;
 use crate::emulated::counters::add;
-use crate::emulated::fabric::{Placement, Wire};
+use crate::emulated::fabric::{Carried, Placement, Wire};
 use crate::emulated::message::{Piece, Reply, RequestOp};
 use crate::emulated::qp::{Qp, WQE_BYTES_MAX};
 
@@ -148,7 +148,12 @@ impl Requester {
     }
 
     /// Reads the WQE at `pos` again and calls `then` with the message.
-    fn with_message(&mut self, local: &Local<'_>, pos: usize, then: impl FnOnce(&mut Self, &Fetch<'_>)) {
+    pub(super) fn with_message(
+        &mut self,
+        local: &Local<'_>,
+        pos: usize,
+        then: impl FnOnce(&mut Self, &Fetch<'_>),
+    ) {
         let mut buf: WqeBuf = [0; WQE_BYTES_MAX];
         let Work { idx, blocks, psn, .. } = self.outstanding[pos].work;
         let connection = self.connection.clone();
@@ -175,7 +180,7 @@ impl Requester {
             if !arriving {
                 entry.progress = Progress::Placing;
             }
-            match wire.carry(request, *payload, Piece::Part { offset, len }) {
+            match answer(wire.carry(request, *payload, Piece::Part { offset, len })) {
                 None => this.lose(pos, local.now),
                 Some(Reply::Data { next, memory }) => {
                     take_response(local, Reply::Data { next, memory }, *payload, offset, None);
@@ -215,7 +220,7 @@ impl Requester {
             request.resent = entry.resent;
             add(&local.device.counters.retransmissions, entry.resent.into());
             (entry.resent, entry.progress) = (true, Progress::Unanswered);
-            let reply = wire.carry(&request, payload, Piece::End);
+            let reply = answer(wire.carry(&request, payload, Piece::End));
             match (request.op, reply) {
                 (RequestOp::Read { .. }, Some(Reply::Ack { .. })) => this.accept_read(pos),
                 _ => {
@@ -240,6 +245,14 @@ impl Outstanding {
     fn is_write(&self) -> bool {
         use ibex_abi::wqe::Opcode;
         matches!(Opcode::from_byte(self.work.opcode), Some(Opcode::RdmaWrite | Opcode::RdmaWriteImm))
+    }
+}
+
+/// Pieces go over wires that answer at once or lose them; such a wire takes all or nothing.
+fn answer(carried: Carried) -> Option<Reply> {
+    match carried {
+        Carried::Whole(reply) => reply,
+        Carried::Upto(_) => None,
     }
 }
 

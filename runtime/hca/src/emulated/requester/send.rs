@@ -8,7 +8,7 @@ use super::complete::{Failure, complete};
 use super::fetch::{Fetch, Fetched, Local, WqeBuf};
 use super::{OUTSTANDING_MAX, Outstanding, Progress, Requester, Settled, Work};
 use crate::emulated::counters::add;
-use crate::emulated::fabric::Wire;
+use crate::emulated::fabric::{Carried, Wire};
 use crate::emulated::message::{Payload, Piece, Reply, RequestOp};
 use crate::emulated::qp::{Qp, WQE_BYTES_MAX};
 use crate::emulated::{EmulatedHca, Nanos};
@@ -90,7 +90,7 @@ impl Requester {
         if self.check_timers(local) {
             self.send_all(local, wire, &mut did);
         }
-        let retired = self.retire(local.device, local.qp, local.now);
+        let retired = self.retire_unless_failed(local);
         did.publish(local.device);
         if self.outstanding.is_empty() {
             self.ack_deadline = None;
@@ -104,9 +104,6 @@ impl Requester {
         let mut buf: WqeBuf = [0; WQE_BYTES_MAX];
         let (mut bytes, mut available) = (0, 0);
         while did.sent < TURN_WQES_MAX && bytes < TURN_BYTES_MAX && self.not_ready_until.is_none() {
-            if !wire.has_room() {
-                return;
-            }
             let sent = match self.first_unsent() {
                 Some(pos) => self.send_again(local, wire, &mut buf, pos, did),
                 None if self.outstanding.len() >= OUTSTANDING_MAX => return,
@@ -183,10 +180,18 @@ impl Requester {
             return Sent::Bytes(0);
         };
         request.resent = entry.resent;
-        did.resent += u64::from(entry.resent);
-        (entry.progress, entry.resent) = (Progress::Unanswered, true);
-        let reply = wire.carry(&request, payload, Piece::Whole);
-        self.after_carry(local, pos, reply, payload, result)
+        let piece = match entry.moved {
+            0 => Piece::Whole,
+            offset => Piece::Part { offset, len: request.len.saturating_sub(offset) },
+        };
+        match wire.carry(&request, payload, piece) {
+            Carried::Upto(moved) => self.take_rest_later(pos, moved, local.now),
+            Carried::Whole(reply) => {
+                did.resent += u64::from(entry.resent);
+                (entry.progress, entry.resent, entry.moved) = (Progress::Unanswered, true, 0);
+                self.after_carry(local, pos, reply, payload, result)
+            }
+        }
     }
 
     /// A WQE that fails its checks fails after everything before it.
@@ -228,7 +233,13 @@ impl Requester {
             self.outstanding.push_back(Outstanding::new(*work, Progress::Done));
             return Sent::Bytes(0);
         };
-        let reply = wire.carry(request, *payload, Piece::Whole);
+        let reply = match wire.carry(request, *payload, Piece::Whole) {
+            Carried::Whole(reply) => reply,
+            Carried::Upto(moved) => {
+                self.outstanding.push_back(Outstanding::new(*work, Progress::Unsent));
+                return self.take_rest_later(self.outstanding.len() - 1, moved, local.now);
+            }
+        };
         // The common case: nothing is outstanding and the answer is here.
         if self.outstanding.is_empty()
             && !work.has_response
@@ -244,6 +255,15 @@ impl Requester {
         self.outstanding.push_back(entry);
         let pos = self.outstanding.len() - 1;
         self.after_carry(local, pos, reply, *payload, *result)
+    }
+
+    /// The wire has no room: the message stays unsent, and so does everything after it.
+    ///
+    /// Its timer runs all the same, because a wire whose other end is dead never has room again.
+    fn take_rest_later(&mut self, pos: usize, moved: u64, now: Nanos) -> Sent {
+        self.outstanding[pos].moved = moved;
+        self.await_answer(now);
+        Sent::Stop
     }
 
     /// Takes in the answer to the message at `pos`.
