@@ -187,6 +187,8 @@ pub(super) struct Requester {
     /// Sequence number of the next new message.
     pub(super) psn: Psn,
     pub(super) outstanding: VecDeque<Outstanding>,
+    /// WQEs that completed and left the list of outstanding ones.
+    pub(super) retired: u64,
     /// Timeouts since anything was answered.
     pub(super) timeouts: u8,
     /// Receiver-not-ready answers to the oldest message.
@@ -206,6 +208,7 @@ impl Default for Requester {
             next: 0,
             psn: Psn::new(0),
             outstanding: VecDeque::new(),
+            retired: 0,
             timeouts: 0,
             not_readies: 0,
             ack_deadline: None,

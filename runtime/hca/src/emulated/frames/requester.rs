@@ -1,7 +1,7 @@
 //! The sending half on packets: WQEs become messages of the state machine, its events become CQEs.
 //!
 //! *Who owns what.* The half keeps the list of fetched WQEs, as everywhere; the state machine keeps packets
-//! and timers. A message's name is its WQE's place in the order of fetching, so that payload is read again
+//! and timers. A message's name is its WQE's place among all that were fetched, so that payload is read again
 //! from the send queue and from the memory that its WQE names, also when a packet is sent again.
 
 use std::collections::VecDeque;
@@ -35,8 +35,6 @@ const ACK_EVERY: u32 = 16;
 #[derive(Debug)]
 pub(in crate::emulated) struct PacketRequester {
     machine: packets::Requester,
-    /// Name of the message at the head of the list of outstanding ones.
-    first_id: u64,
     peer: SocketAddr,
 }
 
@@ -57,7 +55,7 @@ impl PacketRequester {
             ..RequesterConfig::new(QpNum::new(connection.remote_qpn.get()), mtu, first_psn)
         };
         let peer = socket_addr(&connection.to)?;
-        Some(Self { machine: packets::Requester::new(config), first_id: 0, peer })
+        Some(Self { machine: packets::Requester::new(config), peer })
     }
 }
 
@@ -107,7 +105,7 @@ impl Requester {
                         self.fail_fetched(local, &fetched.work, failure);
                         return;
                     };
-                    let id = MessageId(half.first_id + self.outstanding.len() as u64);
+                    let id = MessageId(self.retired + self.outstanding.len() as u64);
                     if half.machine.post(id, operation).is_err() {
                         // Too many packets are outstanding; it is fetched again after an answer.
                         return;
@@ -133,7 +131,7 @@ impl Requester {
     ) -> usize {
         let now = roce_nanos(local.now);
         let (mut sent, mut again) = (0, 0);
-        let mut messages = Messages::of(self, half.first_id, local);
+        let mut messages = Messages::of(self, local);
         while sent < TURN_PACKETS_MAX {
             let Some(room) = carrier.room(local.now) else { break };
             let Some(packet) = half.machine.poll_transmit(now, &mut messages, room) else { break };
@@ -157,7 +155,7 @@ impl Requester {
             return add(&counters.unexpected, 1);
         };
         if half.peer == from {
-            let mut messages = Messages::of(self, half.first_id, local);
+            let mut messages = Messages::of(self, local);
             let now = roce_nanos(local.now);
             if let Verdict::Dropped(reason) = half.machine.handle_packet(now, packet, &mut messages) {
                 note_dropped(local.device, reason);
@@ -178,10 +176,9 @@ impl Requester {
         }
         loop {
             // WQEs without a message stand among the others and complete in their turn.
-            let count = self.retire(local.device, local.qp, local.now);
-            half.first_id += count as u64;
-            retired += count;
-            let place = |id: MessageId| usize::try_from(id.0.wrapping_sub(half.first_id)).ok();
+            retired += self.retire(local.device, local.qp, local.now);
+            let first = self.retired;
+            let place = |id: MessageId| usize::try_from(id.0.wrapping_sub(first)).ok();
             match half.machine.poll_event() {
                 Some(Event::Completed { id }) => {
                     if let Some(entry) = place(id).and_then(|pos| self.outstanding.get_mut(pos)) {
@@ -248,15 +245,16 @@ fn failure_of(reason: packets::Failure) -> Failure {
 struct Messages<'a, 'b> {
     outstanding: &'a VecDeque<Outstanding>,
     connection: Option<&'a Connection>,
+    /// Name of the message at the head of the list.
     first_id: u64,
     local: &'a Local<'b>,
     buf: WqeBuf,
 }
 
 impl<'a, 'b> Messages<'a, 'b> {
-    fn of(half: &'a Requester, first_id: u64, local: &'a Local<'b>) -> Self {
+    fn of(half: &'a Requester, local: &'a Local<'b>) -> Self {
         let (outstanding, connection) = (&half.outstanding, half.connection.as_ref());
-        Self { outstanding, connection, first_id, local, buf: [0; WQE_BYTES_MAX] }
+        Self { outstanding, connection, first_id: half.retired, local, buf: [0; WQE_BYTES_MAX] }
     }
 
     /// Reads a message's WQE again and calls `then` with what it says.

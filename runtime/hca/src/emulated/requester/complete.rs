@@ -67,6 +67,7 @@ impl Requester {
         match self.outstanding.pop_front() {
             Some(entry) if entry.is_done() => {
                 self.progressed(now);
+                self.retired += 1;
                 complete(device, qp, &entry.work, now);
                 true
             }
