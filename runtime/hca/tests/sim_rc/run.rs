@@ -279,7 +279,7 @@ impl Link<'_> {
         // What comes after a READ may otherwise change what it reads.
         let after_read = nth != 0 && matches!(ops[nth - 1].1, Op::Read { .. });
         let fence = if after_read { FenceMode::Fence } else { FenceMode::None };
-        let flags = CtrlFlags::new(fence, CqUpdate::Always, nth % 2 == 0);
+        let flags = CtrlFlags::new(fence, CqUpdate::Always, nth.is_multiple_of(2));
         let (near, far) = (&self.ends[end], &self.ends[1 - end]);
         // A segment of length 0 would mean 2 GiB.
         let segments = |at, len| if len == 0 { vec![] } else { vec![near.data(at, len)] };

@@ -414,8 +414,13 @@ impl Inbox {
         let slots = self.received.iter().zip(self.bytes.chunks(RECEIVE_BYTES));
         slots.filter_map(|(received, bytes)| Some((received.from?, received, bytes))).flat_map(
             |(from, received, bytes)| {
-                let parts = bytes[..received.len].chunks(received.segment);
-                (0..).zip(parts).map(move |(nth, payload)| Datagram { from, nth, payload })
+                let Received { len, segment, .. } = *received;
+                // An empty datagram is one too.
+                // CAST: at most 65 536 parts.
+                (0..len.div_ceil(segment).max(1) as u16).map(move |nth| {
+                    let start = usize::from(nth) * segment;
+                    Datagram { from, nth, payload: &bytes[start..len.min(start + segment)] }
+                })
             },
         )
     }
