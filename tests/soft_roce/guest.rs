@@ -3,7 +3,8 @@
 //! *Who owns what.* A [`Guest`] owns the emulator's process and ends it when dropped; files of the image stay
 //! in cargo's temporary directory for the next run.
 
-use std::io::{BufRead, BufReader, Write};
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Write as _};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -85,6 +86,16 @@ pub(crate) struct Completion {
     pub(crate) status: u64,
     pub(crate) len: u64,
     pub(crate) imm: u64,
+}
+
+/// Values of `enum ibv_wc_status`.
+pub(crate) mod status {
+    pub(crate) const SUCCESS: u64 = 0;
+    pub(crate) const FLUSHED: u64 = 5;
+    pub(crate) const REMOTE_INVALID_REQUEST: u64 = 9;
+    pub(crate) const REMOTE_ACCESS: u64 = 10;
+    pub(crate) const RETRY_EXCEEDED: u64 = 12;
+    pub(crate) const RNR_RETRY_EXCEEDED: u64 = 13;
 }
 
 /// Values of `enum ibv_access_flags`.
@@ -180,6 +191,14 @@ impl Guest {
     /// How many bytes of the range are not what [`pattern`] gives.
     pub(crate) fn differs(&mut self, region: Region, offset: u64, len: u64, seed: u64) -> u64 {
         self.numbers(&format!("differs {} {offset} {len} {seed}", region.index))[0]
+    }
+
+    pub(crate) fn poke(&mut self, region: Region, offset: u64, bytes: &[u8]) {
+        let mut hex = String::new();
+        for byte in bytes {
+            let _ = write!(hex, "{byte:02x}");
+        }
+        self.ask(&format!("poke {} {offset} {hex}", region.index));
     }
 
     pub(crate) fn peek(&mut self, region: Region, offset: u64, len: u64) -> Vec<u8> {

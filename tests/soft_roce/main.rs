@@ -21,14 +21,21 @@ use std::path::PathBuf;
 use std::process::Command;
 
 mod guest;
+mod lossy;
+mod ours;
 mod packets;
 mod raw;
+mod requester;
+mod responder;
 
 use guest::{GUEST_V4, GUEST_V6, Guest, LINK_MTU};
+use ours::Ours;
 use raw::Raw;
 
 const TAP: &str = "tap0";
 /// Addresses of the test: the first pair is the emulated device's, the second speaks packet by packet.
+const OURS_V4: &str = "10.77.0.1";
+const OURS_V6: &str = "fd77::1";
 const RAW_V4: &str = "10.77.0.3";
 const RAW_V6: &str = "fd77::3";
 /// Addresses with their prefixes.
@@ -99,11 +106,24 @@ fn inside_the_namespaces() {
     let mut guest = Guest::boot(&image, TAP);
     let mut failed = Vec::new();
     let addr = |text: &str| text.parse::<IpAddr>().unwrap();
-    let mut links = [Raw::bind(addr(RAW_V4), addr(GUEST_V4)), Raw::bind(addr(RAW_V6), addr(GUEST_V6))];
-    for raw in &mut links {
+    for (own, peer) in [(RAW_V4, GUEST_V4), (RAW_V6, GUEST_V6)] {
+        let mut raw = Raw::bind(addr(own), addr(peer));
         for (name, check) in packets::CHECKS {
-            let name = format!("{}: {name}", raw.own());
-            run(&name, &mut failed, || check(&mut guest, raw));
+            run(&format!("{own}: {name}"), &mut failed, || check(&mut guest, &mut raw));
+        }
+    }
+    for (own, peer, mtus) in [(OURS_V4, GUEST_V4, &[256, 1024, 4096][..]), (OURS_V6, GUEST_V6, &[1024])] {
+        let ours = Ours::new(addr(own), addr(peer), None);
+        for &mtu in mtus {
+            for (name, check) in requester::CHECKS.iter().chain(responder::CHECKS) {
+                run(&format!("{own}, MTU {mtu}: {name}"), &mut failed, || check(&mut guest, &ours, mtu));
+            }
+        }
+    }
+    for (own, peer) in [(OURS_V4, GUEST_V4), (OURS_V6, GUEST_V6)] {
+        let ours = Ours::new(addr(own), addr(peer), Some(lossy::plan()));
+        for (name, check) in lossy::CHECKS {
+            run(&format!("{own}, lossy: {name}"), &mut failed, || check(&mut guest, &ours, 1024));
         }
     }
     assert!(failed.is_empty(), "failed: {failed:#?}");

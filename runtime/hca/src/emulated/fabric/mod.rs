@@ -16,7 +16,7 @@ pub(super) mod inproc;
 mod port;
 pub(super) mod shm;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Weak};
 
 use ibex_abi::types::{Gid, Lid, Mac, PathMtu, Psn};
@@ -31,7 +31,7 @@ use super::requester::plain::Source;
 use super::requester::send::Turn;
 use super::switch::{FaultCounts, FaultPlan, Switch};
 use super::udp::{Endpoint, Offloads, UdpConfig};
-use crate::{HcaError, LinkLayer, Nanos, PathAddress, PortInfo};
+use crate::{HcaError, LinkLayer, Nanos, PathAddress, PortAddress, PortInfo};
 use advert::{AdvertError, AdvertKind};
 pub(super) use port::Port;
 pub use shm::ShmConfig;
@@ -285,6 +285,22 @@ impl Fabric {
             }
             Medium::Shm(shm) => shm.admit(&self.ports, advert),
         }
+    }
+
+    /// Makes a port of another stack known to a udp fabric: Linux soft-RoCE, or hardware.
+    ///
+    /// It has the usual UDP port, sends no advert, and may number its packets and vary its source port as it
+    /// likes. `node` stands for it in fault plans. Gives the address that queue pairs connect to; what MTU is
+    /// right for it, whoever set it up knows.
+    ///
+    /// # Errors
+    /// [`AdvertError::Local`] on other fabrics, [`HcaError::Unreachable`] for an address that is not one
+    /// host's, [`AdvertError::AddressTaken`].
+    pub fn admit_foreign(&self, ip: IpAddr, node: u16) -> Result<PortAddress, HcaError> {
+        let Medium::Udp(endpoint) = &self.medium else { return Err(AdvertError::Local.into()) };
+        let info = endpoint.foreign_info(ip)?;
+        endpoint.learn_foreign(ip, node, self.add_remote(info)?);
+        Ok(info.address())
     }
 
     /// Adds the port of a device of another process.

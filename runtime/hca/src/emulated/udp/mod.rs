@@ -8,8 +8,10 @@
 //! the device's: it owns datagrams on their way and, under a fault plan, a switch at its exit.
 //!
 //! What a UDP socket does not show of an arriving packet is its identification, which the ICRC covers.
-//! Senders of this kind use numbers below 64, so those are tried; an IPv4 sender that numbers its packets
-//! otherwise is refused here as damaged. IPv6 has no identification.
+//! Senders of this kind use numbers below 64, so those are tried; a packet that needs another number is
+//! refused as damaged. Foreign ports (Linux soft-RoCE, hardware) number as they like, which leaves 16 of the
+//! ICRC's 32 bits to tell damage; so only ports that were [admitted](super::Fabric::admit_foreign) as such
+//! may. They also choose their source ports. IPv6 has no identification.
 
 mod ident;
 mod socket;
@@ -20,7 +22,7 @@ use std::sync::Arc;
 
 use ibex_abi::types::{Lid, PathMtu};
 use ibex_roce::Mtu;
-use ibex_roce::wire::{Flow, Frame, ICRC_LEN, Link, ROCE_PORT, WireError};
+use ibex_roce::wire::{Flow, Frame, HiddenId, ICRC_LEN, Ips, Link, ROCE_PORT, WireError};
 use parking_lot::{Mutex, RwLock};
 
 use super::capture::Origin;
@@ -61,6 +63,8 @@ impl UdpConfig {
 #[derive(Debug, Clone)]
 struct Peer {
     node: u16,
+    /// Another stack than this one.
+    foreign: bool,
     port: Arc<Port>,
 }
 
@@ -130,7 +134,24 @@ impl Endpoint {
 
     /// Makes a port known: this one, or an admitted one.
     pub(super) fn learn(&self, addr: SocketAddr, node: u16, port: Arc<Port>) {
-        self.peers.write().insert(addr, Peer { node, port });
+        self.peers.write().insert(addr, Peer { node, foreign: false, port });
+    }
+
+    /// The port of another stack at `ip`, which is RoCEv2's.
+    pub(super) fn foreign_info(&self, ip: IpAddr) -> Result<PortInfo, HcaError> {
+        if ip.is_ipv4() != self.local().is_ipv4() {
+            return Err(HcaError::Unreachable { reason: "one port has an IPv4 address, the other IPv6" });
+        }
+        if ip.is_unspecified() || ip.is_multicast() {
+            return Err(HcaError::Unreachable { reason: "this address is not one host's" });
+        }
+        Ok(PortInfo { gid: gid_of(ip), mac: mac_of(ROCE_PORT), mtu: PathMtu::B4096, ..self.port_info() })
+    }
+
+    /// Makes the port of another stack known.
+    pub(super) fn learn_foreign(&self, ip: IpAddr, node: u16, port: Arc<Port>) {
+        let peer = Peer { node, foreign: true, port };
+        self.peers.write().insert(SocketAddr::new(ip, ROCE_PORT), peer);
     }
 
     /// The largest MTU whose packets the route to `to` carries.
@@ -159,6 +180,7 @@ impl Endpoint {
             outbox: Outbox::new(&self.socket),
             inbox: Inbox::new(),
             idents: IdentTable::default(),
+            hidden: HiddenId::default(),
             exit: switch.map(|switch| Exit { switch, room: vec![0; PACKET_LEN_MAX].into_boxed_slice() }),
             unsent: 0,
             now: Nanos(0),
@@ -184,6 +206,7 @@ struct UdpCarrier {
     outbox: Outbox,
     inbox: Inbox,
     idents: IdentTable,
+    hidden: HiddenId,
     exit: Option<Exit>,
     unsent: u64,
     /// When the inbox was filled.
@@ -294,15 +317,19 @@ impl Carrier for UdpCarrier {
     }
 
     fn for_each(&mut self, each: &mut EachArrival<'_>) {
-        let (local, idents) = (self.endpoint.local(), &mut self.idents);
+        let local = self.endpoint.local();
         let peers = self.endpoint.peers.read();
         for datagram in self.inbox.datagrams() {
-            let from = datagram.from;
-            if peers.get(&from).is_some_and(|peer| !peer.port.passes(&self.port)) {
+            let (from, peer) = sender(&peers, datagram.from);
+            if peer.is_some_and(|peer| !peer.port.passes(&self.port)) {
                 continue;
             }
-            let Some(flow) = flow_from(from, local) else { continue };
-            let (opened, ident) = open(&flow, idents, datagram.payload, datagram.nth);
+            let Some(flow) = flow_from(datagram.from, local) else { continue };
+            let (opened, ident) = if peer.is_some_and(|peer| peer.foreign) {
+                open_foreign(&flow, &mut self.hidden, datagram.payload)
+            } else {
+                open(&flow, &mut self.idents, datagram.payload, datagram.nth)
+            };
             if let Some(capture) = self.port.capture() {
                 put_frame(&mut self.frame, &flow.with_id(ident), datagram.payload);
                 capture.frame(self.now, Origin::Wire, &self.frame);
@@ -318,6 +345,31 @@ impl Carrier for UdpCarrier {
 
     fn take_unsent(&mut self) -> u64 {
         std::mem::take(&mut self.unsent)
+    }
+}
+
+/// The port that a datagram comes from, by its address; foreign ones vary the source port.
+fn sender(peers: &HashMap<SocketAddr, Peer>, from: SocketAddr) -> (SocketAddr, Option<&Peer>) {
+    if let Some(peer) = peers.get(&from) {
+        return (from, Some(peer));
+    }
+    let usual = SocketAddr::new(from.ip(), ROCE_PORT);
+    match peers.get(&usual).filter(|peer| peer.foreign) {
+        Some(peer) => (usual, Some(peer)),
+        None => (from, None),
+    }
+}
+
+/// Checks the ICRC whatever the identification was; also gives that.
+fn open_foreign<'a>(
+    flow: &Flow,
+    hidden: &mut HiddenId,
+    payload: &'a [u8],
+) -> (Result<&'a [u8], WireError>, u16) {
+    match hidden.open(flow, payload) {
+        Ok((packet, Flow { ips: Ips::V4 { id, .. }, .. })) => (Ok(packet), id),
+        Ok((packet, _)) => (Ok(packet), 0),
+        Err(error) => (Err(error), 0),
     }
 }
 
