@@ -329,6 +329,16 @@ impl LaneBuffers {
         self.window.addr() + self.plan.region_offset(source)
     }
 
+    /// First byte and length of what one source may write.
+    pub(crate) fn region(&self, source: Rank) -> (u64, u64) {
+        (self.region_addr(source), self.plan.layout.region_bytes)
+    }
+
+    /// First byte and length of the combine slab.
+    pub(crate) fn combine_slab(&self) -> (u64, u64) {
+        (self.combine_slab.addr(), self.plan.combine_slab_bytes())
+    }
+
     fn at(&self, offset: u64) -> u64 {
         self.state.addr() + offset
     }

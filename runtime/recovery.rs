@@ -23,70 +23,31 @@ use core::sync::atomic::{Ordering, fence};
 use core::time::Duration;
 
 use ibex_abi::device_ctx::{DeviceFault, LaneHostWords, LaneState, LifeWords, PeerCtx, QpDeviceCtx, code};
-use ibex_abi::types::{Psn, QpNum};
-use ibex_hca::PortInfo;
+use ibex_abi::types::QpNum;
 use zerocopy::FromBytes;
 
 use crate::buffer::{LaneBuffers, bytes};
-use crate::config::RoutePolicy;
 use crate::error::{ConfigError, Error, Limit, Stale, Violation};
 use crate::ids::{Lane, Rank};
 use crate::layout::qp_slot;
 use crate::session::{Guard, Session};
 
 mod control;
+mod identity;
+mod offer;
 mod queues;
+mod route;
 
+pub use identity::HostId;
+pub use offer::{LaneOffer, Mappings, Offer, OfferError, QueueOffer};
 pub(crate) use queues::PeerQueues;
+pub(crate) use route::Reach;
+pub use route::{Route, RouteReason, RouteReport};
 
 use control::ControlQueue;
+use identity::process_id;
 use queues::Queue;
-
-/// One queue pair of an [`Offer`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueOffer {
-    /// Its number.
-    pub qpn: QpNum,
-    /// The first sequence number it will send.
-    pub psn: Psn,
-}
-
-/// One lane of an [`Offer`]: where the peer may write, and with which keys.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LaneOffer {
-    /// The peer's region here.
-    pub region_va: u64,
-    /// Key to it.
-    pub region_rkey: u32,
-    /// The combine slab here.
-    pub combine_va: u64,
-    /// Key to it.
-    pub combine_rkey: u32,
-    /// One per channel.
-    pub queues: Vec<QueueOffer>,
-}
-
-/// What a peer must know to connect to this rank; plain data, made by [`Session::offer`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Offer {
-    /// Who offers.
-    pub from: Rank,
-    /// To whom.
-    pub to: Rank,
-    /// The process that offers; peers of one process may map each other's memory.
-    pub process: u64,
-    /// The port.
-    pub port: PortInfo,
-    /// Per lane.
-    pub lanes: Vec<LaneOffer>,
-    /// The control queue pair, which carries the sign of life.
-    pub control: QueueOffer,
-}
-
-/// Tells processes apart without asking the operating system twice.
-fn process_id() -> u64 {
-    std::process::id().into()
-}
+use route::Way;
 
 impl Session {
     /// Creates this side's queue pairs to `peer`, in INIT, and says how to connect to them.
@@ -137,6 +98,7 @@ impl Session {
             from: self.rank,
             to: peer,
             process: process_id(),
+            host: HostId::current(),
             port: self.hca.port(),
             lanes,
             control: control_offer,
@@ -175,7 +137,14 @@ impl Session {
             combine_va: keys.combine.key().iova.get(),
             combine_rkey: keys.combine.key().rkey.get(),
             queues,
+            mappings: self.mappings(buffers, peer),
         })
+    }
+
+    /// How a process of this host may map what `peer` may write; none where this GPU does not share its memory.
+    fn mappings(&self, buffers: &LaneBuffers, peer: Rank) -> Option<Mappings> {
+        let export = |(addr, len): (u64, u64)| self.gpu.export(addr, bytes(len)).ok();
+        Some(Mappings { region: export(buffers.region(peer))?, combine: export(buffers.combine_slab())? })
     }
 
     /// Connects this side's queue pairs to what `offer` says; [`Session::activate`] then lets kernels use them.
@@ -197,9 +166,14 @@ impl Session {
             }
         }
         queues.controls[peer.index()].connect(offer, self.plan.layout.life_off, timers)?;
-        for ((runtime, lane), base_seq) in self.lanes.iter().zip(&offer.lanes).zip(base_seq) {
+        let reach = Reach::choose(&*self.gpu, self.config.route, offer);
+        let ways: Vec<Way> = (0..).zip(&offer.lanes).map(|(lane, offer)| reach.way(lane, offer)).collect();
+        // Kept before any context names it.
+        self.reaches.lock()[peer.index()] = reach;
+        for (((runtime, lane), base_seq), way) in self.lanes.iter().zip(&offer.lanes).zip(base_seq).zip(ways)
+        {
             let buffers = runtime.buffers.read();
-            self.write_peer_ctx(&buffers, peer, offer.process, lane, *base_seq)?;
+            self.write_peer_ctx(&buffers, peer, way, lane, *base_seq)?;
             for channel in 0..self.plan.shape.num_channels {
                 let index = qp_slot(&self.plan.shape, runtime.lane(), peer, channel) as usize;
                 let ctx = queues.device_ctx(index, peer, channel).ok_or(not_offered(peer))?;
@@ -207,6 +181,12 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// How kernels reach a peer, and why that way.
+    #[must_use]
+    pub fn route(&self, peer: Rank) -> RouteReport {
+        self.reaches.lock()[peer.index()].report().clone()
     }
 
     /// Lets kernels use the slots of a peer that is connected at both ends.
@@ -233,8 +213,10 @@ impl Session {
         for (runtime, base_seq) in self.lanes.iter().zip(base_seq) {
             let buffers = runtime.buffers.read();
             let lane = self.lane_offer(&buffers, self.rank, Vec::new())?;
-            self.write_peer_ctx(&buffers, self.rank, process_id(), &lane, *base_seq)?;
+            let way = Reach::itself().way(runtime.lane().index(), &lane);
+            self.write_peer_ctx(&buffers, self.rank, way, &lane, *base_seq)?;
         }
+        self.reaches.lock()[self.rank.index()] = Reach::itself();
         Ok(())
     }
 
@@ -258,25 +240,18 @@ impl Session {
         &self,
         buffers: &LaneBuffers,
         peer: Rank,
-        process: u64,
+        way: Way,
         lane: &LaneOffer,
         base_seq: [u64; 2],
     ) -> Result<(), Error> {
-        let mapped = process == process_id();
-        let route = match (peer == self.rank, mapped, self.config.route) {
-            (true, _, _) => code::ROUTE_LOCAL,
-            (false, true, RoutePolicy::Auto) => code::ROUTE_MAPPED,
-            _ => code::ROUTE_IBGDA,
-        };
-        let pointer = |va: u64| if mapped { va } else { 0 };
         let ctx = PeerCtx {
             region_va: lane.region_va,
             combine_va: lane.combine_va,
-            region_ptr: pointer(lane.region_va),
-            combine_ptr: pointer(lane.combine_va),
+            region_ptr: way.region_ptr,
+            combine_ptr: way.combine_ptr,
             region_rkey_be: lane.region_rkey.to_be(),
             combine_rkey_be: lane.combine_rkey.to_be(),
-            route,
+            route: way.code,
             my_region: buffers.region_addr(peer),
             base_seq,
             ..PeerCtx::default()
@@ -323,6 +298,8 @@ impl Session {
             runtime.buffers.write().renew_peer_keys(peer)?;
             self.zero_words(&runtime.buffers.read(), peer)?;
         }
+        // No context names the peer's memory any more.
+        self.reaches.lock()[peer.index()] = Reach::default();
         Ok(())
     }
 

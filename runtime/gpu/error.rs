@@ -1,5 +1,7 @@
 //! What a GPU refuses, and why. Small and closed, so that a test can match on it.
 
+use ibex_hca::shared_memory::SharedMemoryError;
+
 use super::pool::PoolError;
 
 /// A call to a [`Gpu`](super::Gpu) that was refused or failed; nothing was started or changed.
@@ -63,6 +65,9 @@ pub enum GpuError {
     /// The fibers that run kernels refused a launch, or their simulation ended early.
     #[error("kernel pool: {0}")]
     Pool(PoolError),
+    /// Memory cannot be shared with another process, or another process's cannot be reached.
+    #[error(transparent)]
+    Shared(SharedMemoryError),
     /// The GPU was dropped with work queued that has not run.
     #[error("the gpu was dropped before the work ran")]
     Dropped,

@@ -19,6 +19,7 @@ use core::time::Duration;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ibex_hca::shared_memory;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::pool::Pool;
@@ -67,6 +68,8 @@ struct Device {
     /// Signalled when a launch has finished.
     finished: Condvar,
     allocations: Allocations,
+    /// Whether other processes may map what is allocated here.
+    is_shared: bool,
     /// The last wait ended because a simulation could not move.
     stuck: AtomicBool,
 }
@@ -106,16 +109,22 @@ impl HostGpu {
     /// GPUs that share a pool share its threads: kernels of all of them are resident together and
     /// may wait for each other.
     pub fn new(pool: Arc<Pool>, device: u32) -> Self {
-        Self::on(Arc::new(PoolExecutor::new(pool, device)))
+        Self::on(Arc::new(PoolExecutor::new(pool, device)), false)
     }
 
-    fn on(executor: Arc<dyn Executor>) -> Self {
+    /// As [`HostGpu::new`], with memory that other processes of this host and user may map.
+    pub fn shared(pool: Arc<Pool>, device: u32) -> Self {
+        Self::on(Arc::new(PoolExecutor::new(pool, device)), true)
+    }
+
+    fn on(executor: Arc<dyn Executor>, is_shared: bool) -> Self {
         let device = Device {
             id: GpuId::fresh(),
             executor,
             queues: Mutex::new(Queues::new()),
             finished: Condvar::new(),
             allocations: Allocations::default(),
+            is_shared,
             stuck: AtomicBool::new(false),
         };
         Self { device: Arc::new(device), backing: Backing::default() }
@@ -162,7 +171,8 @@ fn check(field: GpuField, value: u64, max: u64) -> Result<(), GpuError> {
 
 impl Gpu for HostGpu {
     fn alloc(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError> {
-        let mapping = Mapping::new(len, align, self.backing)?;
+        let map = if self.device.is_shared { Mapping::shared } else { Mapping::new };
+        let mapping = map(len, align, self.backing)?;
         let addr = mapping.addr();
         self.device.allocations.insert(&mapping, len);
         let block = HostBlock { device: Arc::clone(&self.device), mapping: Some(mapping) };
@@ -303,6 +313,17 @@ impl Gpu for HostGpu {
             }
         }
         Ok(held)
+    }
+
+    fn export(&self, addr: u64, len: usize) -> Result<Vec<u8>, GpuError> {
+        shared_memory::export(addr, len as u64).map_err(memory::refused)
+    }
+
+    fn import(&self, handle: &[u8]) -> Result<DeviceMemory, GpuError> {
+        let (mapping, len) = Mapping::of_peer(handle)?;
+        let addr = mapping.addr();
+        let block = HostBlock { device: Arc::clone(&self.device), mapping: Some(mapping) };
+        Ok(DeviceMemory::new(addr, len, Box::new(block)))
     }
 
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32 {

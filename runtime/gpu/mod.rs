@@ -220,6 +220,22 @@ pub trait Gpu: Send + Sync {
     /// What keeps kernels from running.
     fn wait_for(&self, timeout: Duration, reached: &mut dyn FnMut() -> bool) -> Result<bool, GpuError>;
 
+    /// Makes plain bytes by which another process of this host can [`import`](Gpu::import) `len` bytes at `addr`.
+    ///
+    /// They are good while the allocation lives.
+    ///
+    /// # Errors
+    /// `Shared` if this GPU does not share its memory, or the range is not in one allocation of it.
+    fn export(&self, addr: u64, len: usize) -> Result<Vec<u8>, GpuError>;
+
+    /// Maps what another process has exported; kernels of this GPU reach it until the result is dropped.
+    ///
+    /// The bytes are not trusted. Copies and words of this trait do not reach imported memory.
+    ///
+    /// # Errors
+    /// `Shared` for malformed bytes, a process that is gone or not ours, or memory that is not what was exported.
+    fn import(&self, handle: &[u8]) -> Result<DeviceMemory, GpuError>;
+
     /// Most blocks of `warps_per_block` warps that run at the same time; 0 if not even one block fits.
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32;
 

@@ -23,7 +23,7 @@ use crate::error::{ConfigError, Error, Exhausted, Limit, Resource};
 use crate::gpu::{Gpu, Graph, Stream};
 use crate::ids::{ExpertIdx, Lane, Rank};
 use crate::layout::{Plan, qp_slot};
-use crate::recovery::PeerQueues;
+use crate::recovery::{PeerQueues, Reach};
 
 mod calls;
 mod guards;
@@ -96,6 +96,8 @@ pub struct Session {
     // Drop order: queue pairs before the memory they work on.
     pub(crate) queues: Mutex<PeerQueues>,
     pub(crate) lanes: Vec<LaneRuntime>,
+    /// By rank; dropped after everything above has stopped kernels from using them.
+    pub(crate) reaches: Mutex<Vec<Reach>>,
     capture: Mutex<Option<Capture>>,
     nonce: AtomicU32,
     beat: AtomicU64,
@@ -148,6 +150,7 @@ impl Session {
         let session = Self {
             queues: Mutex::new(queues),
             lanes,
+            reaches: Mutex::new((0..config.num_ranks).map(|_| Reach::default()).collect()),
             capture: Mutex::new(None),
             nonce: AtomicU32::new(1),
             beat: AtomicU64::new(1),

@@ -1,6 +1,7 @@
 //! Host memory that plays the part of GPU memory.
 //!
-//! A [`Mapping`] owns its pages. [`Allocations`] knows which ranges are live, so that copies are
+//! A [`Mapping`] owns its pages: private ones, ones that other processes may map, or another process's.
+//! [`Allocations`] knows which ranges are live, so that copies are
 //! checked, and keeps dropped mappings until the GPU has no work outstanding: a kernel that was
 //! queued before the drop still finds its memory.
 //!
@@ -14,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use ibex_hca::shared_memory::{PeerAccess, PeerRegion, SharedMemoryError, SharedRegion};
 use parking_lot::{Mutex, RwLock};
 
 use super::super::{GpuError, GpuField};
@@ -35,32 +37,63 @@ pub enum Backing {
     OnFirstUse,
 }
 
-/// Anonymous pages, unmapped when dropped.
+/// Pages that are unmapped when dropped.
 pub(super) struct Mapping {
+    /// First usable byte.
+    addr: usize,
+    _pages: Pages,
+}
+
+#[expect(dead_code, reason = "what a variant holds is only dropped")]
+enum Pages {
+    Private(Anonymous),
+    Shared(SharedRegion),
+    Peer(PeerRegion),
+}
+
+/// Anonymous pages of this process.
+struct Anonymous {
     base: usize,
     mapped_len: usize,
-    /// First usable byte; at or behind `base`.
-    addr: usize,
 }
 
 impl Mapping {
     /// Maps `len` zeroed bytes at a multiple of `align`.
     pub(super) fn new(len: usize, align: usize, backing: Backing) -> Result<Self, GpuError> {
-        check_range(GpuField::AllocLen, len, ALLOC_LEN_MAX)?;
-        check_range(GpuField::AllocAlign, align, ALLOC_LEN_MAX)?;
-        if !align.is_power_of_two() {
-            return Err(GpuError::BadAlignment { align });
-        }
-        let wanted = if len >= HUGE_PAGE { HUGE_PAGE } else { PAGE };
-        let align = align.max(wanted);
+        let align = checked_align(len, align)?;
         // The kernel aligns to pages; for more, map the slack as well and use the aligned part of it.
         let mapped_len = len.next_multiple_of(PAGE) + (align - PAGE);
         let base = map_pages(mapped_len)?;
-        let addr = base.next_multiple_of(align);
+        let mapping = Self {
+            addr: base.next_multiple_of(align),
+            _pages: Pages::Private(Anonymous { base, mapped_len }),
+        };
+        mapping.back(len, backing);
+        Ok(mapping)
+    }
+
+    /// The same, in pages that other processes may map.
+    pub(super) fn shared(len: usize, align: usize, backing: Backing) -> Result<Self, GpuError> {
+        let align = checked_align(len, align)?;
+        let region = SharedRegion::new(len as u64, align as u64).map_err(refused)?;
+        let mapping = Self { addr: region.as_ptr().expose_provenance(), _pages: Pages::Shared(region) };
+        mapping.back(len, backing);
+        Ok(mapping)
+    }
+
+    /// Maps another process's pages.
+    pub(super) fn of_peer(handle: &[u8]) -> Result<(Self, usize), GpuError> {
+        let region = PeerRegion::open(handle, PeerAccess::ReadWrite).map_err(refused)?;
+        // CAST: a mapping's length fits.
+        let len = region.len() as usize;
+        Ok((Self { addr: region.as_ptr().expose_provenance(), _pages: Pages::Peer(region) }, len))
+    }
+
+    /// Large mappings are backed at once, if they are to be.
+    fn back(&self, len: usize, backing: Backing) {
         if len >= HUGE_PAGE && backing == Backing::AtAllocation {
-            back_with_huge_pages(addr, len.next_multiple_of(PAGE));
+            back_with_huge_pages(self.addr, len.next_multiple_of(PAGE));
         }
-        Ok(Self { base, mapped_len, addr })
     }
 
     pub(super) fn addr(&self) -> u64 {
@@ -68,12 +101,30 @@ impl Mapping {
     }
 }
 
-impl Drop for Mapping {
+impl Drop for Anonymous {
     fn drop(&mut self) {
         // SAFETY: `base` and `mapped_len` are what mmap returned, and nobody holds a reference into
         // the pages.
         unsafe { libc::munmap(self.base as *mut libc::c_void, self.mapped_len) };
     }
+}
+
+/// What memory between processes refuses, in this room's words.
+pub(super) fn refused(error: SharedMemoryError) -> GpuError {
+    match error {
+        SharedMemoryError::Os { call, errno } => GpuError::Os { call, code: errno },
+        other => GpuError::Shared(other),
+    }
+}
+
+/// The alignment to map with.
+fn checked_align(len: usize, align: usize) -> Result<usize, GpuError> {
+    check_range(GpuField::AllocLen, len, ALLOC_LEN_MAX)?;
+    check_range(GpuField::AllocAlign, align, ALLOC_LEN_MAX)?;
+    if !align.is_power_of_two() {
+        return Err(GpuError::BadAlignment { align });
+    }
+    Ok(align.max(if len >= HUGE_PAGE { HUGE_PAGE } else { PAGE }))
 }
 
 fn check_range(field: GpuField, value: usize, max: usize) -> Result<(), GpuError> {

@@ -63,7 +63,7 @@ impl Script {
 
 pub(super) fn gpu() -> (Arc<Script>, HostGpu) {
     let script = Arc::new(Script::default());
-    (Arc::clone(&script), HostGpu::on(script))
+    (Arc::clone(&script), HostGpu::on(script, false))
 }
 
 #[expect(unsafe_code, reason = "the scripted executor runs nothing")]

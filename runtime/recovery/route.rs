@@ -1,0 +1,183 @@
+//! How kernels reach each peer, and why that way.
+//!
+//! A [`Reach`] owns the mappings of a peer's memory for as long as kernels may use them: from the connection to the end
+//! of the next fence.
+//!
+//! | peer is | `auto` | `ibgda` |
+//! |---|---|---|
+//! | this rank | local copy | local copy |
+//! | another rank of this process | its memory as it is | queue pairs |
+//! | another process of this host | its memory, mapped here | queue pairs |
+//! | on another host | queue pairs | queue pairs |
+//!
+//! A peer that cannot be mapped is reached by queue pairs alone; the others are not affected.
+
+use core::fmt;
+
+use ibex_abi::device_ctx::code;
+
+use super::identity::{HostId, process_id};
+use super::{LaneOffer, Offer};
+use crate::config::RoutePolicy;
+use crate::gpu::{DeviceMemory, Gpu, GpuError};
+
+/// A way to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// Kernels copy within their own memory.
+    Local,
+    /// Kernels store to the peer's memory.
+    Mapped,
+    /// Kernels post to queue pairs.
+    Ibgda,
+}
+
+impl Route {
+    /// Its name, as reports print it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Mapped => "mapped",
+            Self::Ibgda => "ibgda",
+        }
+    }
+
+    const fn code(self) -> u32 {
+        match self {
+            Self::Local => code::ROUTE_LOCAL,
+            Self::Mapped => code::ROUTE_MAPPED,
+            Self::Ibgda => code::ROUTE_IBGDA,
+        }
+    }
+}
+
+/// Why a peer is reached the way it is.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RouteReason {
+    /// The peer is this rank.
+    #[error("itself")]
+    Itself,
+    /// The peer lives in this process.
+    #[error("same process")]
+    SameProcess,
+    /// The peer lives on this host and its memory is mapped.
+    #[error("same host")]
+    SameHost,
+    /// The configuration asks for queue pairs.
+    #[error("route ibgda asked for")]
+    Policy,
+    /// The peer's memory cannot be reached from here.
+    #[error("another host: {theirs}, this one is {ours}")]
+    AnotherHost {
+        /// Where the peer is.
+        theirs: HostId,
+        /// Where this rank is.
+        ours: HostId,
+    },
+    /// One of the two GPUs does not share its memory.
+    #[error("its memory is not shared")]
+    NotShared,
+    /// The peer's memory is on this host, but mapping it failed.
+    #[error("its memory cannot be mapped: {0}")]
+    MapFailed(GpuError),
+    /// Nothing leads there now.
+    #[error("not connected")]
+    NotConnected,
+}
+
+/// How kernels reach a peer, as [`Session::route`](crate::session::Session::route) reports it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteReport {
+    /// The way.
+    pub route: Route,
+    /// Why this one.
+    pub reason: RouteReason,
+}
+
+impl fmt::Display for RouteReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.route.name(), self.reason)
+    }
+}
+
+/// A peer's region and combine slab of one lane, mapped here.
+type Mapped = [DeviceMemory; 2];
+
+/// The way to one peer, with what keeps it open.
+pub(crate) struct Reach {
+    report: RouteReport,
+    /// Per lane; empty unless the peer is another process.
+    mapped: Vec<Mapped>,
+}
+
+impl Default for Reach {
+    fn default() -> Self {
+        Self::by(Route::Ibgda, RouteReason::NotConnected)
+    }
+}
+
+impl Reach {
+    fn by(route: Route, reason: RouteReason) -> Self {
+        Self { report: RouteReport { route, reason }, mapped: Vec::new() }
+    }
+
+    /// The way to this rank itself.
+    pub(super) fn itself() -> Self {
+        Self::by(Route::Local, RouteReason::Itself)
+    }
+
+    /// Chooses the way to whoever made `offer`, and maps what it needs.
+    pub(super) fn choose(gpu: &dyn Gpu, policy: RoutePolicy, offer: &Offer) -> Self {
+        if policy == RoutePolicy::Ibgda {
+            return Self::by(Route::Ibgda, RouteReason::Policy);
+        }
+        if offer.process == process_id() {
+            return Self::by(Route::Mapped, RouteReason::SameProcess);
+        }
+        let (theirs, ours) = (offer.host, HostId::current());
+        if theirs != ours {
+            return Self::by(Route::Ibgda, RouteReason::AnotherHost { theirs, ours });
+        }
+        match map_all(gpu, &offer.lanes) {
+            Ok(mapped) => Self { mapped, ..Self::by(Route::Mapped, RouteReason::SameHost) },
+            Err(reason) => Self::by(Route::Ibgda, reason),
+        }
+    }
+
+    pub(crate) fn report(&self) -> &RouteReport {
+        &self.report
+    }
+
+    /// What the kernels of one lane are told.
+    pub(super) fn way(&self, lane: usize, offer: &LaneOffer) -> Way {
+        let [region_ptr, combine_ptr] = match (self.report.route, self.mapped.get(lane)) {
+            (Route::Ibgda, _) => [0; 2],
+            (_, Some([region, combine])) => [region.addr(), combine.addr()],
+            (_, None) => [offer.region_va, offer.combine_va],
+        };
+        Way { code: self.report.route.code(), region_ptr, combine_ptr }
+    }
+}
+
+/// A way to a peer, as kernels see it.
+#[derive(Clone, Copy)]
+pub(super) struct Way {
+    /// The route.
+    pub(super) code: u32,
+    /// The peer's region in this address space; 0 where kernels have to post.
+    pub(super) region_ptr: u64,
+    /// The same for its combine slab.
+    pub(super) combine_ptr: u64,
+}
+
+/// Maps every lane, or none.
+fn map_all(gpu: &dyn Gpu, lanes: &[LaneOffer]) -> Result<Vec<Mapped>, RouteReason> {
+    let import = |handle: &[u8]| gpu.import(handle).map_err(RouteReason::MapFailed);
+    let map = |lane: &LaneOffer| {
+        let mappings = lane.mappings.as_ref().ok_or(RouteReason::NotShared)?;
+        Ok([import(&mappings.region)?, import(&mappings.combine)?])
+    };
+    lanes.iter().map(map).collect()
+}
