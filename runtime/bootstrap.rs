@@ -28,6 +28,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use crate::ids::Rank;
+use crate::recovery::{HostId, OfferError};
 
 pub mod advertise;
 mod hub;
@@ -234,6 +235,34 @@ pub enum BootstrapError {
         address: SocketAddr,
         /// What was wrong.
         what: &'static str,
+    },
+    /// A rank that runs something else.
+    #[error("rank {from} runs another {what} than this rank")]
+    Differs {
+        /// Who.
+        from: Rank,
+        /// What differs.
+        what: &'static str,
+    },
+    /// A rank that shared memory does not reach.
+    #[error(
+        "rank {from} is on another host ({theirs}, this one is {ours}): shared memory does not reach it, udp does"
+    )]
+    OtherHost {
+        /// Who.
+        from: Rank,
+        /// Its host.
+        theirs: HostId,
+        /// This rank's host.
+        ours: HostId,
+    },
+    /// A rank's offer of queue pairs cannot be read.
+    #[error("rank {from}: {reason}")]
+    Offer {
+        /// Who.
+        from: Rank,
+        /// What is wrong with it.
+        reason: OfferError,
     },
     /// A peer's blob is not what it should be.
     #[error("rank {from} sent {what} of another version or with broken fields")]

@@ -70,5 +70,6 @@ pub use config::{Config, GroupMember};
 pub use error::Error;
 pub use ids::{Lane, Rank};
 pub use session::{
-    CombineSource, DispatchCall, Halves, Replacement, Session, Tensors, Tokens, World, WorldOptions,
+    CombineSource, DispatchCall, Halves, Member, MemberFabric, MemberOptions, Replacement, Session, Tensors,
+    Tokens, World, WorldOptions,
 };

@@ -46,6 +46,23 @@ pub struct Advertised {
     pub source: AddressSource,
 }
 
+impl Advertised {
+    /// The address of one of several ranks on a host.
+    ///
+    /// A port is found by its address alone, so ranks that meet over the loopback interface take one address of it
+    /// each: 127.0.0.1, 127.0.0.2, and so on. Elsewhere every rank is told its own.
+    #[must_use]
+    pub fn for_local_rank(self, local_rank: u32) -> Self {
+        match self.address {
+            IpAddr::V4(ip) if ip.is_loopback() => {
+                let address = Ipv4Addr::from_bits(ip.to_bits().saturating_add(local_rank));
+                Self { address: address.into(), ..self }
+            }
+            _ => self,
+        }
+    }
+}
+
 impl fmt::Display for Advertised {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (from {})", self.address, self.source.name())
@@ -140,6 +157,19 @@ mod tests {
         for (found, expected) in cases {
             assert_eq!(found.unwrap().to_string(), expected);
         }
+    }
+
+    #[test]
+    fn ranks_on_the_loopback_interface_have_addresses_of_their_own() {
+        let at = |address: &str, local_rank| {
+            let address = address.parse().unwrap();
+            Advertised { address, source: AddressSource::Route }
+                .for_local_rank(local_rank)
+                .address
+                .to_string()
+        };
+        assert_eq!((at("127.0.0.1", 0).as_str(), at("127.0.0.1", 300).as_str()), ("127.0.0.1", "127.0.1.45"));
+        assert_eq!((at("10.0.0.1", 3).as_str(), at("::1", 3).as_str()), ("10.0.0.1", "::1"));
     }
 
     #[test]

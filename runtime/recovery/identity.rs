@@ -31,6 +31,25 @@ impl HostId {
             .get_or_init(|| Self::read().unwrap_or_else(|| Self { boot: random(), network: 0, processes: 0 }))
     }
 
+    /// The bytes that [`HostId::from_bytes`] reads.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&self.boot.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.network.to_le_bytes());
+        bytes[24..].copy_from_slice(&self.processes.to_le_bytes());
+        bytes
+    }
+
+    /// The host that a peer says it runs on.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8; 32]) -> Self {
+        let word =
+            |at: usize| bytes[at..at + 8].iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        let boot = u128::from(word(8)) << 64 | u128::from(word(0));
+        Self { boot, network: word(16), processes: word(24) }
+    }
+
     fn read() -> Option<Self> {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let namespace = |name: &str| Some(fs::metadata(format!("/proc/self/ns/{name}")).ok()?.ino());
@@ -75,5 +94,11 @@ mod tests {
         assert_eq!(HostId::read(), HostId::read());
         assert_ne!(HostId::current().network, 0);
         assert_eq!(process_id(), process_id());
+    }
+
+    #[test]
+    fn a_host_survives_its_bytes() {
+        let host = HostId { boot: u128::MAX - 5, network: 0x0102_0304, processes: 1 << 63 };
+        assert_eq!(HostId::from_bytes(&host.to_bytes()), host);
     }
 }

@@ -132,9 +132,7 @@ impl Offer {
             bytes.extend(word.to_le_bytes());
         }
         bytes.extend(self.process.to_le_bytes());
-        bytes.extend(self.host.boot.to_le_bytes());
-        bytes.extend(self.host.network.to_le_bytes());
-        bytes.extend(self.host.processes.to_le_bytes());
+        bytes.extend(self.host.to_bytes());
         let PortInfo { port_num, link, lid, gid, gid_index, mac, mtu } = self.port;
         bytes.extend([port_num, u8::from(link == LinkLayer::Roce), gid_index, mtu.code()]);
         bytes.extend(lid.0.to_le_bytes());
@@ -165,11 +163,7 @@ impl Offer {
             from: Rank(reader.bounded("from", u64::from(NUM_RANKS_MAX) - 1)? as u16),
             to: Rank(reader.bounded("to", u64::from(NUM_RANKS_MAX) - 1)? as u16),
             process: u64::from_le_bytes(reader.take()?),
-            host: HostId {
-                boot: u128::from_le_bytes(reader.take()?),
-                network: u64::from_le_bytes(reader.take()?),
-                processes: u64::from_le_bytes(reader.take()?),
-            },
+            host: HostId::from_bytes(&reader.take()?),
             port: reader.port()?,
             control: reader.queue()?,
             lanes: (0..num_lanes).map(|_| reader.lane(num_channels)).collect::<Result<_, _>>()?,

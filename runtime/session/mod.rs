@@ -25,9 +25,11 @@ use crate::ids::{ExpertIdx, Lane, Rank};
 use crate::layout::{Plan, qp_slot};
 use crate::recovery::{PeerQueues, Reach};
 
+mod attendant;
 mod calls;
 mod guards;
 mod host;
+mod member;
 mod order;
 mod tensors;
 mod world;
@@ -35,6 +37,7 @@ mod world;
 pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, TopkDtype};
 pub use guards::Guard;
 pub use host::{Combined, Tokens};
+pub use member::{Member, MemberFabric, MemberOptions};
 pub use tensors::Tensors;
 pub use world::{DeviceWrapper, Replacement, World, WorldOptions};
 
