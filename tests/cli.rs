@@ -120,20 +120,42 @@ fn words_that_do_not_exist_are_refused() {
 
 #[test]
 fn what_is_not_built_yet_is_refused_and_says_what_is() {
+    let refuses = |bench: &'static str, flags: &[&'static str], built: &str| {
+        refused(&[&["bench", bench], flags].concat(), &[flags[0], "not built yet", built]);
+    };
     for bench in ["ep", "post"] {
-        for (flags, built) in [
-            (&["--provider", "mlx5"][..], "emulated"),
-            (&["--gpu", "cuda"], "host"),
-            (&["--fabric", "shm"], "inproc"),
-            (&["--fabric", "udp"], "inproc"),
-            (&["--procs"], "one process"),
-            (&["--hosts", "netns"], "local"),
-            (&["--store", "tcp://127.0.0.1:7"], "store"),
-        ] {
-            refused(&[&["bench", bench], flags].concat(), &[flags[0], "not built yet", built]);
-        }
+        refuses(bench, &["--provider", "mlx5"], "emulated");
+        refuses(bench, &["--gpu", "cuda"], "host");
+        refuses(bench, &["--store", "tcp://127.0.0.1:7"], "store");
     }
+    refuses("post", &["--fabric", "shm"], "inproc");
+    refuses("post", &["--fabric", "udp"], "inproc");
+    refuses("post", &["--procs"], "one process");
+    refuses("post", &["--hosts", "netns"], "one process");
     refused(&["bench", "post", "--fabric", "sim"], &["--fabric sim"]);
+}
+
+#[test]
+fn fabrics_and_processes_that_do_not_fit_are_refused() {
+    for fabric in ["shm", "udp"] {
+        refused(&["bench", "ep", "--fabric", fabric], &["one process", "--procs"]);
+    }
+    refused(&["bench", "ep", "--procs", "--fabric", "sim"], &["--fabric sim", "several processes"]);
+    refused(&["bench", "ep", "--procs", "--hosts", "netns", "--fabric", "shm"], &["hosts share no memory"]);
+    refused(
+        &["bench", "ep", "--procs", "--hosts", "netns", "--ranks", "8", "--num-hosts", "3"],
+        &["--num-hosts"],
+    );
+    let nowhere = scratch("no-such-plan.json");
+    refused(
+        &["bench", "ep", "--procs", "--fabric", "udp", "--faults-plan", nowhere.to_str().unwrap()],
+        &["cannot read", "no-such-plan.json"],
+    );
+    refused(&["launch", "--ranks", "2", "--num-hosts", "2", "true"], &["--num-hosts", "--hosts local"]);
+    refused(
+        &["launch", "--ranks", "2", "--", "no-such-command-anywhere"],
+        &["cannot start", "no-such-command"],
+    );
 }
 
 #[test]

@@ -2,13 +2,16 @@
 //!
 //! Owns nothing. Names and defaults are part of the interface: scripts and reports rely on them.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use ibex::bootstrap::Place;
 use ibex::config::{CombineMode, Config, Link, RoutePolicy, ScaleKind, SignalMode, ValidConfig, WireDtype};
 use ibex::error::ConfigError;
 use ibex::reference::routing::Routing;
+use ibex_hca::emulated::switch::FaultPlan;
 use serde::Serialize;
 
 use super::CliError;
@@ -32,7 +35,9 @@ enum GpuKind {
 pub(super) enum FabricKind {
     /// Memory of one process, in real time.
     Inproc,
+    /// Memory that processes of one host share.
     Shm,
+    /// RC over RoCEv2, in UDP packets.
     Udp,
     /// One thread, virtual time, a schedule chosen by the seed.
     Sim,
@@ -56,25 +61,37 @@ pub(super) struct Machine {
     /// What runs kernels.
     #[arg(long, default_value = "host")]
     gpu: GpuKind,
-    /// What lies between emulated devices.
-    #[arg(long, default_value = "inproc")]
-    pub(super) fabric: FabricKind,
-    /// One process per rank.
+    /// What lies between emulated devices [default: inproc; between processes shm, between hosts udp].
     #[arg(long)]
-    procs: bool,
-    /// Where ranks run.
+    fabric: Option<FabricKind>,
+    /// One process per rank, started by this command.
+    #[arg(long)]
+    pub(super) procs: bool,
+    /// Where these processes run: here, or in network namespaces joined by a bridge.
     #[arg(long, default_value = "local")]
-    hosts: Hosts,
+    pub(super) hosts: Hosts,
+    /// Network namespaces, each with an equal share of the ranks [default: one per rank].
+    #[arg(long, value_name = "H", value_parser = clap::value_parser!(u32).range(1..=64))]
+    num_hosts: Option<u32>,
+    /// Address by which other processes reach this one [default: HOST_IP, POD_IP, or the route to rank 0].
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) advertise: Option<String>,
+    /// What goes wrong with packets between processes: a fault plan, as JSON.
+    #[arg(long, value_name = "FILE")]
+    faults_plan: Option<PathBuf>,
     /// Link layer of the ports.
     #[arg(long, default_value = "roce", value_parser = named::<Link>(Link::NAMES))]
     pub(super) link: Link,
     /// The metadata store.
     #[arg(long, value_name = "URL")]
     store: Option<String>,
+    /// A launcher has started this process as one of several.
+    #[arg(skip)]
+    is_launched: bool,
 }
 
 impl Machine {
-    /// Refuses what this version does not have.
+    /// Refuses what this version does not have, and what excludes each other.
     ///
     /// # Errors
     /// The first such flag.
@@ -86,21 +103,100 @@ impl Machine {
         if self.gpu == GpuKind::Cuda {
             return refuse("--gpu", "cuda", "kernels on the host");
         }
-        match self.fabric {
-            FabricKind::Inproc | FabricKind::Sim => {}
-            FabricKind::Shm => return refuse("--fabric", "shm", "inproc and sim"),
-            FabricKind::Udp => return refuse("--fabric", "udp", "inproc and sim"),
-        }
-        if self.procs {
-            return refuse("--procs", "(one process per rank)", "all ranks in one process");
-        }
-        if self.hosts == Hosts::Netns {
-            return refuse("--hosts", "netns", "local ranks");
-        }
         if self.store.is_some() {
             return refuse("--store", "URL", "no metadata store");
         }
+        self.validate_processes()
+    }
+
+    fn validate_processes(&self) -> Result<(), CliError> {
+        let conflict = |one, other, because| Err(CliError::Conflict { one, other, because });
+        let is_group = self.is_group();
+        match self.fabric() {
+            FabricKind::Shm if !is_group => {
+                return conflict("--fabric shm", "one process", "say --procs, or use a launcher");
+            }
+            FabricKind::Udp if !is_group => {
+                return conflict("--fabric udp", "one process", "say --procs, or use a launcher");
+            }
+            FabricKind::Inproc if is_group => {
+                return conflict("--fabric inproc", "several processes", "it lies within one");
+            }
+            FabricKind::Sim if is_group => {
+                return conflict("--fabric sim", "several processes", "it lies within one");
+            }
+            FabricKind::Udp if self.link == Link::Ib => {
+                return conflict("--fabric udp", "--link ib", "its ports are Ethernet ports");
+            }
+            FabricKind::Shm if self.hosts == Hosts::Netns => {
+                return conflict("--fabric shm", "--hosts netns", "hosts share no memory");
+            }
+            _ => {}
+        }
+        if self.hosts == Hosts::Netns && !self.procs {
+            return conflict("--hosts netns", "one process", "say --procs");
+        }
+        if self.num_hosts.is_some() && self.hosts == Hosts::Local {
+            return conflict("--num-hosts", "--hosts local", "only namespaces have a number");
+        }
+        if self.fabric() != FabricKind::Udp && (self.faults_plan.is_some() || self.advertise.is_some()) {
+            let one = if self.faults_plan.is_some() { "--faults-plan" } else { "--advertise" };
+            return conflict(one, "a fabric other than udp", "no packets leave the host");
+        }
         Ok(())
+    }
+
+    /// Refuses everything that has to do with several processes, for a command that runs in one.
+    ///
+    /// # Errors
+    /// The first such flag.
+    pub(super) fn validate_one_process(&self) -> Result<(), CliError> {
+        let refuse =
+            |flag, value| Err(CliError::NotBuilt { flag, value, available: "one process, fabric inproc" });
+        match self.fabric() {
+            FabricKind::Shm => return refuse("--fabric", "shm"),
+            FabricKind::Udp => return refuse("--fabric", "udp"),
+            FabricKind::Inproc | FabricKind::Sim => {}
+        }
+        if self.procs {
+            return refuse("--procs", "(one process per rank)");
+        }
+        if self.hosts == Hosts::Netns {
+            return refuse("--hosts", "netns");
+        }
+        self.validate()
+    }
+
+    /// What lies between devices: as asked for, or what suits where the ranks run.
+    pub(super) fn fabric(&self) -> FabricKind {
+        self.fabric.unwrap_or(match (self.is_group(), self.hosts) {
+            (false, _) => FabricKind::Inproc,
+            (true, Hosts::Local) => FabricKind::Shm,
+            (true, Hosts::Netns) => FabricKind::Udp,
+        })
+    }
+
+    /// Whether ranks are processes.
+    fn is_group(&self) -> bool {
+        self.procs || self.is_launched
+    }
+
+    /// Network namespaces for this many ranks.
+    pub(super) fn num_hosts(&self, ranks: u32) -> u32 {
+        self.num_hosts.unwrap_or(ranks)
+    }
+
+    /// The fault plan, read and checked.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or what is wrong with the plan.
+    pub(super) fn faults(&self) -> Result<Option<FaultPlan>, CliError> {
+        let Some(path) = &self.faults_plan else { return Ok(None) };
+        let text =
+            std::fs::read_to_string(path).map_err(|source| CliError::Input { path: path.clone(), source })?;
+        FaultPlan::from_json(&text)
+            .map(Some)
+            .map_err(|source| CliError::Plan { path: path.clone(), source: Box::new(source) })
     }
 
     /// The name of the provider, for reports.
@@ -121,7 +217,7 @@ impl Machine {
 
     /// The name of the fabric, for reports.
     pub(super) fn fabric_name(&self) -> &'static str {
-        match self.fabric {
+        match self.fabric() {
             FabricKind::Inproc => "inproc",
             FabricKind::Shm => "shm",
             FabricKind::Udp => "udp",
@@ -135,9 +231,9 @@ impl Machine {
 pub(super) struct Shared {
     #[command(flatten)]
     pub(super) machine: Machine,
-    /// Members of the group.
-    #[arg(long, default_value_t = 8, value_name = "N")]
-    pub(super) ranks: u32,
+    /// Members of the group [default: what the launcher says, else 8].
+    #[arg(long, value_name = "N")]
+    ranks: Option<u32>,
     /// Tokens of each rank; 0 is valid.
     #[arg(long, default_value_t = 128, value_name = "N")]
     pub(super) tokens: u32,
@@ -221,6 +317,28 @@ where
 }
 
 impl Shared {
+    /// Members of the group.
+    pub(super) fn ranks(&self) -> u32 {
+        self.ranks.unwrap_or(8)
+    }
+
+    /// Makes this process the rank that a launcher says it is. A fabric of one process that was asked for by name
+    /// stays: then the process is no rank of anything.
+    ///
+    /// # Errors
+    /// `--ranks` of another number than the launcher's.
+    pub(super) fn take_place(&mut self, place: Option<Place>) -> Result<Option<Place>, CliError> {
+        let is_alone = matches!(self.machine.fabric, Some(FabricKind::Inproc | FabricKind::Sim));
+        let Some(place) = place.filter(|_| self.machine.procs || !is_alone) else { return Ok(None) };
+        if self.ranks.is_some_and(|ranks| ranks != place.num_ranks) {
+            let because = "the launcher started another number of ranks";
+            return Err(CliError::Conflict { one: "--ranks", other: "WORLD_SIZE", because });
+        }
+        self.ranks = Some(place.num_ranks);
+        self.machine.is_launched = true;
+        Ok(Some(place))
+    }
+
     /// The configuration that the flags spell.
     ///
     /// # Errors
@@ -232,7 +350,7 @@ impl Shared {
             return Err(CliError::Conflict { one: "--scales", other: "--dtype bf16", because });
         }
         let config = Config {
-            num_ranks: self.ranks,
+            num_ranks: self.ranks(),
             // A buffer holds at least one token; a step may have none.
             max_tokens: self.tokens.max(1),
             hidden: self.hidden,
@@ -295,7 +413,7 @@ impl ConfigReport {
     /// Describes a run.
     pub(super) fn new(flags: &Shared, config: &ValidConfig) -> Self {
         Self {
-            ranks: flags.ranks,
+            ranks: flags.ranks(),
             tokens: flags.tokens,
             hidden: flags.hidden,
             experts: flags.experts,
@@ -351,19 +469,53 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for args in [
-            &["--provider", "mlx5"][..],
-            &["--gpu", "cuda"],
-            &["--fabric", "shm"],
-            &["--fabric", "udp"],
-            &["--procs"],
-            &["--hosts", "netns"],
-            &["--store", "tcp://127.0.0.1:1"],
-        ] {
+        for args in [&["--provider", "mlx5"][..], &["--gpu", "cuda"], &["--store", "tcp://127.0.0.1:1"]] {
             let error = flags(args).config().unwrap_err();
             assert!(matches!(error, CliError::NotBuilt { flag, .. } if flag == args[0]), "{error}");
             assert_eq!(error.exit_code(), 2);
         }
+    }
+
+    #[test]
+    fn fabrics_and_processes_must_fit() {
+        for (args, message) in [
+            (&["--fabric", "shm"][..], "--fabric shm cannot be combined with one process"),
+            (&["--fabric", "udp"], "say --procs"),
+            (&["--procs", "--fabric", "inproc"], "--fabric inproc cannot be combined with several processes"),
+            (&["--procs", "--fabric", "sim"], "--fabric sim"),
+            (&["--procs", "--fabric", "udp", "--link", "ib"], "Ethernet"),
+            (&["--procs", "--fabric", "shm", "--hosts", "netns"], "hosts share no memory"),
+            (&["--hosts", "netns"], "say --procs"),
+            (&["--procs", "--num-hosts", "2"], "--num-hosts"),
+            (&["--procs", "--advertise", "::1"], "--advertise"),
+            (&["--faults-plan", "f"], "--faults-plan"),
+        ] {
+            let error = flags(args).config().unwrap_err();
+            assert!(error.to_string().contains(message), "{args:?}: {error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+        let fabric = |args| flags(args).machine.fabric();
+        assert_eq!(fabric(&[]), FabricKind::Inproc);
+        assert_eq!(fabric(&["--procs"]), FabricKind::Shm);
+        assert_eq!(fabric(&["--procs", "--hosts", "netns"]), FabricKind::Udp);
+    }
+
+    #[test]
+    fn a_launchers_word_counts_unless_one_process_was_asked_for() {
+        let place = |num_ranks: u32| {
+            let vars = [("RANK", "1".to_string()), ("WORLD_SIZE", num_ranks.to_string())];
+            let lookup = |name: &str| match name {
+                "MASTER_ADDR" => Some("127.0.0.1".into()),
+                name => Some(vars.iter().find(|(known, _)| *known == name)?.1.clone()),
+            };
+            Place::from_vars(lookup).unwrap()
+        };
+        let mut shared = flags(&[]);
+        assert!(shared.take_place(place(3)).unwrap().is_some());
+        assert_eq!((shared.ranks(), shared.machine.fabric()), (3, FabricKind::Shm));
+        assert!(flags(&["--fabric", "inproc"]).take_place(place(3)).unwrap().is_none());
+        assert!(flags(&["--ranks", "4"]).take_place(place(3)).is_err());
+        assert!(flags(&["--ranks", "4"]).take_place(None).unwrap().is_none());
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     println!("ibex {}", env!("CARGO_PKG_VERSION"));
     println!("providers   emulated (mlx5: not built yet)");
     println!("gpus        host on {cores} cores (cuda: not built yet)");
-    println!("fabrics     inproc, sim (shm, udp: not built yet)");
+    println!("fabrics     inproc, sim; between processes shm, udp");
     println!("cuda image  {}", image::note());
     let ranks = (0..config.num_ranks).map(|rank| {
         // CAST: at most 512 ranks.

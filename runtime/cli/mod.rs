@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ibex::bootstrap::BootstrapError;
 use ibex::error::{ConfigError, Error};
 
 mod bench;
@@ -61,6 +62,15 @@ enum CliError {
     /// A report file that cannot be written; found out before the run.
     #[error("cannot write {}: {source}", .path.display())]
     Output { path: PathBuf, source: std::io::Error },
+    /// A file that cannot be read.
+    #[error("cannot read {}: {source}", .path.display())]
+    Input { path: PathBuf, source: std::io::Error },
+    /// A fault plan that makes no sense.
+    #[error("{}: {source}", .path.display())]
+    Plan { path: PathBuf, source: Box<ibex_hca::emulated::switch::PlanError> },
+    /// What a launcher says makes no sense.
+    #[error(transparent)]
+    Place(BootstrapError),
     /// Processes could not be started.
     #[error(transparent)]
     Launch(#[from] launch::LaunchError),
@@ -86,6 +96,7 @@ impl CliError {
     fn exit_code(&self) -> u8 {
         match self {
             Self::NotBuilt { .. } | Self::Conflict { .. } | Self::Output { .. } | Self::Launch(_) => 2,
+            Self::Input { .. } | Self::Plan { .. } | Self::Place(_) => 2,
             Self::Runtime(Error::Config(_)) => 2,
             Self::Runtime(_) => 1,
         }
@@ -107,7 +118,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Bench(command) => bench::run(&command),
+        Command::Bench(command) => bench::run(command),
         Command::Launch(args) => launch::run(&args).map(Outcome::Ended),
         Command::Info(args) => info::run(&args),
     };

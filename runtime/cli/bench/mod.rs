@@ -12,6 +12,8 @@ mod ep;
 mod floor;
 mod moved;
 mod post;
+mod procs;
+mod rank;
 mod report;
 pub(super) mod stats;
 
@@ -19,15 +21,15 @@ pub(super) mod stats;
 #[derive(Subcommand)]
 pub(super) enum Command {
     /// Dispatch and combine, end to end.
-    Ep(ep::Args),
+    Ep(Box<ep::Args>),
     /// Work requests posted by the post kernel, against memcpy.
     Post(post::Args),
 }
 
 /// Runs a benchmark.
-pub(super) fn run(command: &Command) -> Result<Outcome, CliError> {
+pub(super) fn run(command: Command) -> Result<Outcome, CliError> {
     match command {
-        Command::Ep(args) => ep::run(args),
-        Command::Post(args) => post::run(args),
+        Command::Ep(args) => ep::run(*args),
+        Command::Post(args) => post::run(&args),
     }
 }

@@ -78,8 +78,8 @@ struct Row {
 
 /// Runs the benchmark and reports.
 pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
-    args.machine.validate()?;
-    if args.machine.fabric == FabricKind::Sim {
+    args.machine.validate_one_process()?;
+    if args.machine.fabric() == FabricKind::Sim {
         let because = "rates in virtual time mean nothing";
         return Err(CliError::Conflict { one: "--fabric sim", other: "bench post", because });
     }

@@ -2,12 +2,37 @@
 //!
 //! Owns the numbers of one run. Keys of the JSON report are part of the interface.
 
-use serde::Serialize;
+use ibex::config::ValidConfig;
+use ibex::reference::check::Verdict;
+use serde::{Deserialize, Serialize};
 
-use super::stats::Percentiles;
+use super::commit::commit;
+use super::floor::Floor;
+use super::moved::Moved;
+use super::rank::Totals;
+use super::stats::{Percentiles, median};
+use crate::cli::Outcome;
 use crate::cli::flags::{ConfigReport, Shared};
 use crate::cli::plot::{self, Series};
 use crate::cli::table::{self, Table};
+
+/// What a run measured.
+#[derive(Default)]
+pub(super) struct Samples {
+    pub(super) dispatch_us: Vec<f64>,
+    pub(super) combine_us: Vec<f64>,
+    pub(super) dispatch_floor_us: Vec<f64>,
+    pub(super) combine_floor_us: Vec<f64>,
+    pub(super) verdict: Verdict,
+}
+
+impl Samples {
+    /// Measures what plain memcpy takes for a step's bytes.
+    pub(super) fn measure_floor(&mut self, floor: &mut Floor, moved: &Moved) {
+        self.dispatch_floor_us.push(floor.measure_us(&moved.dispatch));
+        self.combine_floor_us.push(floor.measure_us(&moved.combine));
+    }
+}
 
 /// The machine-readable report; keys are part of the interface.
 #[derive(Debug, Serialize)]
@@ -33,8 +58,50 @@ pub(super) struct Report {
     pub(super) floor_ratio: Pair,
 }
 
+impl Report {
+    /// Puts together what all ranks measured, moved and hold.
+    pub(super) fn new(flags: &Shared, config: &ValidConfig, samples: &Samples, totals: &Totals) -> Self {
+        let floor =
+            Pair { dispatch: median(&samples.dispatch_floor_us), combine: median(&samples.combine_floor_us) };
+        // Median over floor; a step that moves nothing has none.
+        let ratio = |samples_us: &[f64], floor_us: Option<f64>| {
+            let floor_us = floor_us.filter(|floor| *floor > 0.0 && flags.tokens != 0)?;
+            Some(median(samples_us)? / floor_us)
+        };
+        Self {
+            config: ConfigReport::new(flags, config),
+            provider: flags.machine.provider_name(),
+            gpu: flags.machine.gpu_name(),
+            fabric: flags.machine.fabric_name(),
+            commit: commit(),
+            seed: flags.seed,
+            dispatch_us: Percentiles::of(&samples.dispatch_us),
+            combine_us: Percentiles::of(&samples.combine_us),
+            wrong: samples.verdict.wrong,
+            lost: samples.verdict.lost,
+            bytes: totals.bytes,
+            buffer_bytes: totals.buffer_bytes,
+            tensor_bytes: totals.tensor_bytes,
+            wqes: totals.wqes,
+            doorbells: totals.doorbells,
+            cqes: totals.cqes,
+            unrung_wqes: totals.unrung_wqes,
+            memcpy_floor_us: floor,
+            floor_ratio: Pair {
+                dispatch: ratio(&samples.dispatch_us, floor.dispatch),
+                combine: ratio(&samples.combine_us, floor.combine),
+            },
+        }
+    }
+
+    /// Whether the run found nothing wrong.
+    pub(super) fn outcome(&self) -> Outcome {
+        if self.wrong + self.lost + self.unrung_wqes == 0 { Outcome::Good } else { Outcome::Wrong }
+    }
+}
+
 /// Payload bytes by route, over the whole run.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct RouteBytes {
     pub(super) local: u64,
     pub(super) peer: u64,
@@ -93,7 +160,7 @@ pub(super) fn print(report: &Report, checked: u64) {
 
 /// Draws the latency histogram.
 pub(super) fn draw(flags: &Shared, dispatch_us: &[f64], combine_us: &[f64]) -> String {
-    let title = format!("Dispatch and combine, EP{}", flags.ranks);
+    let title = format!("Dispatch and combine, EP{}", flags.ranks());
     let shape = format!(
         "{} tokens per rank, hidden {}, top-{} of {} experts, {} dispatch, {} combine, {} routing",
         flags.tokens, flags.hidden, flags.topk, flags.experts, flags.dtype, flags.combine, flags.routing

@@ -54,7 +54,6 @@ pub(super) enum Output {
     /// Every line of every rank has its rank before it.
     Prefixed,
     /// Rank 0 speaks for the group: it has the launcher's own output.
-    #[expect(dead_code, reason = "benchmarks that start their own ranks take it")]
     RankZero,
 }
 
