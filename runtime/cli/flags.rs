@@ -153,16 +153,16 @@ impl Machine {
     pub(super) fn validate_one_process(&self) -> Result<(), CliError> {
         let refuse =
             |flag, value| Err(CliError::NotBuilt { flag, value, available: "one process, fabric inproc" });
-        match self.fabric() {
-            FabricKind::Shm => return refuse("--fabric", "shm"),
-            FabricKind::Udp => return refuse("--fabric", "udp"),
-            FabricKind::Inproc | FabricKind::Sim => {}
-        }
         if self.procs {
             return refuse("--procs", "(one process per rank)");
         }
         if self.hosts == Hosts::Netns {
             return refuse("--hosts", "netns");
+        }
+        match self.fabric() {
+            FabricKind::Shm => return refuse("--fabric", "shm"),
+            FabricKind::Udp => return refuse("--fabric", "udp"),
+            FabricKind::Inproc | FabricKind::Sim => {}
         }
         self.validate()
     }
