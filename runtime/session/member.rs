@@ -19,7 +19,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use ibex_hca::emulated::switch::FaultPlan;
-use ibex_hca::emulated::{Doorbells, EmulatedConfig, EmulatedHca, Fabric, UdpConfig};
+use ibex_hca::emulated::{Doorbells, EmulatedConfig, EmulatedHca, Fabric, ShmConfig, UdpConfig};
 use ibex_hca::{Hca, HcaError, LinkLayer};
 
 use super::Session;
@@ -120,7 +120,7 @@ impl Member {
         options: &MemberOptions,
     ) -> Result<Self, Error> {
         let rank = bootstrap.rank();
-        let fabric = make_fabric(options, rank, advertised)?;
+        let fabric = make_fabric(options, rank, config.num_ranks, advertised)?;
         let link = match config.link {
             Link::Ib => LinkLayer::Ib,
             Link::Roce => LinkLayer::Roce,
@@ -204,10 +204,15 @@ impl Drop for Member {
 fn make_fabric(
     options: &MemberOptions,
     rank: Rank,
+    num_ranks: u32,
     advertised: Option<Advertised>,
 ) -> Result<Arc<Fabric>, HcaError> {
     match options.fabric {
-        MemberFabric::Shm => Err(HcaError::Unreachable { reason: "shm" }),
+        MemberFabric::Shm => {
+            // CAST: at most 512 ranks.
+            let peers_max = num_ranks as u16;
+            Fabric::shm(ShmConfig { first_port: rank.0, peers_max, ..ShmConfig::default() })
+        }
         MemberFabric::Udp => {
             let ip = advertised.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |a| a.address);
             let config = UdpConfig { node: rank.0, faults: options.faults.clone(), ..UdpConfig::new(ip) };
