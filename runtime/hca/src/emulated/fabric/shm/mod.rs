@@ -24,6 +24,8 @@ mod inbox;
 mod layout;
 mod link;
 mod memory;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
