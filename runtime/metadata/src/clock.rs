@@ -105,6 +105,13 @@ pub async fn within<T>(
     }
 }
 
+/// Waits for something to end, but no longer than this.
+#[cfg(feature = "grpc")]
+pub(crate) async fn at_most(budget: Duration, operation: impl Future<Output = ()>) {
+    // Whether it ended makes no difference to the caller.
+    let _ = tokio::time::timeout(budget, operation).await;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

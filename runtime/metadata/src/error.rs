@@ -4,6 +4,7 @@
 //! and [`StoreError::Unavailable`] is never reported as "nothing there".
 
 use core::time::Duration;
+use std::borrow::Cow;
 use std::fmt;
 
 use crate::ids::{Fence, Version};
@@ -317,11 +318,11 @@ pub enum Problem {
 #[error("{field} = {value:?} is refused: it must be {limit}")]
 pub struct InputError {
     /// The argument.
-    pub field: &'static str,
+    pub field: Cow<'static, str>,
     /// What was given, cut to a readable length.
     pub value: Box<str>,
     /// What would have been accepted.
-    pub limit: &'static str,
+    pub limit: Cow<'static, str>,
 }
 
 /// Characters of a refused value that an error repeats.
@@ -331,7 +332,8 @@ impl InputError {
     /// A refusal of `value` for `field`.
     #[must_use]
     pub fn new(field: &'static str, value: &str, limit: &'static str) -> Self {
-        Self { field, value: value.chars().take(VALUE_SHOWN_MAX).collect(), limit }
+        let value = value.chars().take(VALUE_SHOWN_MAX).collect();
+        Self { field: field.into(), value, limit: limit.into() }
     }
 }
 

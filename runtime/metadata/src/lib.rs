@@ -16,6 +16,8 @@
 pub mod clock;
 pub mod contract;
 pub mod error;
+#[cfg(feature = "grpc")]
+pub mod grpc;
 pub mod ids;
 #[cfg(feature = "redb")]
 mod journal;

@@ -163,7 +163,7 @@ impl PeerRecord {
     /// [`DecodeError`] if a part breaks the rule of names.
     pub fn key(&self) -> Result<RecordName, DecodeError> {
         RecordName::new(&self.cluster, &self.group, &self.name)
-            .map_err(|error| record_error(field_of(error.field), Problem::Mismatch))
+            .map_err(|error| record_error(field_of(&error.field), Problem::Mismatch))
     }
 
     /// Reads and checks a record of any schema that this build understands.

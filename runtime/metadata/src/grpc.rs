@@ -1,0 +1,32 @@
+//! `ibex://`: a store that several processes share, over gRPC.
+//!
+//! [`RemoteStore`] is the client, [`Server`] what `ibex store serve` runs. The server owns its sockets and
+//! shares a [`crate::store::Store`]; whatever that store is, its outcomes and errors reach the client
+//! unchanged. Records pass through as bytes. Leases travel as remaining time, and the client counts them
+//! from before it asked.
+
+mod client;
+mod convert;
+#[rustfmt::skip]
+#[expect(unreachable_pub, reason = "made from proto/store.proto")]
+mod generated;
+mod metrics;
+mod secret;
+mod server;
+mod service;
+
+use core::time::Duration;
+
+pub use self::client::{Connect, RemoteStore, Target};
+pub use self::metrics::Metrics;
+pub use self::secret::Secret;
+pub use self::server::{Server, ServerConfig, ServerError, TlsFiles};
+
+/// The schema of the service and of records, as reflection shows it.
+const DESCRIPTORS: &[u8] = include_bytes!("grpc/descriptors.bin");
+/// How often both ends ask an idle connection whether the other end is still there.
+const KEEPALIVE_PERIOD: Duration = Duration::from_secs(10);
+/// How long the answer may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// When a client should ask again after an outage, unless the server said something else.
+const RETRY: Duration = Duration::from_millis(200);

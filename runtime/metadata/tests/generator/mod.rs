@@ -1,0 +1,32 @@
+//! Makes Rust from the protos, without a protoc. The result is committed, so that a build of the crate
+//! needs neither this nor its dependencies.
+
+use std::path::{Path, PathBuf};
+
+/// A committed file, relative to the crate, and what it should hold.
+pub(crate) struct Generated {
+    pub(crate) path: &'static str,
+    pub(crate) contents: Vec<u8>,
+}
+
+/// Everything that is generated, made in `scratch`.
+pub(crate) fn generate(scratch: &Path) -> Vec<Generated> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let compile =
+        |file: &str| protox::compile([root.join("proto").join(file)], [root.join("proto")]).unwrap();
+    let code = |file: &str, package: &str| {
+        let builder = tonic_prost_build::configure().build_transport(false).emit_rerun_if_changed(false);
+        builder.out_dir(scratch).compile_fds(compile(file)).unwrap();
+        std::fs::read(scratch.join(format!("{package}.rs"))).unwrap()
+    };
+    let mut compiler = protox::Compiler::new([root.join("proto")]).unwrap();
+    for file in ["store.proto", "record.proto"] {
+        compiler.open_file(file).unwrap();
+    }
+    let descriptors = compiler.include_imports(true).encode_file_descriptor_set();
+    vec![
+        Generated { path: "src/grpc/generated.rs", contents: code("store.proto", "ibex.store.v1") },
+        Generated { path: "src/grpc/descriptors.bin", contents: descriptors },
+        Generated { path: "tests/generated/record.rs", contents: code("record.proto", "ibex.metadata.v1") },
+    ]
+}

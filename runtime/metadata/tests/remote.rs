@@ -1,0 +1,357 @@
+//! `ibex://` on loopback: the contract of stores, and what only a server can get wrong.
+
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use ibex_metadata::clock::Clock;
+use ibex_metadata::contract::{self, Subject};
+use ibex_metadata::error::StoreError;
+use ibex_metadata::grpc::{Connect, RemoteStore, Secret, Server, ServerConfig, Target, TlsFiles};
+use ibex_metadata::ids::{InstanceId, Revision, Version};
+use ibex_metadata::local::LocalStore;
+use ibex_metadata::name::{Prefix, RecordName};
+use ibex_metadata::store::{Change, Claim, Filter, Store};
+use parking_lot::Mutex;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
+
+/// Generous: the machine may be busy with other things.
+const BUDGET: Duration = Duration::from_secs(60);
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+fn scratch(ending: &str) -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("remote-{}-{}{ending}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+fn connect(target: Target) -> Connect {
+    Connect { target, ca_pem: None, domain: None, token: None, budget: BUDGET }
+}
+
+fn tcp(address: SocketAddr) -> Connect {
+    connect(Target::Tcp(address.to_string()))
+}
+
+/// A server on a runtime of its own, so that it can be ended like a process: at once, with all its tasks.
+struct Running {
+    runtime: Runtime,
+    address: Option<SocketAddr>,
+    metrics: Option<SocketAddr>,
+    stop: oneshot::Sender<()>,
+    ended: oneshot::Receiver<bool>,
+}
+
+impl Running {
+    fn start(config: ServerConfig, store: LocalStore, clock: Clock) -> Self {
+        // In a thread, because a test may already be inside a runtime.
+        let start = move || {
+            let runtime = runtime();
+            let server = runtime.block_on(Server::bind(config, Arc::new(store), clock)).unwrap();
+            let (address, metrics) = (server.address(), server.metrics_address());
+            let (stop, stopped) = oneshot::channel::<()>();
+            let (ending, ended) = oneshot::channel();
+            runtime.spawn(async move {
+                let result = server.serve(async { stopped.await.unwrap_or_default() }).await;
+                ending.send(result.is_ok())
+            });
+            Self { runtime, address, metrics, stop, ended }
+        };
+        std::thread::spawn(start).join().unwrap()
+    }
+
+    fn kill(self) {
+        let Self { runtime, stop, .. } = self;
+        std::thread::spawn(move || runtime.shutdown_timeout(BUDGET)).join().unwrap();
+        drop(stop);
+    }
+}
+
+/// A server over a redb file, both driven by one clock that only the test moves.
+struct Remote {
+    clock: Clock,
+    path: PathBuf,
+    address: SocketAddr,
+    running: Mutex<Option<Running>>,
+}
+
+impl Remote {
+    fn new() -> Self {
+        let (clock, path) = (Clock::manual(), scratch(".redb"));
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let running = Self::serve(listen, &path, &clock);
+        Self { clock, path, address: running.address.unwrap(), running: Mutex::new(Some(running)) }
+    }
+
+    fn serve(listen: SocketAddr, path: &Path, clock: &Clock) -> Running {
+        let store = LocalStore::redb(path, clock.clone()).unwrap();
+        let config = ServerConfig { listen: Some(listen), ..ServerConfig::default() };
+        Running::start(config, store, clock.clone())
+    }
+}
+
+#[async_trait]
+impl Subject for Remote {
+    async fn client(&self, skew_ns: i64) -> Arc<dyn Store> {
+        Arc::new(RemoteStore::new(&tcp(self.address), self.clock(skew_ns)).unwrap())
+    }
+
+    fn clock(&self, skew_ns: i64) -> Clock {
+        self.clock.skewed(skew_ns)
+    }
+
+    fn short_ttl(&self) -> Duration {
+        Duration::from_secs(10)
+    }
+
+    async fn pass(&self, duration: Duration) {
+        self.clock.advance(duration);
+    }
+
+    async fn kill(&self) -> bool {
+        let running = self.running.lock().take();
+        running.unwrap().kill();
+        true
+    }
+
+    async fn start(&self) {
+        *self.running.lock() = Some(Self::serve(self.address, &self.path, &self.clock));
+        let store = self.client(0).await;
+        for _ in 0..1000 {
+            if store.health().await.is_ok() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.lock().take() {
+            running.kill();
+        }
+    }
+}
+
+#[test]
+fn a_server_over_redb_keeps_the_contract() {
+    let starting = |name: &str| println!("case {name}");
+    runtime().block_on(contract::run("", starting, async || Remote::new()));
+}
+
+fn claim(name: &str) -> Claim {
+    Claim {
+        name: RecordName::parse(name).unwrap(),
+        instance: InstanceId::new(1).unwrap(),
+        ttl: Duration::from_secs(600),
+        takeover: false,
+    }
+}
+
+fn memory(config: ServerConfig) -> Running {
+    Running::start(config, LocalStore::memory(Clock::system()), Clock::system())
+}
+
+fn loopback() -> Option<SocketAddr> {
+    Some("127.0.0.1:0".parse().unwrap())
+}
+
+#[test]
+fn only_the_right_token_gets_in() {
+    let token = Secret::new("correct-horse").unwrap();
+    let config = ServerConfig { listen: loopback(), token: Some(token.clone()), ..ServerConfig::default() };
+    let server = memory(config);
+    let address = server.address.unwrap();
+    runtime().block_on(async {
+        for token in [None, Some(Secret::new("wrong-horse").unwrap())] {
+            let store = RemoteStore::new(&Connect { token, ..tcp(address) }, Clock::system()).unwrap();
+            assert_eq!(store.health().await, Err(StoreError::Unauthenticated));
+            assert_eq!(store.claim(&claim("a/b/c")).await, Err(StoreError::Unauthenticated));
+            let watch = store.watch(&Prefix::all(), Revision(0)).await;
+            assert_eq!(watch.map(|_| ()), Err(StoreError::Unauthenticated));
+        }
+        let connect = Connect { token: Some(token), ..tcp(address) };
+        let store = RemoteStore::new(&connect, Clock::system()).unwrap();
+        assert_eq!(store.health().await.unwrap().num_names, 0, "nothing got in before");
+        store.claim(&claim("a/b/c")).await.unwrap();
+    });
+    server.kill();
+}
+
+#[test]
+fn tls_is_checked_by_name_and_authority() {
+    let made = rcgen::generate_simple_self_signed(vec!["store.example".into()]).unwrap();
+    let other = rcgen::generate_simple_self_signed(vec!["store.example".into()]).unwrap();
+    let tls = TlsFiles {
+        cert_pem: made.cert.pem().into_bytes(),
+        key_pem: made.signing_key.serialize_pem().into_bytes(),
+    };
+    let config = ServerConfig { listen: loopback(), tls: Some(tls), ..ServerConfig::default() };
+    let server = memory(config);
+    let address = server.address.unwrap();
+    let health = async |ca: Option<String>, domain: Option<&str>| {
+        let connect =
+            Connect { ca_pem: ca.map(String::into_bytes), domain: domain.map(Into::into), ..tcp(address) };
+        RemoteStore::new(&connect, Clock::system()).unwrap().health().await
+    };
+    runtime().block_on(async {
+        health(Some(made.cert.pem()), Some("store.example")).await.unwrap();
+        for (ca, domain) in [
+            (Some(made.cert.pem()), Some("other.example")),
+            (Some(other.cert.pem()), Some("store.example")),
+            (None, None),
+        ] {
+            let refused = health(ca, domain).await.unwrap_err();
+            assert!(matches!(refused, StoreError::Unavailable { .. }), "{refused:?}");
+        }
+    });
+    server.kill();
+}
+
+#[test]
+fn a_certificate_that_cannot_be_used_is_refused_before_serving() {
+    let tls = Some(TlsFiles { cert_pem: b"no".into(), key_pem: b"pem".into() });
+    let config = ServerConfig { listen: loopback(), tls, ..ServerConfig::default() };
+    let store = Arc::new(LocalStore::memory(Clock::system()));
+    let bound = runtime().block_on(Server::bind(config, store, Clock::system()));
+    assert!(bound.is_err_and(|error| error.to_string().contains("certificate")));
+}
+
+#[test]
+fn a_unix_socket_gives_the_same_semantics_and_is_cleaned_up() {
+    let path = scratch(".sock");
+    let config = ServerConfig { unix: Some(path.clone()), ..ServerConfig::default() };
+    let server = memory(config.clone());
+    let second = Arc::new(LocalStore::memory(Clock::system()));
+    let taken = runtime().block_on(Server::bind(config.clone(), second, Clock::system()));
+    assert!(taken.is_err(), "a socket that answers is not taken over");
+    runtime().block_on(async {
+        let clock = Clock::system();
+        let store = RemoteStore::new(&connect(Target::Unix(path.clone())), clock.clone()).unwrap();
+        let hold = store.claim(&claim("a/b/c")).await.unwrap();
+        let before = clock.now();
+        let names = [RecordName::parse("a/b/none").unwrap(), hold.name.clone()];
+        let outcomes = store.batch_get(&names).await.unwrap();
+        assert_eq!(outcomes[0], Err(StoreError::NotFound));
+        let guard = outcomes[1].as_ref().unwrap();
+        // Granted as remaining time, counted here, from before the question.
+        assert!(guard.valid_until() > before);
+        assert!(guard.valid_until() <= clock.now().after(hold.ttl));
+        server.stop.send(()).unwrap();
+        assert!(server.ended.await.unwrap());
+        let gone = store.health().await.unwrap_err();
+        assert!(matches!(gone, StoreError::Unavailable { .. }), "{gone:?}");
+    });
+    assert!(!path.exists(), "the socket file is removed");
+    std::os::unix::net::UnixListener::bind(&path).unwrap();
+    memory(config).kill();
+}
+
+#[test]
+fn stopping_ends_watches_and_waits_for_calls() {
+    let server = memory(ServerConfig { listen: loopback(), ..ServerConfig::default() });
+    let store = tcp(server.address.unwrap());
+    runtime().block_on(async {
+        let store = RemoteStore::new(&store, Clock::system()).unwrap();
+        let mut watch = store.watch(&Prefix::all(), Revision(0)).await.unwrap();
+        let hold = store.claim(&claim("a/b/c")).await.unwrap();
+        let event = watch.next().await.unwrap();
+        assert_eq!(event.change.name(), Some(&hold.name));
+        server.stop.send(()).unwrap();
+        let last = watch.next().await.unwrap_err();
+        assert!(matches!(last, StoreError::Unavailable { .. }), "{last:?}");
+        assert!(server.ended.await.unwrap(), "an orderly end");
+    });
+}
+
+#[test]
+fn a_server_that_does_not_answer_is_a_deadline_or_an_outage() {
+    runtime().block_on(async {
+        // Accepts, and never says a word.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let budget = Duration::from_millis(300);
+        let connect = Connect { budget, ..tcp(silent.local_addr().unwrap()) };
+        let store = RemoteStore::new(&connect, Clock::system()).unwrap();
+        let error = store.health().await.unwrap_err();
+        assert!(error.is_transient(), "{error:?}");
+        let listed = store.list(&Filter::under(Prefix::all())).await;
+        assert!(listed.is_err_and(|error| error.is_transient()), "an outage is not an empty list");
+    });
+}
+
+/// One HTTP/1.1 request over a plain socket.
+async fn http_get(address: SocketAddr, path: &str) -> String {
+    let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut reply = String::new();
+    socket.read_to_string(&mut reply).await.unwrap();
+    reply
+}
+
+#[test]
+fn metrics_count_calls_and_outcomes() {
+    let config = ServerConfig { listen: loopback(), metrics: loopback(), ..ServerConfig::default() };
+    let server = memory(config);
+    let (address, metrics) = (server.address.unwrap(), server.metrics.unwrap());
+    runtime().block_on(async {
+        let store = RemoteStore::new(&tcp(address), Clock::system()).unwrap();
+        let hold = store.claim(&claim("a/b/c")).await.unwrap();
+        store.renew(&hold).await.unwrap();
+        let names = vec![hold.name.clone(); 7];
+        store.batch_get(&names).await.unwrap();
+        assert_eq!(
+            store.swap_cell(&hold.name, Version(9), b"").await,
+            Err(StoreError::Conflict { current: Version(0) })
+        );
+        let page = http_get(metrics, "/metrics").await;
+        for wanted in [
+            "HTTP/1.1 200",
+            "ibex_store_up 1",
+            "ibex_store_names 1",
+            "ibex_store_keys_read_total 7",
+            "ibex_store_calls_total{op=\"claim\",outcome=\"ok\"} 1",
+            "ibex_store_calls_total{op=\"swap_cell\",outcome=\"conflict\"} 1",
+            "ibex_store_call_seconds_count{op=\"renew\"} 1",
+        ] {
+            assert!(page.contains(wanted), "{wanted} in\n{page}");
+        }
+        assert!(http_get(metrics, "/other").await.starts_with("HTTP/1.1 404"));
+    });
+    server.kill();
+}
+
+#[test]
+fn garbage_is_refused_and_the_server_lives() {
+    let server = memory(ServerConfig { listen: loopback(), ..ServerConfig::default() });
+    let address = server.address.unwrap();
+    runtime().block_on(async {
+        let store = RemoteStore::new(&tcp(address), Clock::system()).unwrap();
+        let hold = store.claim(&claim("a/b/c")).await.unwrap();
+        for garbage in
+            [&b"GET / HTTP/1.1\r\n\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff", &[0; 4096]]
+        {
+            let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+            // The server may close before it has read everything.
+            let _ = socket.write_all(garbage).await;
+            let _ = socket.shutdown().await;
+            let mut reply = Vec::new();
+            let _ = socket.read_to_end(&mut reply).await;
+        }
+        assert_eq!(store.renew(&hold).await, Ok(()), "nothing was lost");
+        let mut watch = store.watch(&Prefix::all(), Revision(0)).await.unwrap();
+        assert!(matches!(watch.next().await.unwrap().change, Change::Put(_)));
+    });
+    server.kill();
+}
