@@ -39,13 +39,34 @@ const PURE: &[&str] = &[
     "runtime/config.rs",
     "runtime/membership.rs",
     "runtime/membership",
+    "runtime/metadata/src/change.rs",
+    "runtime/metadata/src/error.rs",
+    "runtime/metadata/src/ids.rs",
+    "runtime/metadata/src/lease.rs",
+    "runtime/metadata/src/limits.rs",
+    "runtime/metadata/src/name.rs",
+    "runtime/metadata/src/record.rs",
+    "runtime/metadata/src/record",
+    "runtime/metadata/src/segments.rs",
+    "runtime/metadata/src/store.rs",
+    "runtime/metadata/src/table.rs",
+    "runtime/metadata/src/table",
+    "runtime/metadata/src/url.rs",
+    "runtime/metadata/src/wire.rs",
 ];
 /// Rooms that parse what others wrote.
 const PARSERS: &[&str] = &["runtime/abi/src", "runtime/roce/src", "runtime/metadata/src"];
+<<<<<<< HEAD
 /// Where clocks may be read: one file of the root package, and the thread that steps emulated devices.
 const CLOCKS: &[&str] = &["runtime/time.rs", "runtime/hca/src/emulated/thread.rs"];
 /// Where the environment may be read: one file, for what launchers say.
 const ENVIRONMENT: &[&str] = &["build.rs", "runtime/bootstrap/place.rs"];
+=======
+/// Where clocks may be read: one file of the root package, one of the metadata plane, and the thread that
+/// steps emulated devices.
+const CLOCKS: &[&str] =
+    &["runtime/time.rs", "runtime/hca/src/emulated/thread.rs", "runtime/metadata/src/clock.rs"];
+>>>>>>> cd155cb (Resolve names under lease, judge changes, read store URLs; hold stores to a model)
 /// Where the command talks to people.
 const COMMAND: &[&str] = &["runtime/main.rs", "runtime/cli", "build.rs"];
 /// The rules spell what they ban.

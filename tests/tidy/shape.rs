@@ -14,7 +14,12 @@ const FUNCTION_LINES_MAX: usize = 120;
 /// Lines above an `unsafe` in which its reason may stand.
 const SAFETY_LINES: usize = 6;
 /// Machine-written files, and bytes that others produced: their shape is not ours.
-const GENERATED: &[&str] = &["ffi/mlx5dv-sys/src/bindings.rs", "tests/golden"];
+const GENERATED: &[&str] = &[
+    "ffi/mlx5dv-sys/src/bindings.rs",
+    "runtime/metadata/src/grpc/generated.rs",
+    "runtime/metadata/tests/generated",
+    "tests/golden",
+];
 /// Endings that say when something was written instead of what it is.
 const STALE_ENDINGS: &[&str] = &["_v2", "_v3", "_new", "_old", "_tmp", "_final"];
 /// Names that end like that for a reason.

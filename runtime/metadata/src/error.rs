@@ -166,6 +166,8 @@ closed_list! {
         Versions = 7 => "the version number",
         /// Bytes of a message between client and server.
         Message = 8 => "a message",
+        /// Open segments.
+        Segments = 9 => "the number of segments",
     }
 }
 

@@ -3,16 +3,19 @@
 //! # Rooms
 //!
 //! Pure, without clock, socket, thread, file or environment: [`ids`], [`name`], [`limits`], [`error`],
-//! [`record`], [`lease`], and the rules of a store as a state machine (`table`).
-//! Shell: [`clock`] (the only file that reads one), [`local`] (`memory:` and `redb:`), `grpc`
-//! (`ibex://`, client and server).
+//! [`record`], [`change`], [`lease`], [`segments`], [`url`], and the rules of a store as a state machine
+//! (`table`). Shell: [`clock`] (the only file that reads one), [`local`] (`memory:` and `redb:`), `grpc`
+//! (`ibex://`, client and server), [`mod@open`], [`blocking`], [`scope`]. [`contract`] is what every backend is
+//! held to.
 //!
 //! # Who owns what
 //!
 //! A store owns rows; [`store::Snapshot`]s are immutable and shared. Nothing here owns memory that a
-//! device reads; what is *derived* from records is the runtime's.
+//! device reads; what is *derived* from records is the runtime's, and [`change`] says when it must go.
 #![forbid(unsafe_code)]
 
+pub mod blocking;
+pub mod change;
 pub mod clock;
 pub mod contract;
 pub mod error;
@@ -25,7 +28,11 @@ pub mod lease;
 pub mod limits;
 pub mod local;
 pub mod name;
+pub mod open;
 pub mod record;
+pub mod scope;
+pub mod segments;
 pub mod store;
 mod table;
+pub mod url;
 mod wire;

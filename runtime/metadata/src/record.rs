@@ -196,6 +196,12 @@ impl PeerRecord {
 }
 
 impl PeerRecord {
+    pub(crate) fn write_transports(&self, out: &mut Writer) {
+        for transport in &self.transports {
+            out.message(12, &Tagged::from(transport));
+        }
+    }
+
     fn push_transport(&mut self, field: &Field<'_>) -> Result<(), DecodeError> {
         let mut tagged: Vec<Tagged> = Vec::new();
         let room = TRANSPORTS_MAX - self.transports.len();
@@ -269,9 +275,7 @@ impl Message for PeerRecord {
             out.message(10, source);
         }
         out.messages(11, &self.devices);
-        for transport in &self.transports {
-            out.message(12, &Tagged::from(transport));
-        }
+        self.write_transports(out);
         out.messages(13, &self.buffers);
         out.messages(14, &self.manifests);
     }

@@ -289,6 +289,11 @@ impl Writer {
         self.bytes.extend_from_slice(value);
     }
 
+    /// What was written.
+    pub(crate) fn finish(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// A message inside a message.
     pub(crate) fn message<M: Message>(&mut self, number: u32, message: &M) {
         self.present(number, encode(message));

@@ -31,7 +31,7 @@ pub(super) async fn an_outage_is_unavailable_never_empty(case: &Case<'_>) {
     assert!(listed.as_ref().is_err_and(is_outage), "{listed:?}");
     let read = case.store.get(&hold.name).await;
     assert!(read.as_ref().is_err_and(is_outage), "{read:?}");
-    let batch = case.store.batch_get(&[hold.name.clone()]).await;
+    let batch = case.store.batch_get(std::slice::from_ref(&hold.name)).await;
     assert!(batch.as_ref().is_err_and(is_outage), "{batch:?}");
     let published = case.store.publish(&hold, Version(1), &ready(&hold)).await;
     assert!(published.as_ref().is_err_and(is_outage), "{published:?}");

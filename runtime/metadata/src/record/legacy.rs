@@ -83,9 +83,10 @@ impl Incoming {
     /// says it is of another schema.
     pub(super) fn into_record(self) -> Result<PeerRecord, DecodeError> {
         let Self { mut record, old } = self;
-        let Some(field) = old.seen else { return Ok(record) };
         if record.schema != 1 {
-            return Err(DecodeError { part: Part::Record, field, problem: Problem::Duplicate });
+            let contradiction =
+                |field| DecodeError { part: Part::Record, field, problem: Problem::Duplicate };
+            return old.seen.map_or(Ok(record), |field| Err(contradiction(field)));
         }
         record.schema = SCHEMA;
         record.transports.extend(old.way().map(Into::into));

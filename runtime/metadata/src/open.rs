@@ -1,0 +1,78 @@
+//! From a URL to a store.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::error::{InputError, Result};
+#[cfg(feature = "grpc")]
+use crate::grpc::{Connect, RemoteStore, Secret, Target};
+use crate::local::LocalStore;
+use crate::store::Store;
+use crate::url::StoreUrl;
+#[cfg(feature = "grpc")]
+use crate::url::{Address, IbexUrl};
+
+/// Bytes of a certificate or token file.
+#[cfg(feature = "grpc")]
+const FILE_LEN_MAX: u64 = 1 << 20;
+
+/// Opens the store that a URL names. A remote store is not contacted yet. Must be called inside tokio.
+///
+/// # Errors
+/// [`crate::error::StoreError::Input`] for a file that cannot be read; whatever opening refuses.
+pub fn open(url: &StoreUrl, clock: Clock) -> Result<Arc<dyn Store>> {
+    match url {
+        StoreUrl::Memory => Ok(Arc::new(LocalStore::memory(clock))),
+        StoreUrl::Redb(path) => redb(path, clock),
+        #[cfg(feature = "grpc")]
+        StoreUrl::Ibex(url) => Ok(Arc::new(RemoteStore::new(&connect(url)?, clock)?)),
+        #[cfg(not(feature = "grpc"))]
+        StoreUrl::Ibex(_) => Err(crate::error::StoreError::Unsupported(crate::error::Feature::Backend)),
+    }
+}
+
+#[cfg(feature = "redb")]
+fn redb(path: &Path, clock: Clock) -> Result<Arc<dyn Store>> {
+    Ok(Arc::new(LocalStore::redb(path, clock)?))
+}
+
+#[cfg(not(feature = "redb"))]
+fn redb(_: &Path, _: Clock) -> Result<Arc<dyn Store>> {
+    Err(crate::error::StoreError::Unsupported(crate::error::Feature::Backend))
+}
+
+#[cfg(feature = "grpc")]
+fn connect(url: &IbexUrl) -> Result<Connect> {
+    let target = match &url.address {
+        Address::Tcp(authority) => Target::Tcp(authority.clone()),
+        Address::Unix(path) => Target::Unix(path.clone()),
+    };
+    let ca_pem = url.ca.as_deref().map(|path| read_file("ca", path)).transpose()?;
+    let token = url.token_file.as_deref().map(read_token).transpose()?;
+    Ok(Connect { target, ca_pem, domain: url.domain.clone(), token, budget: url.timeout })
+}
+
+/// Reads the token of a file.
+///
+/// # Errors
+/// [`InputError`] if the file cannot be read or holds no token.
+#[cfg(feature = "grpc")]
+pub fn read_token(path: &Path) -> Result<Secret, InputError> {
+    let bytes = read_file("token-file", path)?;
+    Secret::new(&String::from_utf8_lossy(&bytes))
+}
+
+/// Reads a small file that an operator named.
+///
+/// # Errors
+/// [`InputError`] naming the field and the path.
+#[cfg(feature = "grpc")]
+pub fn read_file(field: &'static str, path: &Path) -> Result<Vec<u8>, InputError> {
+    let refusal = || InputError::new(field, &path.display().to_string(), "a readable file of at most 1 MiB");
+    let len = std::fs::metadata(path).map_err(|_| refusal())?.len();
+    if len > FILE_LEN_MAX {
+        return Err(refusal());
+    }
+    std::fs::read(path).map_err(|_| refusal())
+}
