@@ -56,17 +56,12 @@ const PURE: &[&str] = &[
 ];
 /// Rooms that parse what others wrote.
 const PARSERS: &[&str] = &["runtime/abi/src", "runtime/roce/src", "runtime/metadata/src"];
-<<<<<<< HEAD
-/// Where clocks may be read: one file of the root package, and the thread that steps emulated devices.
-const CLOCKS: &[&str] = &["runtime/time.rs", "runtime/hca/src/emulated/thread.rs"];
-/// Where the environment may be read: one file, for what launchers say.
-const ENVIRONMENT: &[&str] = &["build.rs", "runtime/bootstrap/place.rs"];
-=======
 /// Where clocks may be read: one file of the root package, one of the metadata plane, and the thread that
 /// steps emulated devices.
 const CLOCKS: &[&str] =
     &["runtime/time.rs", "runtime/hca/src/emulated/thread.rs", "runtime/metadata/src/clock.rs"];
->>>>>>> cd155cb (Resolve names under lease, judge changes, read store URLs; hold stores to a model)
+/// Where the environment may be read: one file, for what launchers say.
+const ENVIRONMENT: &[&str] = &["build.rs", "runtime/bootstrap/place.rs"];
 /// Where the command talks to people.
 const COMMAND: &[&str] = &["runtime/main.rs", "runtime/cli", "build.rs"];
 /// The rules spell what they ban.

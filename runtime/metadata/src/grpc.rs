@@ -10,6 +10,7 @@ mod convert;
 #[rustfmt::skip]
 #[expect(unreachable_pub, reason = "made from proto/store.proto")]
 mod generated;
+mod host;
 mod metrics;
 mod secret;
 mod server;
@@ -18,6 +19,7 @@ mod service;
 use core::time::Duration;
 
 pub use self::client::{Connect, RemoteStore, Target};
+pub use self::host::{HostError, host};
 pub use self::metrics::Metrics;
 pub use self::secret::Secret;
 pub use self::server::{Server, ServerConfig, ServerError, TlsFiles};

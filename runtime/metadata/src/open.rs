@@ -1,10 +1,13 @@
 //! From a URL to a store.
 
+#[cfg(feature = "grpc")]
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::clock::Clock;
-use crate::error::{InputError, Result};
+#[cfg(feature = "grpc")]
+use crate::error::InputError;
+use crate::error::{Feature, Result, StoreError};
 #[cfg(feature = "grpc")]
 use crate::grpc::{Connect, RemoteStore, Secret, Target};
 use crate::local::LocalStore;
@@ -20,26 +23,30 @@ const FILE_LEN_MAX: u64 = 1 << 20;
 /// Opens the store that a URL names. A remote store is not contacted yet. Must be called inside tokio.
 ///
 /// # Errors
-/// [`crate::error::StoreError::Input`] for a file that cannot be read; whatever opening refuses.
+/// [`StoreError::Input`](crate::error::StoreError::Input) for a file that cannot be read; whatever
+/// opening refuses.
 pub fn open(url: &StoreUrl, clock: Clock) -> Result<Arc<dyn Store>> {
+    if let Some(store) = open_local(url, &clock)? {
+        return Ok(Arc::new(store));
+    }
     match url {
-        StoreUrl::Memory => Ok(Arc::new(LocalStore::memory(clock))),
-        StoreUrl::Redb(path) => redb(path, clock),
         #[cfg(feature = "grpc")]
         StoreUrl::Ibex(url) => Ok(Arc::new(RemoteStore::new(&connect(url)?, clock)?)),
-        #[cfg(not(feature = "grpc"))]
-        StoreUrl::Ibex(_) => Err(crate::error::StoreError::Unsupported(crate::error::Feature::Backend)),
+        _ => Err(StoreError::Unsupported(Feature::Backend)),
     }
 }
 
-#[cfg(feature = "redb")]
-fn redb(path: &Path, clock: Clock) -> Result<Arc<dyn Store>> {
-    Ok(Arc::new(LocalStore::redb(path, clock)?))
-}
-
-#[cfg(not(feature = "redb"))]
-fn redb(_: &Path, _: Clock) -> Result<Arc<dyn Store>> {
-    Err(crate::error::StoreError::Unsupported(crate::error::Feature::Backend))
+/// Opens a store of this process; `None` if the URL names one elsewhere, or one this build lacks.
+///
+/// # Errors
+/// As [`LocalStore::redb`].
+pub fn open_local(url: &StoreUrl, clock: &Clock) -> Result<Option<LocalStore>> {
+    match url {
+        StoreUrl::Memory => Ok(Some(LocalStore::memory(clock.clone()))),
+        #[cfg(feature = "redb")]
+        StoreUrl::Redb(path) => Ok(Some(LocalStore::redb(path, clock.clone())?)),
+        _ => Ok(None),
+    }
 }
 
 #[cfg(feature = "grpc")]

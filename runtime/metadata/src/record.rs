@@ -66,7 +66,10 @@ macro_rules! open_enum {
 
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                match self { $(Self::$variant => f.write_str($text),)* Self::Unknown(code) => write!(f, "unknown({code})") }
+                match self {
+                    $(Self::$variant => f.write_str($text),)*
+                    Self::Unknown(code) => write!(f, "unknown({code})"),
+                }
             }
         }
     };
