@@ -1,0 +1,136 @@
+//! Ranks that are processes: on one host over shared memory and UDP, on several that are network namespaces, through
+//! faults, and what is left of them when they end, well or badly.
+//!
+//! Asserts only what must hold without determinism. The kernels' limits are far above what a busy machine needs.
+
+#[path = "multi_node/cleanup.rs"]
+mod cleanup;
+#[path = "multi_node/group.rs"]
+mod group;
+#[path = "multi_node/launching.rs"]
+mod launching;
+
+use group::{FAULTS, Machine, Scratch, bench, report_of, text};
+
+/// Eight ranks of a shape that a busy machine moves in milliseconds; the published one with `IBEX_FULL=1`.
+fn shape() -> Vec<&'static str> {
+    match std::env::var_os("IBEX_FULL") {
+        Some(_) => vec!["--iters", "3"],
+        None => vec!["--tokens", "12", "--hidden", "512", "--experts", "32", "--topk", "4", "--iters", "2"],
+    }
+}
+
+/// Runs `bench ep --procs --check` and expects that nothing is wrong and nothing lost; its report.
+fn checked(name: &str, flags: &[&str]) -> serde_json::Value {
+    let file = Scratch::new(name, "json");
+    let mut args = vec!["--procs", "--check", "--warmup", "1", "--json", file.path()];
+    args.extend(shape());
+    if !flags.contains(&"--detect-ms") {
+        args.extend(["--detect-ms", "20000"]);
+    }
+    args.extend(flags);
+    let output = bench(&args);
+    let said = format!("{name} {flags:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let report = report_of(&file);
+    let found = ["wrong", "lost", "unrung_wqes"].map(|key| report[key].as_u64().unwrap());
+    assert_eq!(found, [0; 3], "{said}");
+    report
+}
+
+#[test]
+fn eight_processes_over_shared_memory() {
+    for seed in 1..=10 {
+        let seed = seed.to_string();
+        let report = checked("shm", &["--fabric", "shm", "--route", "ibgda", "--seed", &seed]);
+        assert!(report["bytes"]["rdma"].as_u64().unwrap() > 0 && report["bytes"]["peer"] == 0);
+        assert_eq!(report["fabric"], "shm");
+    }
+}
+
+#[test]
+fn eight_processes_over_udp() {
+    for seed in 1..=10 {
+        let seed = seed.to_string();
+        let report = checked("udp", &["--fabric", "udp", "--route", "ibgda", "--seed", &seed]);
+        assert!(report["bytes"]["rdma"].as_u64().unwrap() > 0 && report["bytes"]["peer"] == 0);
+        assert_eq!(report["fabric"], "udp");
+    }
+}
+
+#[test]
+fn processes_of_one_host_map_each_other() {
+    for flags in [&[][..], &["--graph", "--hooks", "--lanes", "2"], &["--combine", "reduced", "--link", "ib"]]
+    {
+        let report = checked("mapped", flags);
+        let bytes = &report["bytes"];
+        assert!(bytes["peer"].as_u64().unwrap() > 0 && bytes["rdma"] == 0, "{flags:?}: {bytes}");
+    }
+}
+
+#[test]
+fn four_hosts_of_two_ranks_over_udp() {
+    if Machine::lacks_namespaces() {
+        return;
+    }
+    for seed in ["1", "2", "3"] {
+        let report = checked("netns", &["--hosts", "netns", "--num-hosts", "4", "--seed", seed]);
+        // Two ranks share a host and map each other; the other six are reached through the network.
+        let bytes = ["peer", "rdma"].map(|route| report["bytes"][route].as_u64().unwrap());
+        assert!(bytes.iter().all(|bytes| *bytes > 0), "{bytes:?}");
+        assert_eq!(report["fabric"], "udp");
+    }
+}
+
+/// The retry timer follows from these: half a second, so a lost last packet costs as much.
+const UNDER_FAULTS: [&str; 8] =
+    ["--hosts", "netns", "--num-hosts", "4", "--detect-ms", "5000", "--stall-ms", "5000"];
+
+#[test]
+fn four_hosts_with_a_faulty_network() {
+    if Machine::lacks_namespaces() {
+        return;
+    }
+    for (name, rules) in FAULTS {
+        let plan = Scratch::new(name, "plan");
+        plan.write(&format!("{{\"seed\": 5, \"rules\": [{rules}]}}"));
+        checked(name, &[&UNDER_FAULTS[..], &["--route", "ibgda", "--faults-plan", plan.path()]].concat());
+    }
+}
+
+#[test]
+fn four_hosts_where_the_kernel_drops_one_packet_in_a_hundred() {
+    if Machine::lacks_namespaces() || Machine::lacks_nft() {
+        return;
+    }
+    let file = Scratch::new("nft", "json");
+    // Once per namespace, before that namespace's ranks have met.
+    let rules = "add table inet loss; add chain inet loss in { type filter hook input priority 0; }; \
+                 add rule inet loss in udp dport 4791 numgen random mod 100 < 1 counter drop";
+    let script = format!(
+        "[ $LOCAL_RANK != 0 ] || nft '{rules}' || exit 9; exec \"$@\" --fabric udp --json {}",
+        file.path()
+    );
+    let flags = ["--check", "--warmup", "1", "--route", "ibgda", "--detect-ms", "5000", "--stall-ms", "5000"];
+    let bench = [&["bench", "ep"], &flags[..], &shape()].concat();
+    let ibex = env!("CARGO_BIN_EXE_ibex");
+    let launch =
+        ["launch", "--ranks", "8", "--hosts", "netns", "--num-hosts", "4", "--", "sh", "-c", &script];
+    let output = group::ibex(&[&launch[..], &["sh", ibex], &bench].concat());
+    assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
+    let report = report_of(&file);
+    assert_eq!(["wrong", "lost"].map(|key| report[key].as_u64().unwrap()), [0; 2]);
+}
+
+#[test]
+fn shared_memory_ends_at_the_host() {
+    if Machine::lacks_namespaces() {
+        return;
+    }
+    let ibex = env!("CARGO_BIN_EXE_ibex");
+    let launch = ["launch", "--ranks", "2", "--hosts", "netns", "--", ibex, "bench", "ep", "--fabric", "shm"];
+    let output = group::ibex(&[&launch[..], &shape()].concat());
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("is on another host") && said.contains("udp does"), "{said}");
+}

@@ -1,0 +1,118 @@
+//! Running the command as its users do, with nothing of this test's own environment that a launcher might have set.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// What a launcher may have said to whoever runs the tests.
+const LAUNCHERS_WORDS: [&str; 12] = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_PROCID",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "HOST_IP",
+    "POD_IP",
+    "IBEX_TOKEN",
+];
+
+/// Networks that are worse than they should be.
+pub(crate) const FAULTS: [(&str, &str); 3] = [
+    ("drop-1", r#"{"fault": {"drop": {"ppm": 10000}}}"#),
+    ("drop-5", r#"{"fault": {"drop": {"ppm": 50000}}}"#),
+    (
+        "mixed",
+        r#"{"fault": {"duplicate": {"ppm": 10000}}}, {"fault": {"corrupt": {"ppm": 10000}}},
+           {"fault": {"reorder": {"ppm": 10000, "overtake_max": 4, "hold_us": 2000}}}"#,
+    ),
+];
+
+/// The command, started by nobody in particular.
+pub(crate) fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ibex"));
+    command.args(args);
+    for name in LAUNCHERS_WORDS {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Runs it to its end.
+pub(crate) fn ibex(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+/// Runs `bench ep` to its end.
+pub(crate) fn bench(args: &[&str]) -> Output {
+    ibex(&[&["bench", "ep"], args].concat())
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A file of one test, in cargo's directory for tests.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(crate) fn new(name: &str, extension: &str) -> Self {
+        let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("multi-node-{name}"));
+        Self(path.with_extension(extension))
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+
+    pub(crate) fn write(&self, text: &str) {
+        std::fs::write(&self.0, text).unwrap();
+    }
+}
+
+pub(crate) fn report_of(file: &Scratch) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(&file.0).unwrap()).unwrap()
+}
+
+/// Says why a test skipped, straight to stderr: the runner hides what a passing test prints.
+fn say_skipped(why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
+}
+
+/// What this machine allows.
+pub(crate) struct Machine;
+
+impl Machine {
+    /// Tries what `--hosts netns` needs.
+    pub(crate) fn lacks_namespaces() -> bool {
+        let output = ibex(&["launch", "--ranks", "1", "--hosts", "netns", "--", "true"]);
+        if output.status.success() {
+            return false;
+        }
+        let said = text(&output.stderr);
+        say_skipped(&format!(
+            "no network namespaces (run as root, apt-get install iproute2): {}",
+            said.trim()
+        ));
+        true
+    }
+
+    /// Tries whether packets can be dropped by rule.
+    pub(crate) fn lacks_nft() -> bool {
+        let rule = "nft 'add table inet probe; add chain inet probe in { type filter hook input priority 0; }; \
+                    add rule inet probe in numgen random mod 100 < 1 drop'";
+        let output = ibex(&["launch", "--ranks", "1", "--hosts", "netns", "--", "sh", "-c", rule]);
+        if output.status.success() {
+            return false;
+        }
+        let said = text(&output.stderr);
+        let said = said.lines().next().unwrap_or_default();
+        say_skipped(&format!("the kernel drops no packets for us (apt-get install nftables): {said}"));
+        true
+    }
+}
