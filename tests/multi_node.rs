@@ -3,6 +3,8 @@
 //!
 //! Asserts only what must hold without determinism. The kernels' limits are far above what a busy machine needs.
 
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
+
 #[path = "multi_node/cleanup.rs"]
 mod cleanup;
 #[path = "multi_node/group.rs"]
