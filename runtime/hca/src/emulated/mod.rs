@@ -57,7 +57,7 @@ pub use fabric::{Fabric, FabricConfig, PORTS_MAX, PathState, Placement, PortId, 
 pub use stepping::Step;
 pub use thread::{Backoff, DeviceThread};
 pub use trace::{CommandRecord, ObjectKind, TRACE_MAX};
-pub use udp::{Offloads, UdpConfig};
+pub use udp::{BareSocket, Offloads, UdpConfig};
 
 use crate::{AsyncEvent, HcaCaps, HcaError, LinkLayer, Nanos, PortInfo};
 use commands::Objects;

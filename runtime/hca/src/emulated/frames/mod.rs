@@ -43,7 +43,7 @@ pub(super) use responder::PacketResponder;
 /// Longest packet that a carrier must take: BTH to ICRC.
 pub(super) const PACKET_LEN_MAX: usize = Mtu::B4096.packet_len_max();
 /// Packets that one queue pair sends in one turn at most, so that queue pairs take turns.
-const TURN_PACKETS_MAX: usize = 64;
+const TURN_PACKETS_MAX: usize = 120;
 /// Times that a step takes in what arrived, so that it ends however much arrives.
 const FILLS_MAX: usize = 8;
 
@@ -71,6 +71,9 @@ pub(super) trait Carrier: Debug + Send {
 
     /// When something happens without anything arriving.
     fn next_deadline(&self) -> Option<Nanos>;
+
+    /// Bytes of packets that may wait at the other end to be taken in.
+    fn receive_buffer(&self) -> usize;
 
     /// What was refused by the network below since the last call.
     fn take_unsent(&mut self) -> u64 {

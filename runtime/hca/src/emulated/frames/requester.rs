@@ -25,11 +25,18 @@ use crate::emulated::requester::fetch::{Fetch, Local, WqeBuf};
 use crate::emulated::requester::send::{Tally, Turn};
 use crate::emulated::requester::{Connection, OUTSTANDING_MAX, Outstanding, Progress, Requester};
 
-/// Packets of one queue pair that are in flight at most: what a receiver's socket buffer can hold of a
-/// few senders at once (chosen; see `ibex bench post --fabric udp`).
-const WINDOW_PACKETS: u32 = 64;
+/// Packets of one queue pair that are in flight, at least and at most.
+const WINDOW_PACKETS: std::ops::RangeInclusive<usize> = 8..=256;
 /// An acknowledgement is asked for after so many packets at the latest.
-const ACK_EVERY: u32 = 16;
+const ACK_EVERY: u32 = 32;
+
+/// Packets of one queue pair that may be in flight: together, all queue pairs of a device that talks to
+/// many fill no more than half of a receiver's buffer, which counts its own overhead too.
+fn window(carrier: &dyn Carrier, num_qps: usize, packet_len: usize) -> u32 {
+    let packets = carrier.receive_buffer() / (2 * packet_len * num_qps.max(1));
+    // CAST: at most 256.
+    packets.clamp(*WINDOW_PACKETS.start(), *WINDOW_PACKETS.end()) as u32
+}
 
 /// The state machine of a connected queue pair's sending half.
 #[derive(Debug)]
@@ -40,17 +47,19 @@ pub(in crate::emulated) struct PacketRequester {
 
 impl PacketRequester {
     /// For a half that was connected and has sent nothing.
-    fn new(half: &Requester) -> Option<Self> {
+    fn new(half: &Requester, local: &Local<'_>, carrier: &dyn Carrier) -> Option<Self> {
         let connection = half.connection.as_ref()?;
         let (mtu, first_psn) = (roce_mtu(connection.mtu.0), Psn::new(half.psn.get()));
+        let num_qps = local.device.qp_table().list.len();
+        let window_packets = window(carrier, num_qps, mtu.packet_len_max());
         let config = RequesterConfig {
             pkey: PKey::DEFAULT,
             retry_count: half.patience.retry_count,
             rnr_retry: half.patience.rnr_retry,
             ack_timeout: AckTimeout::new(half.patience.ack_timeout),
             max_reads: 1 << half.patience.log_max_reads.min(7),
-            window_packets: WINDOW_PACKETS,
-            ack_every: ACK_EVERY,
+            window_packets,
+            ack_every: ACK_EVERY.min(window_packets / 2),
             max_messages: OUTSTANDING_MAX,
             ..RequesterConfig::new(QpNum::new(connection.remote_qpn.get()), mtu, first_psn)
         };
@@ -62,7 +71,9 @@ impl PacketRequester {
 impl Requester {
     /// Posts what doorbells cover, sends what may be sent, and completes what is answered.
     pub(super) fn turn_packets(&mut self, local: &Local<'_>, carrier: &mut dyn Carrier) -> Turn {
-        let Some(mut half) = self.packets.take().or_else(|| PacketRequester::new(self).map(Box::new)) else {
+        let known = self.packets.take();
+        let Some(mut half) = known.or_else(|| PacketRequester::new(self, local, carrier).map(Box::new))
+        else {
             return Turn::default();
         };
         let mut did = Tally::default();

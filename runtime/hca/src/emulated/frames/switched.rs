@@ -20,6 +20,8 @@ use crate::emulated::switch::{Delivery, FaultCounts, Switch};
 pub(in crate::emulated) const LATENCY: Nanos = Nanos(1_000);
 /// Bytes before the longest packet.
 const HEADERS_MAX: usize = ETHERNET_LEN + IPV6_LEN + UDP_LEN;
+/// What a port is said to buffer; the switch itself buffers more.
+const BUFFER: usize = 1 << 20;
 /// Frames taken in at once.
 const BATCH: usize = 64;
 
@@ -134,6 +136,10 @@ impl Carrier for SwitchCarrier {
                 Err(error) => each(self.local, Err(error)),
             }
         }
+    }
+
+    fn receive_buffer(&self) -> usize {
+        BUFFER
     }
 
     fn next_deadline(&self) -> Option<Nanos> {

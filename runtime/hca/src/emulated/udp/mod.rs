@@ -13,6 +13,7 @@
 //! ICRC's 32 bits to tell damage; so only ports that were [admitted](super::Fabric::admit_foreign) as such
 //! may. They also choose their source ports. IPv6 has no identification.
 
+mod bare;
 mod ident;
 mod socket;
 
@@ -31,6 +32,7 @@ use super::fabric::advert::AdvertError;
 use super::frames::{Carrier, EachArrival, PACKET_LEN_MAX, gid_of, ip_of, mac_of, path_mtu, port_of};
 use super::switch::{FaultCounts, FaultPlan, Switch};
 use crate::{HcaError, LinkLayer, Nanos, PortInfo};
+pub use bare::BareSocket;
 use ident::IdentTable;
 pub use socket::Offloads;
 use socket::{Inbox, Outbox, Socket};
@@ -183,6 +185,7 @@ impl Endpoint {
             hidden: HiddenId::default(),
             exit: switch.map(|switch| Exit { switch, room: vec![0; PACKET_LEN_MAX].into_boxed_slice() }),
             unsent: 0,
+            latest: None,
             now: Nanos(0),
             frame: Vec::new(),
             endpoint: Arc::clone(self),
@@ -209,6 +212,8 @@ struct UdpCarrier {
     hidden: HiddenId,
     exit: Option<Exit>,
     unsent: u64,
+    /// Where the latest packet went.
+    latest: Option<(SocketAddr, Peer, Flow)>,
     /// When the inbox was filled.
     now: Nanos,
     /// A frame on its way to a capture.
@@ -216,8 +221,13 @@ struct UdpCarrier {
 }
 
 impl UdpCarrier {
-    fn peer(&self, addr: SocketAddr) -> Option<Peer> {
-        self.endpoint.peers.read().get(&addr).cloned()
+    /// Who is at an address, and the flow to it; looked up once for a run of packets.
+    fn way_to(&mut self, to: SocketAddr) -> Option<&(SocketAddr, Peer, Flow)> {
+        if self.latest.as_ref().is_none_or(|(addr, ..)| *addr != to) {
+            let peer = self.endpoint.peers.read().get(&to).cloned()?;
+            self.latest = Some((to, peer, flow_from(self.endpoint.local(), to)?));
+        }
+        self.latest.as_ref()
     }
 
     /// Moves what the switch lets go to the outbox.
@@ -287,14 +297,15 @@ impl Carrier for UdpCarrier {
     }
 
     fn send(&mut self, now: Nanos, to: SocketAddr, len: usize) {
-        let Some(peer) = self.peer(to).filter(|peer| self.port.passes(&peer.port)) else {
+        let Some((_, peer, flow)) = self.way_to(to) else { return };
+        let (node, far, flow) = (peer.node, Arc::clone(&peer.port), *flow);
+        if !self.port.passes(&far) {
             return;
-        };
-        let Some(flow) = flow_from(self.endpoint.local(), to) else { return };
+        }
         if let Some(exit) = &mut self.exit {
             let packet = &mut exit.room[..len];
             if flow.seal(packet).is_ok() {
-                exit.switch.submit(now, self.endpoint.config.node, peer.node, packet);
+                exit.switch.submit(now, self.endpoint.config.node, node, packet);
             }
         } else if let Some(room) = self.outbox.room(len)
             && flow.seal(room).is_ok()
@@ -336,6 +347,11 @@ impl Carrier for UdpCarrier {
             }
             each(from, opened);
         }
+    }
+
+    fn receive_buffer(&self) -> usize {
+        // Both ends are of one kind: the other's buffer is taken to be like this one.
+        self.endpoint.offloads().receive_buffer
     }
 
     fn next_deadline(&self) -> Option<Nanos> {
