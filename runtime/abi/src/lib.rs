@@ -24,6 +24,7 @@
 pub mod cqe;
 pub mod device_ctx;
 pub mod doorbell;
+pub mod eqe;
 pub mod prm;
 pub mod types;
 pub mod wqe;

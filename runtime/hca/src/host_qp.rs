@@ -14,17 +14,17 @@
 //!
 //! Posting is three separate steps, because each must be ordered after the one before: entries
 //! ([`Batch::push`]), doorbell record ([`Batch::commit`]), doorbell ([`Unrung::ring`]).
-#![expect(unsafe_code, reason = "stores to a doorbell register that the device owns")]
 
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use ibex_abi::doorbell::Doorbell;
-use ibex_abi::types::{CqNum, PathMtu, Pd, Psn, QpNum};
+use ibex_abi::types::{CqNum, Eqn, PathMtu, Pd, Psn, QpNum};
 
 use crate::control_region::{Carved, ControlError, ControlRegion};
 use crate::objects::{self, CqSpec, InitSpec, QpInfo, QpSpec, RecvSpec, RtrSpec, RtsSpec};
+use crate::register::Registers;
 use crate::{Access, DoorbellPage, Hca, HcaError, Path, PortAddress, destroyed};
 
 mod post;
@@ -73,12 +73,14 @@ pub struct HostQpSpec {
     pub recv_cq: CqShape,
     /// Number that completions carry back.
     pub user_index: u32,
+    /// Event queue of its completion queues; by default that of completion vector 0.
+    pub eqn: Option<Eqn>,
 }
 
 impl Default for HostQpSpec {
     fn default() -> Self {
         let cq = CqShape::Collapsed;
-        Self { log_sq_size: 6, recv: None, send_cq: cq, recv_cq: cq, user_index: 0 }
+        Self { log_sq_size: 6, recv: None, send_cq: cq, recv_cq: cq, user_index: 0, eqn: None }
     }
 }
 
@@ -129,21 +131,6 @@ impl Default for ConnectSpec {
     }
 }
 
-/// The doorbell register of one queue pair.
-///
-/// INVARIANT: made from a page that the device allocated for this object, which keeps the device alive.
-struct Register(u64);
-
-impl Register {
-    /// ORDER(3): doorbell record -> doorbell. A release store; the device's acquire load pairs with it.
-    fn store(&self, doorbell: Doorbell) {
-        // CAST: an address of this process.
-        let word = std::ptr::with_exposed_provenance_mut::<u64>(self.0 as usize);
-        // SAFETY: a live, aligned register (see the invariant), written by single 8-byte stores only.
-        unsafe { AtomicU64::from_ptr(word) }.store(doorbell.to_register(), Ordering::Release);
-    }
-}
-
 /// Objects and memory of a host queue pair, whatever its state.
 struct Core {
     hca: Arc<dyn Hca>,
@@ -152,7 +139,7 @@ struct Core {
     qpn: QpNum,
     page: DoorbellPage,
     has_page: bool,
-    register: Register,
+    registers: Registers,
     /// Receive ring, then send ring.
     rings: Carved,
     record: Carved,
@@ -235,6 +222,14 @@ impl<S> HostQp<S> {
         Some(completion)
     }
 
+    /// Asks for one event for the next send completion that this host has not taken yet. `events_taken` counts the
+    /// events taken for this queue so far. Of a collapsed queue, whose overwritten completions nobody takes, the event
+    /// may come early.
+    pub fn arm(&self, events_taken: u32, solicited_only: bool) {
+        let core = self.core();
+        core.registers.arm_cq(core.send_cq.note_arm(events_taken, solicited_only));
+    }
+
     /// The next receive completion.
     pub fn poll_recv(&mut self) -> Option<Completion> {
         self.core_mut().recv_cq.as_mut()?.poll()
@@ -260,7 +255,7 @@ impl<S> HostQp<S> {
 
     /// Stores an arbitrary doorbell, as a faulty kernel might.
     pub fn store_doorbell(&self, doorbell: Doorbell) {
-        self.core().register.store(doorbell);
+        self.core().registers.ring(doorbell);
     }
 
     /// Takes it to ERR and RST, then clears its memory: rings may be used by a successor.
@@ -370,8 +365,9 @@ impl Core {
         let made = (|| {
             let rings = region.carve_ring(recv_len + sq_len)?;
             let record = region.carve_record()?;
-            let send_cq = HostCq::create(region, page.uar, spec.send_cq)?;
-            let recv_cq = spec.recv.map(|_| HostCq::create(region, page.uar, spec.recv_cq));
+            let cq = |shape| HostCq::create(region, page.uar, shape, spec.eqn);
+            let send_cq = cq(spec.send_cq)?;
+            let recv_cq = spec.recv.map(|_| cq(spec.recv_cq));
             Ok::<_, ControlError>((rings, record, send_cq, recv_cq.transpose()?))
         })();
         let (rings, record, send_cq, recv_cq) = match made {
@@ -391,7 +387,7 @@ impl Core {
             qpn: QpNum::new(0),
             page,
             has_page: true,
-            register: Register(page.register),
+            registers: Registers::of(&page),
             rings,
             record,
             send_cq,
@@ -438,11 +434,7 @@ impl Core {
     /// The queue pair first: the device keeps what it refers to.
     fn destroy(&mut self) -> Result<(), HcaError> {
         self.destroy_queues()?;
-        if self.has_page {
-            destroyed(self.hca.free_doorbell(self.page))?;
-            self.has_page = false;
-        }
-        Ok(())
+        self.free_page()
     }
 
     fn destroy_queues(&mut self) -> Result<(), HcaError> {
@@ -456,17 +448,27 @@ impl Core {
         }
         Ok(())
     }
+
+    fn free_page(&mut self) -> Result<(), HcaError> {
+        if self.has_page {
+            destroyed(self.hca.free_doorbell(self.page))?;
+            self.has_page = false;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Core {
     fn drop(&mut self) {
-        // A page that is not given back is lost to the device, and harmless.
-        if self.destroy().is_err() && self.destroy_queues().is_err() {
+        if self.destroy_queues().is_err() {
             // The device may still write there, also for a queue pair whose number was lost with the reply that named
             // it: each piece keeps its bytes, and the region its memory. The completion queues find out by themselves
             // that they are in use.
             self.rings.leak();
             self.record.leak();
+        } else {
+            // A page that is not given back is lost to the device, and harmless.
+            let _ = self.free_page();
         }
     }
 }
@@ -483,14 +485,14 @@ fn create_cq(
     region: &ControlRegion,
     uar: ibex_abi::types::UarIdx,
     shape: CqShape,
-    ring: &Carved,
-    record: &Carved,
+    eqn: Option<Eqn>,
+    (ring, record): (&Carved, &Carved),
 ) -> Result<CqNum, HcaError> {
     let (log_size, collapsed, overrun_ignore) = match shape {
         CqShape::Collapsed => (region.hca().caps().log_min_cq_sz, true, true),
         CqShape::Ring { log_size, overrun_ignore } => (log_size, false, overrun_ignore),
     };
-    let eqn = region.hca().eqn(0)?;
+    let eqn = eqn.map_or_else(|| region.hca().eqn(0), Ok)?;
     let (ring, record) = (ring.place(), record.place());
     let spec = CqSpec { eqn, log_size, ring, record, uar, collapsed, overrun_ignore };
     objects::create_cq(&**region.hca(), &spec)

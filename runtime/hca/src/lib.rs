@@ -59,9 +59,11 @@ pub mod emulated;
 mod error;
 pub mod fault;
 mod hca;
+pub mod host_eq;
 pub mod host_memory;
 pub mod host_qp;
 pub mod objects;
+mod register;
 pub mod shared_memory;
 
 pub use error::{CommandError, HcaError, destroyed};

@@ -38,6 +38,34 @@ pub struct CqSpec {
     pub overrun_ignore: bool,
 }
 
+/// An event queue to create.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EqSpec {
+    /// Doorbell page.
+    pub uar: UarIdx,
+    /// Log2 of the number of 64-byte entries.
+    pub log_size: u8,
+    /// Address of the entries as the device knows it; a multiple of 4096, inside one umem.
+    pub addr: u64,
+    /// Bit t: asynchronous events of type t.
+    pub events: u64,
+}
+
+/// What QUERY_EQ says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EqInfo {
+    /// An event found the queue full; it takes no more.
+    pub overflowed: bool,
+    /// The next event raises the interrupt.
+    pub is_armed: bool,
+    /// Entries that the driver has consumed, low 24 bits.
+    pub consumer: u32,
+    /// Entries that the device has written, low 24 bits.
+    pub producer: u32,
+    /// As in [`EqSpec::events`].
+    pub events: u64,
+}
+
 /// A receive queue of a queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecvSpec {
@@ -153,6 +181,10 @@ pub struct QpInfo {
 const LOG_MSG_MAX: u64 = 30;
 /// Path migration state "migrated", which every driver sets.
 const PM_MIGRATED: u64 = 3;
+/// Pages in which an event queue's memory is listed.
+const EQ_PAGE: u64 = 4096;
+/// `eqc.st` of an event queue that raises an interrupt at the next event.
+const EQ_ARMED: u64 = 0x9;
 /// Receive queue types.
 const RQ_OWN: u64 = 0;
 const RQ_NONE: u64 = 3;
@@ -190,6 +222,53 @@ pub(crate) fn simple_out(hca: &dyn Hca, op: Op, number: Option<u32>) -> Result<[
 /// Sends a command that names one object by number.
 pub(crate) fn simple(hca: &dyn Hca, op: Op, number: u32) -> Result<(), CommandError> {
     simple_out(hca, op, Some(number)).map(|_| ())
+}
+
+/// Creates an event queue.
+///
+/// # Errors
+/// A value that does not fit, or the device's refusal.
+pub fn create_eq(hca: &dyn Hca, spec: &EqSpec) -> Result<Eqn, HcaError> {
+    use prm::{create_eq_in as cmd, eqc};
+    let log_size = fitting("log_size", eqc::LOG_EQ_SIZE, spec.log_size.into())?;
+    let num_pages = (64_u64 << spec.log_size.min(31)).div_ceil(EQ_PAGE);
+    // A list of pages follows the mailbox.
+    let mut input = vec![0; cmd::LEN];
+    input.extend((0..num_pages).flat_map(|page| (spec.addr + page * EQ_PAGE).to_be_bytes()));
+    let context = prm::part_mut(&mut input, cmd::EQ_CONTEXT_ENTRY);
+    set_all(context, &[log_size, (eqc::UAR_PAGE, spec.uar.into())]);
+    set_all(&mut input, &[(cmd::OPCODE, Op::CreateEq.code().into()), (cmd::EVENT_BITMASK, spec.events)]);
+    let mut output = [0; prm::create_eq_out::LEN];
+    hca.exec(&input, &mut output)?;
+    Ok(Eqn::new(get32(&output, prm::create_eq_out::EQ_NUMBER)))
+}
+
+/// Destroys an event queue.
+///
+/// # Errors
+/// `RES_BUSY` while a completion queue names it; an unknown number.
+pub fn destroy_eq(hca: &dyn Hca, eqn: Eqn) -> Result<(), HcaError> {
+    Ok(simple(hca, Op::DestroyEq, eqn.get())?)
+}
+
+/// Reads an event queue's state.
+///
+/// # Errors
+/// An unknown number.
+pub fn query_eq(hca: &dyn Hca, eqn: Eqn) -> Result<EqInfo, HcaError> {
+    use prm::{eqc, query_eq_in as cmd, query_eq_out as out};
+    let mut input = [0; cmd::LEN];
+    set_all(&mut input, &[(cmd::OPCODE, Op::QueryEq.code().into()), (cmd::EQ_NUMBER, eqn.into())]);
+    let mut output = [0; out::LEN];
+    hca.exec(&input, &mut output)?;
+    let context = prm::part(&output, out::EQ_CONTEXT_ENTRY);
+    Ok(EqInfo {
+        overflowed: prm::get(context, eqc::STATUS) != 0,
+        is_armed: prm::get(context, eqc::ST) == EQ_ARMED,
+        consumer: get32(context, eqc::CONSUMER_COUNTER),
+        producer: get32(context, eqc::PRODUCER_COUNTER),
+        events: prm::get(&output, out::EVENT_BITMASK),
+    })
 }
 
 /// Creates a completion queue.

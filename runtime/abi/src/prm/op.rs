@@ -78,6 +78,7 @@ ops! {
     DestroyMkey = 0x202 "DESTROY_MKEY" in 16 out 8,
     CreateEq = 0x301 "CREATE_EQ" in 272 out 16,
     DestroyEq = 0x302 "DESTROY_EQ" in 16 out 8,
+    QueryEq = 0x303 "QUERY_EQ" in 16 out 272,
     CreateCq = 0x400 "CREATE_CQ" in 272 out 16,
     DestroyCq = 0x401 "DESTROY_CQ" in 16 out 8,
     CreateQp = 0x500 "CREATE_QP" in 272 out 16,

@@ -102,6 +102,22 @@ layouts! {
         EQ_NUMBER @ 0x58 : 8,
     }
 
+    /// Reads an event queue's state.
+    query_eq_in, 16 {
+        OPCODE @ 0x0 : 16,
+        OP_MOD @ 0x30 : 16,
+        EQ_NUMBER @ 0x58 : 8,
+    }
+
+    /// The event queue's context.
+    query_eq_out, 272 {
+        STATUS @ 0x0 : 8,
+        SYNDROME @ 0x20 : 32,
+        EQ_CONTEXT_ENTRY @ 0x80 : 512,
+        EVENT_BITMASK @ 0x2c0 : 64,
+        PAS @ 0x880 : 64,
+    }
+
     /// Destroys an event queue.
     destroy_eq_in, 16 {
         OPCODE @ 0x0 : 16,

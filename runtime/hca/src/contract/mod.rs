@@ -19,6 +19,7 @@ use crate::{Access, Hca};
 
 mod bring_up;
 mod errors;
+mod events;
 mod operations;
 mod queues;
 
@@ -82,6 +83,11 @@ cases! {
     errors::an_unanswered_request_exhausts_its_retries,
     errors::a_send_without_receive_waits_or_gives_up,
     errors::a_receive_that_is_too_short_fails_both_ends,
+    events::an_armed_queue_tells_of_one_completion,
+    events::a_request_for_solicited_completions_waits_for_one_or_an_error,
+    events::an_event_queue_wraps_and_overflows,
+    events::failures_arrive_as_events,
+    events::event_queues_are_refused_and_kept_by_rule,
 }
 
 /// Runs every case, each in a world of its own.

@@ -21,6 +21,7 @@ use super::umem::UmemOwner;
 use crate::CommandError;
 
 mod caps;
+mod events;
 mod memory;
 mod qp;
 mod queues;
@@ -136,6 +137,7 @@ pub(super) struct Objects {
     pds: HashSet<u32>,
     umems: HashMap<u32, UmemOwner>,
     uars: HashMap<u32, Arc<Uar>>,
+    /// Event queues of the completion vectors.
     eqs: HashSet<u32>,
     cqs: HashMap<u32, Arc<Cq>>,
     /// Grants made by the typed calls, given back with the object.
@@ -244,8 +246,11 @@ impl EmulatedHca {
             Op::DestroyUmem => objects.destroy_umem(input),
             Op::AllocUar => self.alloc_uar(objects, output),
             Op::DeallocUar => self.dealloc_uar(objects, input),
-            Op::CreateCq => objects.create_cq(input, output),
-            Op::DestroyCq => objects.destroy_cq(input),
+            Op::CreateEq => self.create_eq(objects, input, output),
+            Op::DestroyEq => self.destroy_eq(input),
+            Op::QueryEq => self.query_eq(input, output),
+            Op::CreateCq => objects.create_cq(&mut self.event_table.lock(), input, output),
+            Op::DestroyCq => objects.destroy_cq(&mut self.event_table.lock(), input),
             Op::CreateQp => self.create_qp(objects, input, output),
             Op::DestroyQp => self.destroy_qp(input),
             Op::QueryQp => self.query_qp(input, output),
@@ -276,6 +281,7 @@ fn named_by(op: Option<Op>, input: &[u8]) -> Touched {
         Some(Op::CreateMkey | Op::DestroyMkey) => ObjectKind::Mkey,
         Some(Op::CreateUmem | Op::DestroyUmem) => ObjectKind::Umem,
         Some(Op::AllocUar | Op::DeallocUar) => ObjectKind::Uar,
+        Some(Op::CreateEq | Op::DestroyEq | Op::QueryEq) => ObjectKind::Eq,
         Some(Op::CreateCq | Op::DestroyCq) => ObjectKind::Cq,
         Some(Op::CreateQp | Op::DestroyQp | Op::QueryQp) => ObjectKind::Qp,
         Some(op) if op.transition().is_some() => ObjectKind::Qp,
@@ -283,9 +289,17 @@ fn named_by(op: Option<Op>, input: &[u8]) -> Touched {
     };
     let creates = matches!(
         op,
-        Some(Op::AllocPd | Op::CreateMkey | Op::CreateUmem | Op::AllocUar | Op::CreateCq | Op::CreateQp)
+        Some(
+            Op::AllocPd
+                | Op::CreateMkey
+                | Op::CreateUmem
+                | Op::AllocUar
+                | Op::CreateEq
+                | Op::CreateCq
+                | Op::CreateQp
+        )
     );
-    // Every command that names an object names it in the same 24 bits.
+    // Every command that names an object names it in the same 24 bits; an event queue's 8 are the last of them.
     let number = prm::try_get(input, prm::qp_2err_in::QPN).filter(|_| !creates);
     let number = number.filter(|_| kind != ObjectKind::Device);
     // CAST: 24 bits.

@@ -32,6 +32,8 @@ pub struct DeviceCounters {
     pub cqes: u64,
     /// Error completions among them.
     pub error_cqes: u64,
+    /// Entries written to event queues.
+    pub eqes: u64,
     /// Payload bytes of RDMA WRITEs that left this device.
     pub bytes_written: u64,
     /// Payload bytes of RDMA READs that arrived at this device.
@@ -55,7 +57,7 @@ pub struct DeviceCounters {
     pub unrung_wqes: u64,
     /// Doorbells for a queue pair that does not exist or does not send.
     pub late_doorbells: u64,
-    /// Asynchronous events that nobody took in time.
+    /// Asynchronous events that nobody took in time, and events for a full event queue.
     pub dropped_events: u64,
     /// The first error completion of this device.
     pub first_error: Option<FirstError>,
@@ -132,6 +134,7 @@ pub(super) struct Counters {
     pub(super) doorbells: AtomicU64,
     pub(super) cqes: AtomicU64,
     pub(super) error_cqes: AtomicU64,
+    pub(super) eqes: AtomicU64,
     pub(super) bytes_written: AtomicU64,
     pub(super) bytes_read: AtomicU64,
     pub(super) bytes_sent: AtomicU64,
@@ -167,6 +170,7 @@ impl Counters {
             doorbells: read(&self.doorbells),
             cqes: read(&self.cqes),
             error_cqes: read(&self.error_cqes),
+            eqes: read(&self.eqes),
             bytes_written: read(&self.bytes_written),
             bytes_read: read(&self.bytes_read),
             bytes_sent: read(&self.bytes_sent),

@@ -11,10 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use ibex_abi::cqe::{COMPLETION_WORD_OFFSET, CQE, Cqe64, ErrorCqe, OpOwn, owner_bit};
+use ibex_abi::eqe::CqArm;
 use ibex_abi::types::CqNum;
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
+use super::eq::Eq;
 use super::memory::Span;
 use super::umem::UmemHold;
 
@@ -41,6 +43,33 @@ pub(super) struct Overrun {
 struct Producer {
     counter: u32,
     overrun: bool,
+    /// The counter behind the last solicited or failed completion; none before the first.
+    solicited: Option<u32>,
+    armed: Option<CqArm>,
+    /// Sequence number of the last request that was answered.
+    answered_sn: Option<u8>,
+}
+
+impl Producer {
+    /// Whether a completion that `request` asks for stands in the queue.
+    fn satisfies(&self, request: CqArm) -> bool {
+        let behind_ci = |counter: u32| {
+            let ahead = counter.wrapping_sub(request.ci) & 0xff_ffff;
+            ahead != 0 && ahead < 1 << 23
+        };
+        match request.solicited_only {
+            true => self.solicited.is_some_and(behind_ci),
+            false => behind_ci(self.counter),
+        }
+    }
+
+    /// Answers the request that stands, if it can be.
+    fn answer(&mut self) -> bool {
+        let Some(request) = self.armed.filter(|request| self.satisfies(*request)) else { return false };
+        self.armed = None;
+        self.answered_sn = Some(request.sn);
+        true
+    }
 }
 
 /// A completion queue.
@@ -53,16 +82,26 @@ pub(super) struct Cq {
     pub(super) holds: Mutex<Vec<UmemHold>>,
     /// Queue pairs that complete into it.
     pub(super) users: AtomicU32,
+    /// Where its completions are told of; none for the event queue of a completion vector.
+    pub(super) eq: Option<Arc<Eq>>,
+    /// The arm word of the record when it was last looked at.
+    arm_seen: AtomicU32,
 }
 
 /// Bytes of an entry of either kind.
 pub(super) trait Entry: IntoBytes + zerocopy::Immutable {
     fn set_op_own(&mut self, owner: bool);
+    /// Whether it answers a request for solicited completions only.
+    fn is_solicited(&self) -> bool;
 }
 
 impl Entry for Cqe64 {
     fn set_op_own(&mut self, owner: bool) {
         self.word.op_own = OpOwn(self.word.op_own & !1 | u8::from(owner)).0;
+    }
+
+    fn is_solicited(&self) -> bool {
+        self.word.op_own & 2 != 0
     }
 }
 
@@ -70,16 +109,21 @@ impl Entry for ErrorCqe {
     fn set_op_own(&mut self, owner: bool) {
         self.word.op_own = OpOwn(self.word.op_own & !1 | u8::from(owner)).0;
     }
+
+    fn is_solicited(&self) -> bool {
+        true
+    }
 }
 
 impl Cq {
-    pub(super) fn new(num: CqNum, layout: CqLayout, holds: Vec<UmemHold>) -> Arc<Self> {
+    pub(super) fn new(num: CqNum, layout: CqLayout, holds: Vec<UmemHold>, eq: Option<Arc<Eq>>) -> Arc<Self> {
         let (producer, holds) = (Mutex::default(), Mutex::new(holds));
-        Arc::new(Self { num, layout, producer, holds, users: AtomicU32::new(0) })
+        let arm_seen = AtomicU32::new(u32::from_be(layout.record.load32(4, Ordering::Acquire)));
+        Arc::new(Self { num, layout, producer, holds, users: AtomicU32::new(0), eq, arm_seen })
     }
 
-    /// Writes the next entry; the owner bit is filled in here.
-    pub(super) fn push(&self, mut entry: impl Entry) -> Result<(), Overrun> {
+    /// Writes the next entry; the owner bit is filled in here. Returns whether an event was asked for.
+    pub(super) fn push(&self, mut entry: impl Entry) -> Result<bool, Overrun> {
         let layout = &self.layout;
         let mut producer = self.producer.lock();
         if producer.overrun {
@@ -97,7 +141,30 @@ impl Cq {
         let at = slot * layout.stride + (layout.stride - CQE as u64);
         store_entry(layout.ring, at, entry.as_bytes());
         producer.counter = producer.counter.wrapping_add(1);
-        Ok(())
+        if entry.is_solicited() {
+            producer.solicited = Some(producer.counter);
+        }
+        Ok(producer.answer())
+    }
+
+    /// Takes in a request for one event. True: the completion it asks for is there already, and the event is due now.
+    ///
+    /// A request that was answered before has an old sequence number: the driver rang it twice, or the device saw its
+    /// register and its record.
+    pub(super) fn arm(&self, request: CqArm) -> bool {
+        let mut producer = self.producer.lock();
+        if producer.answered_sn == Some(request.sn) {
+            return false;
+        }
+        producer.armed = Some(request);
+        producer.answer()
+    }
+
+    /// The request in the queue's doorbell record, if it has changed. Only while the queue exists.
+    pub(super) fn take_arm_record(&self) -> Option<CqArm> {
+        let word = u32::from_be(self.layout.record.load32(4, Ordering::Acquire));
+        let is_new = self.arm_seen.swap(word, Ordering::Relaxed) != word;
+        is_new.then(|| CqArm::from_record_word(self.num, word))
     }
 
     /// Whether as many entries are unconsumed as the ring has, by the consumer's record.

@@ -10,6 +10,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ibex_abi::doorbell::{Doorbell, UAR_BLUE_FLAME_OFFSET};
+use ibex_abi::eqe::{UAR_CQ_ARM_OFFSET, UAR_EQ_ARM_OFFSET, UAR_EQ_UPDATE_OFFSET};
 use ibex_abi::types::UarIdx;
 
 use super::memory::OwnPage;
@@ -23,11 +24,13 @@ pub(super) struct Uar {
     pub(super) idx: UarIdx,
     page: OwnPage,
     seen: [AtomicU64; 2],
+    /// As `seen`: the registers that arm a completion queue, arm an event queue, and update one.
+    events_seen: [AtomicU64; 3],
 }
 
 impl Uar {
     pub(super) fn new(idx: UarIdx) -> Self {
-        Self { idx, page: OwnPage::new(), seen: [AtomicU64::new(0), AtomicU64::new(0)] }
+        Self { idx, page: OwnPage::new(), seen: Default::default(), events_seen: Default::default() }
     }
 
     /// Address of the register that drivers store to.
@@ -49,6 +52,23 @@ impl Uar {
             if seen.load(Ordering::Relaxed) != value {
                 seen.store(value, Ordering::Relaxed);
                 ring(Doorbell::from_register(value));
+            }
+        }
+    }
+
+    /// The last request to arm a completion queue, if it is new. Like every register, it shows the last value only.
+    pub(super) fn take_arm(&self) -> Option<[u8; 8]> {
+        let value = self.page.span().load64(UAR_CQ_ARM_OFFSET as u64, Ordering::Acquire);
+        (self.events_seen[0].swap(value, Ordering::Relaxed) != value).then(|| value.to_ne_bytes())
+    }
+
+    /// Calls `take` for each of the two event queue registers that changed; the flag says whether it arms.
+    pub(super) fn take_eq_doorbells(&self, mut take: impl FnMut([u8; 4], bool)) {
+        let registers = [(UAR_EQ_UPDATE_OFFSET, false, 1), (UAR_EQ_ARM_OFFSET, true, 2)];
+        for (offset, arms, seen) in registers {
+            let value = self.page.span().load32(offset as u64, Ordering::Acquire);
+            if self.events_seen[seen].swap(value.into(), Ordering::Relaxed) != u64::from(value) {
+                take(value.to_ne_bytes(), arms);
             }
         }
     }

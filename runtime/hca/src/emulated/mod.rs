@@ -24,6 +24,7 @@ mod commands;
 mod counters;
 mod cq;
 mod doorbell;
+mod eq;
 mod fabric;
 mod frames;
 mod futex;
@@ -44,6 +45,7 @@ mod umem;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::{QpNum, QpState};
@@ -64,6 +66,7 @@ use commands::Objects;
 use counters::Counters;
 use cq::{Cq, Entry, Overrun};
 use doorbell::Uar;
+use eq::EventTable;
 use fabric::Port;
 use frames::Station;
 use mkeys::MkeyTable;
@@ -131,6 +134,9 @@ pub struct EmulatedHca {
     /// so that no record is read after its memory was given back.
     scanning: Mutex<()>,
     events: Mutex<VecDeque<AsyncEvent>>,
+    event_table: Mutex<EventTable>,
+    /// Event queues in the table, so that a device without any does not look for their doorbells.
+    num_eqs: AtomicUsize,
     first_errors: Mutex<HashMap<u32, FirstError>>,
     trace: Mutex<Trace>,
     counters: Counters,
@@ -166,6 +172,8 @@ impl EmulatedHca {
                 uars: Mutex::new(Arc::new([])),
                 scanning: Mutex::default(),
                 events: Mutex::default(),
+                event_table: Mutex::default(),
+                num_eqs: AtomicUsize::new(0),
                 first_errors: Mutex::default(),
                 trace: Mutex::default(),
                 counters: Counters::default(),
@@ -289,9 +297,15 @@ impl EmulatedHca {
 
     /// Writes a completion; false if the queue overran, which fails the queue pair.
     fn complete(&self, qp: &Qp, cq: &Cq, entry: impl Entry) -> bool {
-        let Err(Overrun { first }) = cq.push(entry) else {
-            counters::add(&self.counters.cqes, 1);
-            return true;
+        let first = match cq.push(entry) {
+            Ok(asked_for) => {
+                counters::add(&self.counters.cqes, 1);
+                if asked_for {
+                    self.post_completion(cq);
+                }
+                return true;
+            }
+            Err(Overrun { first }) => first,
         };
         if first {
             self.post_event(AsyncEvent::CqError { cqn: cq.num });
@@ -308,7 +322,7 @@ impl EmulatedHca {
         self.first_errors.lock().entry(qp.num().get()).or_insert(error);
     }
 
-    fn post_event(&self, event: AsyncEvent) {
+    fn queue_event(&self, event: AsyncEvent) {
         let mut events = self.events.lock();
         match events.len() < EVENTS_MAX {
             true => events.push_back(event),

@@ -43,6 +43,7 @@ impl EmulatedHca {
         if self.fabric_port().is_dead() {
             return step;
         }
+        step.did_work = self.take_event_doorbells();
         let table = self.qp_table();
         let mut candidates = self.candidates(&table.list, now, &mut step);
         while !candidates.is_empty() && !step.did_work {

@@ -51,9 +51,13 @@ impl EmulatedHca {
         if self.is_strict() {
             self.scan_doorbells();
         }
+        let told = self.take_event_doorbells();
         if let Some(station) = &self.station {
-            return station.step(self, now);
+            let mut step = station.step(self, now);
+            step.did_work |= told;
+            return step;
         }
+        step.did_work |= told;
         step.merge(self.fabric().take_arrivals(self, now));
         for qp in &self.qp_table().list {
             step.merge(self.step_qp(qp, now));

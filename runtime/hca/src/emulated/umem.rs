@@ -34,6 +34,12 @@ impl UmemOwner {
         Some((span, UmemHold { _umem: Arc::clone(&self.0) }))
     }
 
+    /// Holds the umem for a piece of its memory; `None` if the piece is not all inside.
+    pub(super) fn hold_span(&self, piece: Span) -> Option<UmemHold> {
+        let offset = piece.addr().checked_sub(self.0.memory.addr())?;
+        self.hold(offset, piece.len()).map(|(_, hold)| hold)
+    }
+
     /// Whether a queue lives in it.
     pub(super) fn is_held(&self) -> bool {
         Arc::strong_count(&self.0) > 1

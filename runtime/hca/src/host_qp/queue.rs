@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use ibex_abi::cqe::{
     COMPLETION_WORD_OFFSET, CQE, CompletionWord, Cqe, CqeOpcode, Syndrome, VendorSyndrome, owner_bit,
 };
-use ibex_abi::types::{CqNum, UarIdx};
+use ibex_abi::eqe::CqArm;
+use ibex_abi::types::{CqNum, Eqn, UarIdx};
 
 use super::{CqShape, create_cq};
 use crate::control_region::{Carved, ControlError, ControlRegion};
@@ -71,7 +72,12 @@ pub struct HostCq {
 const NEVER: u32 = u32::MAX;
 
 impl HostCq {
-    pub(super) fn create(region: &ControlRegion, uar: UarIdx, shape: CqShape) -> Result<Self, ControlError> {
+    pub(super) fn create(
+        region: &ControlRegion,
+        uar: UarIdx,
+        shape: CqShape,
+        eqn: Option<Eqn>,
+    ) -> Result<Self, ControlError> {
         let entries = match shape {
             CqShape::Collapsed => 1,
             CqShape::Ring { log_size, .. } => 1_u64 << log_size,
@@ -82,7 +88,7 @@ impl HostCq {
         if let Some(record) = record.view() {
             record.word64(0).store(0, Ordering::Release);
         }
-        let num = create_cq(region, uar, shape, &ring, &record)?;
+        let num = create_cq(region, uar, shape, eqn, (&ring, &record))?;
         let hca = Arc::clone(region.hca());
         let mut cq = Self { hca, num, is_destroyed: false, shape, ring, record, consumed: 0, last: NEVER };
         cq.clear();
@@ -99,6 +105,17 @@ impl HostCq {
     #[must_use]
     pub const fn ring(&self) -> &Carved {
         &self.ring
+    }
+
+    /// Writes a request for an event into the record; what the register must be told.
+    pub(super) fn note_arm(&self, events_taken: u32, solicited_only: bool) -> CqArm {
+        // CAST: two bits.
+        let sn = (events_taken & 3) as u8;
+        let arm = CqArm { cqn: self.num, sn, solicited_only, ci: self.consumed & 0xff_ffff };
+        if let Some(record) = self.record.view() {
+            record.word32(4).store(arm.record_word().to_be(), Ordering::Release);
+        }
+        arm
     }
 
     /// Completions taken from it.

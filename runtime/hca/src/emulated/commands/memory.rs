@@ -25,7 +25,7 @@ const MTT_FLAGS: u64 = 7;
 ///
 /// A page list must be contiguous: all memory of one registration is, in the address space of one
 /// process. That is this device's only narrowing of the translation.
-fn first_page(list: &[u8], count: u64, page: u64) -> Result<u64, Refusal> {
+pub(super) fn first_page(list: &[u8], count: u64, page: u64) -> Result<u64, Refusal> {
     let (entries, _) = list.as_chunks::<8>();
     if (entries.len() as u64) < count {
         return Err(refuse(Status::BadInpLen, CommandSyndrome::InputLength));
@@ -187,7 +187,8 @@ impl EmulatedHca {
     pub(super) fn dealloc_uar(&self, objects: &mut Objects, input: &[u8]) -> Done {
         let idx = get32(input, prm::dealloc_uar_in::UAR);
         objects.uar(idx)?;
-        if self.qps().iter().any(|qp| qp.layout.uar.idx.get() == idx) {
+        let by_qp = self.qps().iter().any(|qp| qp.layout.uar.idx.get() == idx);
+        if by_qp || self.event_table.lock().eqs.values().any(|eq| eq.layout.uar.get() == idx) {
             return Err(refuse(Status::ResBusy, CommandSyndrome::InUse));
         }
         objects.uars.remove(&idx);

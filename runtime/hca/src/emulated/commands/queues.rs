@@ -1,5 +1,6 @@
 //! Completion queues.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use ibex_abi::prm::{self, Status};
@@ -9,6 +10,7 @@ use super::{
     CommandSyndrome, Done, OBJECTS_MAX, Objects, Refusal, Touched, get8, get32, next_number, refuse,
 };
 use crate::emulated::cq::{Cq, CqLayout};
+use crate::emulated::eq::EventTable;
 use crate::emulated::memory::Span;
 use crate::emulated::trace::ObjectKind;
 use crate::emulated::umem::UmemHold;
@@ -34,7 +36,12 @@ impl Objects {
         }
     }
 
-    pub(super) fn create_cq(&mut self, input: &[u8], output: &mut [u8]) -> Done {
+    /// Holds the umem that a piece of memory lies in.
+    pub(super) fn hold_span(&self, piece: Span) -> Option<UmemHold> {
+        self.umems.values().find_map(|umem| umem.hold_span(piece))
+    }
+
+    pub(super) fn create_cq(&mut self, events: &mut EventTable, input: &[u8], output: &mut [u8]) -> Done {
         use prm::{cqc, create_cq_in as cmd};
         let context = prm::part(input, cmd::CQ_CONTEXT);
         if self.cqs.len() >= OBJECTS_MAX {
@@ -53,7 +60,8 @@ impl Objects {
             _ => return Err(refuse(Status::BadParam, CommandSyndrome::BadEntrySize)),
         };
         let number = get32(context, cqc::C_EQN);
-        if !self.eqs.contains(&number) {
+        let eq = events.eqs.get(&number).cloned();
+        if eq.is_none() && !self.eqs.contains(&number) {
             return Err(refuse(Status::BadRes, CommandSyndrome::UnknownEq));
         }
         self.uar(get32(context, cqc::UAR_PAGE))?;
@@ -67,19 +75,29 @@ impl Objects {
         let overrun_ignore = prm::get(context, cqc::OI) == 1;
         let num = next_number(&mut self.next_cq, 1, |cq| self.cqs.contains_key(&cq));
         let layout = CqLayout { ring, record, log_size, stride, collapsed, overrun_ignore };
-        self.cqs.insert(num, Cq::new(CqNum::new(num), layout, vec![ring_hold, record_hold]));
+        let cq = Cq::new(CqNum::new(num), layout, vec![ring_hold, record_hold], eq);
+        if let Some(eq) = &cq.eq {
+            eq.users.fetch_add(1, Ordering::AcqRel);
+            events.cqs.insert(num, Arc::clone(&cq));
+        }
+        self.cqs.insert(num, cq);
         prm::set(output, prm::create_cq_out::CQN, num.into());
         Ok(Touched::new(ObjectKind::Cq, num))
     }
 
-    pub(super) fn destroy_cq(&mut self, input: &[u8]) -> Done {
+    pub(super) fn destroy_cq(&mut self, events: &mut EventTable, input: &[u8]) -> Done {
         let num = get32(input, prm::destroy_cq_in::CQN);
         let unknown = refuse(Status::BadRes, CommandSyndrome::UnknownCq);
         let cq = self.cqs.get(&num).ok_or(unknown)?;
         if cq.users.load(Ordering::Acquire) != 0 {
             return Err(refuse(Status::ResBusy, CommandSyndrome::InUse));
         }
-        // No queue pair completes into it, so nobody touches its memory from here on.
+        // No queue pair completes into it and nobody looks for its requests, so nobody touches its memory from here
+        // on.
+        events.cqs.remove(&num);
+        if let Some(eq) = &cq.eq {
+            eq.users.fetch_sub(1, Ordering::AcqRel);
+        }
         cq.holds.lock().clear();
         self.cqs.remove(&num);
         Ok(Touched::new(ObjectKind::Cq, num))

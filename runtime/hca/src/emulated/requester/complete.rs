@@ -161,7 +161,8 @@ pub(super) fn complete(device: &EmulatedHca, qp: &Qp, work: &Work, now: Nanos) {
     cqe.srqn_uidx = U32::new(qp.layout.user_index);
     cqe.timestamp = now.0.into();
     let cq = &qp.layout.send_cq;
-    if device.complete(qp, cq, cqe) && work.update == CqUpdate::AlwaysWithEqe {
+    let with_event = work.update == CqUpdate::AlwaysWithEqe;
+    if device.complete(qp, cq, cqe) && with_event && !device.post_completion(cq) {
         device.post_event(AsyncEvent::Completion { cqn: cq.num });
     }
 }
