@@ -75,9 +75,13 @@ pub(super) fn an_armed_queue_tells_of_one_completion(world: &mut dyn World) {
     world.settle(PATIENCE_NS);
     assert_eq!(next(&mut eq), Some(told));
     assert_eq!(next(&mut eq), None, "one request is one event");
-    ends[0].qp().arm(1, true);
+    ends[0].good();
+    ends[0].qp().arm(1, false);
     world.settle(PATIENCE_NS);
     assert_eq!(next(&mut eq), None, "a request with an old number was answered already");
+    ends[0].qp().arm(2, false);
+    world.settle(PATIENCE_NS);
+    assert_eq!(next(&mut eq), Some(told));
     ends[0].qp = None;
     eq.destroy().expect("nobody uses it");
 }
