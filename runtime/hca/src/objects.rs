@@ -234,7 +234,7 @@ pub fn create_eq(hca: &dyn Hca, spec: &EqSpec) -> Result<Eqn, HcaError> {
     let num_pages = (64_u64 << spec.log_size.min(31)).div_ceil(EQ_PAGE);
     // A list of pages follows the mailbox.
     let mut input = vec![0; cmd::LEN];
-    input.extend((0..num_pages).flat_map(|page| (spec.addr + page * EQ_PAGE).to_be_bytes()));
+    input.extend((0..num_pages).flat_map(|page| spec.addr.wrapping_add(page * EQ_PAGE).to_be_bytes()));
     let context = prm::part_mut(&mut input, cmd::EQ_CONTEXT_ENTRY);
     set_all(context, &[log_size, (eqc::UAR_PAGE, spec.uar.into())]);
     set_all(&mut input, &[(cmd::OPCODE, Op::CreateEq.code().into()), (cmd::EVENT_BITMASK, spec.events)]);

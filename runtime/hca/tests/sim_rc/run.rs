@@ -129,7 +129,7 @@ pub fn run(seed: u64) -> Tally {
 fn connect<'a>(devices: &[Arc<EmulatedHca>], plan: &'a LinkPlan) -> Link<'a> {
     let cq = CqShape::Ring { log_size: 6, overrun_ignore: false };
     let recv = Some(RecvSpec { log_size: 5, log_segs: 0 });
-    let spec = HostQpSpec { log_sq_size: 6, recv, send_cq: cq, recv_cq: cq, user_index: 0 };
+    let spec = HostQpSpec { log_sq_size: 6, recv, send_cq: cq, recv_cq: cq, user_index: 0, eqn: None };
     let fresh = plan.devices.map(|device| {
         let hca = Arc::clone(&devices[device]) as Arc<dyn Hca>;
         let pd = hca.alloc_pd().unwrap();
