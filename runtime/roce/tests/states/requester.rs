@@ -416,3 +416,25 @@ fn posting_is_refused_with_a_reason() {
     assert_eq!(requester.post(id, read(1)), Err(PostError::Failed));
     assert_eq!(requester.poll_event(), Some(Event::Flushed { id }));
 }
+
+#[test]
+fn a_lost_response_is_asked_for_once() {
+    let mut run = Run::new(3).with(&[READ, WRITE]);
+    assert_eq!(run.answer(1, Opcode::ReadResponseMiddle, Extension::None, &[0; 256]), Verdict::Retry);
+    assert_eq!(run.transmit(), ["again 0", "again 3", "again 4", "again 5!"]);
+    assert_eq!(run.answer(2, Opcode::ReadResponseLast, aeth(Syndrome::ACK), &[0; 88]), Verdict::Stale);
+    assert_eq!(run.ack(5, Syndrome::ACK), Verdict::Stale);
+    assert_eq!(run.requester.counters().implied_naks, 1);
+    assert!(run.transmit().is_empty());
+}
+
+#[test]
+fn a_message_that_local_memory_refuses_leaves_the_ones_before_it_to_be_acknowledged() {
+    let mut run = Run::new(3);
+    run.local.faulty.push(1);
+    assert!(run.post(WRITE) && run.post(WRITE));
+    // The first counted on the second to ask for an acknowledgement.
+    assert_eq!(run.transmit(), ["0", "1", "2", "again 0", "again 1", "again 2!"]);
+    assert_eq!(run.ack(2, Syndrome::ACK), Verdict::Failed);
+    assert_eq!(run.seen(), "Failed, unacked 3, completed 0, failed 1 LocalProtection");
+}
