@@ -17,8 +17,8 @@ pub use responder::responder;
 use crate::requester::Operation;
 use crate::types::{AtomicOp, Mtu, PKey, Psn, QpNum, RemoteAddr, RemoteRange, RnrTimer};
 use crate::wire::{
-    Aeth, AtomicAckEth, AtomicEth, Bth, Class, Extension, Flow, Frame, HEADERS_LEN_MAX, Headers, ImmDt,
-    NakCode, Opcode, Packet, Part, Reth, Syndrome,
+    Aeth, AtomicAckEth, AtomicEth, Bth, Class, Extension, Flow, Frame, HEADERS_LEN_MAX, Headers, HiddenId,
+    ImmDt, NakCode, Opcode, Packet, Part, Reth, Syndrome,
 };
 
 /// Parses bytes in every way there is; what parses is written and parsed again.
@@ -46,6 +46,11 @@ pub fn parsers(bytes: &[u8]) {
 /// A datagram opens if and only if sealing it again changes nothing.
 fn open_and_seal(flow: &Flow, datagram: &[u8]) {
     let mut sealed = datagram.to_vec();
+    let hidden = HiddenId::default().open(flow, datagram);
+    assert!(hidden.is_ok() || flow.open(datagram).is_err());
+    if let Ok((_, found)) = hidden {
+        assert!(found.open(datagram).is_ok());
+    }
     match flow.seal(&mut sealed) {
         Ok(()) => {
             assert_eq!(flow.open(datagram).is_ok(), sealed == datagram);
