@@ -11,6 +11,8 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
+use super::link::Link;
+
 /// The guest's addresses, as in `init`.
 pub(crate) const GUEST_V4: &str = "10.77.0.2";
 pub(crate) const GUEST_V6: &str = "fd77::2";
@@ -105,8 +107,8 @@ pub(crate) mod access {
 }
 
 impl Guest {
-    /// Boots the image with its network on an existing tap device; returns once the peer program is ready.
-    pub(crate) fn boot(image: &Path, tap: &str) -> Self {
+    /// Boots the image at the other end of the link; returns once the peer program is ready.
+    pub(crate) fn boot(image: &Path, link: &Link) -> Self {
         let console = image.join("console.log");
         // Without hardware help on purpose: nested virtualisation hangs as often as it works, 8 s are short.
         let mut machine = Command::new("qemu-system-x86_64")
@@ -120,7 +122,7 @@ impl Guest {
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .args(["-serial", "stdio", "-netdev"])
-            .arg(format!("tap,id=net0,ifname={tap},script=no,downscript=no"))
+            .arg(link.for_qemu())
             .arg("-device")
             .arg(format!("virtio-net-pci,netdev=net0,host_mtu={LINK_MTU}"))
             .stdin(Stdio::piped())

@@ -1,12 +1,13 @@
 //! Linux' soft-RoCE as a peer, in a guest of its own: it judges our packets, and our device judges it.
 //!
 //! ```text
-//!   network namespace of the test                      guest (QEMU, Debian's kernel, image.sh)
-//!   +--------------------------------+                 +----------------------------------+
-//!   | this binary        tap0 -------|----- link ------|- eth0 - rxe0      peer (peer.c)  |
-//!   |   10.77.0.1  fd77::1           |                 |         10.77.0.2   fd77::2      |
-//!   |   10.77.0.3  fd77::3           |-- serial line --|------------------------^         |
-//!   +--------------------------------+                 +----------------------------------+
+//!   network namespace of the test                        guest (QEMU, Debian's kernel, image.sh)
+//!   +----------------------------------+                 +----------------------------------+
+//!   | our device, or single packets    |                 |                                  |
+//!   |   10.77.0.1   10.77.0.3          |                 |   10.77.0.2                      |
+//!   |   fd77::1     fd77::3     tap0 --|----- link ------|-- fd77::2    eth0 - rxe0         |
+//!   | the checks ----------------------|-- serial line --|-- peer (peer.c), Linux' verbs    |
+//!   +----------------------------------+                 +----------------------------------+
 //! ```
 //!
 //! The visible test prepares the image and runs this binary again inside fresh namespaces; when that process
@@ -19,8 +20,10 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Instant;
 
 mod guest;
+mod link;
 mod lossy;
 mod ours;
 mod packets;
@@ -29,11 +32,11 @@ mod requester;
 mod responder;
 
 use guest::{GUEST_V4, GUEST_V6, Guest, LINK_MTU};
+use link::{Link, QUEUE_LEN};
 use ours::Ours;
 use raw::Raw;
 
 const TAP: &str = "tap0";
-/// Addresses of the test: the first pair is the emulated device's, the second speaks packet by packet.
 const OURS_V4: &str = "10.77.0.1";
 const OURS_V6: &str = "fd77::1";
 const RAW_V4: &str = "10.77.0.3";
@@ -84,14 +87,14 @@ fn linux_soft_roce_and_we_agree() {
 }
 
 /// Everything on the link is ours: two addresses of each family on a tap device.
-fn set_up_link() {
+fn set_up_tap() {
     let ip = |args: &str| {
         let output = Command::new("ip").args(args.split(' ')).output().unwrap();
         assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
     };
     ip("link set lo up");
     ip(&format!("tuntap add {TAP} mode tap"));
-    ip(&format!("link set {TAP} mtu {LINK_MTU} up"));
+    ip(&format!("link set {TAP} mtu {LINK_MTU} txqueuelen {QUEUE_LEN} up"));
     for addr in OWN {
         let no_wait = if addr.contains(':') { " nodad" } else { "" };
         ip(&format!("addr add {addr} dev {TAP}{no_wait}"));
@@ -102,8 +105,9 @@ fn set_up_link() {
 #[ignore = "linux_soft_roce_and_we_agree runs it inside namespaces of its own"]
 fn inside_the_namespaces() {
     let image = PathBuf::from(std::env::var_os(IMAGE).expect("the visible test sets it"));
-    set_up_link();
-    let mut guest = Guest::boot(&image, TAP);
+    set_up_tap();
+    let link = Link::up(TAP);
+    let mut guest = Guest::boot(&image, &link);
     let mut failed = Vec::new();
     let addr = |text: &str| text.parse::<IpAddr>().unwrap();
     for (own, peer) in [(RAW_V4, GUEST_V4), (RAW_V6, GUEST_V6)] {
@@ -122,17 +126,23 @@ fn inside_the_namespaces() {
     }
     for (own, peer) in [(OURS_V4, GUEST_V4), (OURS_V6, GUEST_V6)] {
         let ours = Ours::new(addr(own), addr(peer), Some(lossy::plan()));
-        for (name, check) in lossy::CHECKS {
-            run(&format!("{own}, lossy: {name}"), &mut failed, || check(&mut guest, &ours, 1024));
-        }
+        let name =
+            format!("{own}: our packets are lost, doubled, damaged, late; nothing is lost or done twice");
+        run(&name, &mut failed, || lossy::ours_suffer(&mut guest, &ours));
+        drop(ours);
+        let ours = Ours::new(addr(own), addr(peer), None);
+        let name = format!("{own}: Linux' packets are; nothing is lost or done twice");
+        run(&name, &mut failed, || lossy::guests_suffer(&mut guest, &ours, &link));
     }
     assert!(failed.is_empty(), "failed: {failed:#?}");
 }
 
 /// One check's failure does not hide the others'.
 fn run(name: &str, failed: &mut Vec<String>, check: impl FnOnce()) {
+    let started = Instant::now();
     let ended = catch_unwind(AssertUnwindSafe(check));
-    println!("{} {name}", if ended.is_ok() { "ok    " } else { "FAILED" });
+    let verdict = if ended.is_ok() { "ok    " } else { "FAILED" };
+    println!("{verdict} {name} ({:.1} s)", started.elapsed().as_secs_f32());
     if ended.is_err() {
         failed.push(name.to_owned());
     }

@@ -22,6 +22,8 @@ pub(crate) const MEMORY_LEN: u64 = (1 << 20) + 4096;
 /// First sequence numbers, so that every connection passes the end of the circle.
 const OUR_PSN: u32 = 0xff_fff0;
 const GUEST_PSN: u32 = 0xff_fffa;
+/// Code of a second: both ends share a machine with whatever else is building there.
+const PATIENT: u8 = 18;
 /// A completion takes milliseconds, or all retries.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A queue pair number that neither end has.
@@ -42,6 +44,8 @@ pub(crate) struct Ours {
 #[derive(Clone, Copy)]
 pub(crate) struct Spec {
     pub(crate) mtu: u32,
+    /// Of both ends: 4.096 us * 2^this.
+    pub(crate) timeout: u8,
     /// Of both ends.
     pub(crate) retry: u8,
     pub(crate) rnr_retry: u8,
@@ -55,8 +59,13 @@ pub(crate) struct Spec {
 
 impl Spec {
     pub(crate) const fn new(mtu: u32) -> Self {
-        let guest_access = access::ALL;
-        Self { mtu, retry: 7, rnr_retry: 7, to_nobody: false, guest_access, guest_skips: 0 }
+        let (timeout, guest_access) = (PATIENT, access::ALL);
+        Self { mtu, timeout, retry: 7, rnr_retry: 7, to_nobody: false, guest_access, guest_skips: 0 }
+    }
+
+    /// Ends that soon send again what is not answered.
+    pub(crate) const fn impatient(mtu: u32, timeout: u8, retry: u8) -> Self {
+        Self { timeout, retry, ..Self::new(mtu) }
     }
 }
 
@@ -100,7 +109,7 @@ impl Ours {
             peer_psn: OUR_PSN,
             psn: GUEST_PSN + spec.guest_skips,
             mtu: spec.mtu,
-            timeout: 13,
+            timeout: spec.timeout,
             retry: spec.retry,
             rnr_retry: spec.rnr_retry,
             min_rnr_timer: 12,
@@ -114,7 +123,7 @@ impl Ours {
         let connect = ConnectSpec {
             psn: Psn::new(OUR_PSN),
             mtu: mtu(spec.mtu),
-            ack_timeout: 13,
+            ack_timeout: spec.timeout,
             retry_count: spec.retry,
             rnr_retry: spec.rnr_retry,
             log_reads: 3,

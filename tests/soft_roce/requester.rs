@@ -150,7 +150,7 @@ fn operation_error(guest: &mut Guest, ours: &Ours, mtu: u32) {
 }
 
 fn retry_exceeded(guest: &mut Guest, ours: &Ours, mtu: u32) {
-    let mut pair = ours.connect(guest, Spec { retry: 2, to_nobody: true, ..Spec::new(mtu) });
+    let mut pair = ours.connect(guest, Spec { to_nobody: true, ..Spec::impatient(mtu, 13, 2) });
     let before = ours.device.counters().packets.sent;
     for _ in 0..2 {
         pair.post(Request::Write { remote: pair.remote(0), payload: pair.payload(0, 8) });

@@ -94,7 +94,7 @@ fn sends(guest: &mut Guest, ours: &Ours, mtu: u32) {
 }
 
 fn sequence_errors(guest: &mut Guest, ours: &Ours, mtu: u32) {
-    let pair = ours.connect(guest, Spec { retry: 2, guest_skips: 1, ..Spec::new(mtu) });
+    let pair = ours.connect(guest, Spec { guest_skips: 1, ..Spec::impatient(mtu, 13, 2) });
     guest.fill(pair.guest_memory, 0, 8, 1);
     let heard = guest.counter("rcvd_pkts");
     pair.guest_posts(guest, "write", &format!("0 8 {}", pair.target(0)));
@@ -133,7 +133,7 @@ fn invalid_request(guest: &mut Guest, ours: &Ours, mtu: u32) {
 
 fn retry_exceeded(guest: &mut Guest, ours: &Ours, mtu: u32) {
     let unknown = ours.device.counters().packets.unknown_qp;
-    let pair = ours.connect(guest, Spec { retry: 2, to_nobody: true, ..Spec::new(mtu) });
+    let pair = ours.connect(guest, Spec { to_nobody: true, ..Spec::impatient(mtu, 13, 2) });
     pair.guest_posts(guest, "write", &format!("0 8 {}", pair.target(0)));
     pair.expect_status(guest, status::RETRY_EXCEEDED);
     assert!(ours.device.counters().packets.unknown_qp >= unknown + 3, "sent once and twice again");
