@@ -38,6 +38,7 @@ mod responder;
 mod seeded;
 mod stepping;
 pub mod switch;
+mod tap;
 mod thread;
 mod trace;
 mod udp;

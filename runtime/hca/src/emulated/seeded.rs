@@ -16,6 +16,7 @@ use super::requester::fetch::Local;
 use super::requester::pieces::SendPiece;
 use super::requester::send::Turn;
 use super::stepping::Step;
+use super::tap::{Tap, Tapped};
 use crate::Nanos;
 
 /// One thing that a device could do next.
@@ -102,9 +103,10 @@ impl EmulatedHca {
         let far = requester.far_end(self);
         let far = far.as_ref().map(|far| (&*far.device, &*far.qp));
         let keys = KeyGuards::lock(self, far.map(|(device, _)| device));
-        let mut link = Link::open(self, qp.num(), far, &keys, now);
+        let link = Link::open(self, qp.num(), far, &keys, now);
         let local = Local { device: self, qp, keys: keys.near(), now };
-        requester.execute(&local, &mut link, piece)
+        let tap = Tap::of(self, qp, requester.connection.as_ref(), now);
+        requester.execute(&local, &mut Tapped::new(link, tap, false), piece)
     }
 
     fn flush_piece(&self, qp: &Qp) -> bool {

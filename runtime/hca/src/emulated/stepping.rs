@@ -16,6 +16,7 @@ use super::qp::{Qp, ahead};
 use super::requester::Requester;
 use super::requester::fetch::Local;
 use super::requester::send::Turn;
+use super::tap::{Tap, Tapped};
 use crate::Nanos;
 
 /// Flushed entries of one queue pair in one step.
@@ -154,16 +155,18 @@ impl EmulatedHca {
         };
         let keys = self.keys.read();
         let local = Local { device: self, qp, keys: &keys, now };
-        requester.turn(&local, &mut link.open(qp.num(), remote))
+        let tap = Tap::of(self, qp, requester.connection.as_ref(), now);
+        requester.turn(&local, &mut Tapped::new(link.open(qp.num(), remote), tap, true))
     }
 
     fn send_inproc(&self, qp: &Qp, requester: &mut Requester, now: Nanos) -> Turn {
         let far = requester.far_end(self);
         let far = far.as_ref().map(|far| (&*far.device, &*far.qp));
         let keys = KeyGuards::lock(self, far.map(|(device, _)| device));
-        let mut link = Link::open(self, qp.num(), far, &keys, now);
+        let link = Link::open(self, qp.num(), far, &keys, now);
         let local = Local { device: self, qp, keys: keys.near(), now };
-        requester.turn(&local, &mut link)
+        let tap = Tap::of(self, qp, requester.connection.as_ref(), now);
+        requester.turn(&local, &mut Tapped::new(link, tap, false))
     }
 
     /// Flushes both queues of a queue pair in ERR.

@@ -37,7 +37,7 @@ use super::stepping::Step;
 use super::{EmulatedHca, QpTable};
 use crate::{Nanos, PathAddress};
 
-pub(super) use requester::PacketRequester;
+pub(super) use requester::{PacketRequester, operation};
 pub(super) use responder::PacketResponder;
 
 /// Longest packet that a carrier must take: BTH to ICRC.

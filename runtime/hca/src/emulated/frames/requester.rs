@@ -211,7 +211,7 @@ impl Requester {
 }
 
 /// What a request is to the state machine; `None` if RoCE has no such operation.
-fn operation(request: &Request) -> Option<Operation> {
+pub(in crate::emulated) fn operation(request: &Request) -> Option<Operation> {
     let addr = |at: crate::emulated::message::Target| RemoteAddr { va: at.va, rkey: at.rkey };
     // CAST: at most 2^30 bytes, as was checked when the WQE was fetched.
     let len = request.len as u32;

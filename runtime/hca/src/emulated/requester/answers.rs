@@ -8,6 +8,7 @@ use super::fetch::{Fetch, Local};
 use super::send::take_response;
 use super::{Progress, Requester, Settled};
 use crate::emulated::message::{Reply, RequestOp};
+use crate::emulated::tap::Tap;
 use ibex_abi::types::Psn;
 
 /// Where the memory of a [`Reply::Data`] belongs in its message.
@@ -27,6 +28,9 @@ impl Requester {
         reply: Reply,
         part: ReadPart,
     ) {
+        if let Some(tap) = Tap::of(local.device, local.qp, self.connection.as_ref(), local.now) {
+            tap.reply(psn, &reply, part.offset, part.is_last);
+        }
         let awaited = |entry: &super::Outstanding| entry.work.psn == psn && !entry.is_done();
         let pos = self.outstanding.iter().position(awaited);
         match (reply, pos) {
