@@ -126,6 +126,26 @@ fn check_prefix(from: &End, to: &End, messages: &[Operation], mtu: Mtu, reason: 
     check_responses(from, messages, completed, &possible);
 }
 
+/// A channel that did no harm would prove nothing.
+#[test]
+fn the_channel_does_every_harm_that_is_asked_of_it() {
+    let faults = Faults { drop: 50_000, double: 50_000, delay: 200_000, corrupt: 50_000, cut: None };
+    let write = Operation::Write { to: range(rig::WRITE_BASE, 1000), imm: Some(1), solicited: false };
+    let read = Operation::Read { from: range(rig::BASE, 1000) };
+    let messages = [write, read, write, read].repeat(50);
+    // Receives are scarce.
+    let shape = Shape { receive_every: 400_000, ..Shape::default() };
+    let mut pair = Pair::new(shape, faults, 1, [messages.clone(), messages.clone()]);
+    pair.run();
+    let [a, b] = &pair.ends;
+    check_all(a, b, &messages, Mtu::B256);
+    check_all(b, a, &messages, Mtu::B256);
+    let seen = a.requester.counters();
+    println!("{seen:?}, {} damaged", pair.num_damaged);
+    let harms = [seen.sent_again, seen.timeouts, seen.sequence_naks, seen.implied_naks, seen.not_ready];
+    assert!(harms.iter().all(|harm| *harm >= 10) && pair.num_damaged >= 10, "{seen:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
 

@@ -438,3 +438,22 @@ fn a_message_that_local_memory_refuses_leaves_the_ones_before_it_to_be_acknowled
     assert_eq!(run.ack(2, Syndrome::ACK), Verdict::Failed);
     assert_eq!(run.seen(), "Failed, unacked 3, completed 0, failed 1 LocalProtection");
 }
+
+#[test]
+fn a_response_that_local_memory_refuses_fails_its_message() {
+    let atomic = Operation::Atomic { on: range(WORD_BASE, 8).addr, op: AtomicOp::FetchAdd { add: 1 } };
+    for op in [READ, atomic] {
+        let mut run = Run::new(3).with(&[op, WRITE]);
+        run.local.faulty.push(0);
+        let verdict = match op {
+            READ => run.answer(0, Opcode::ReadResponseFirst, aeth(Syndrome::ACK), &[0; 256]),
+            _ => {
+                let aeth = Aeth { syndrome: Syndrome::ACK, msn: Msn::new(1) };
+                let ext = Extension::AtomicAck(aeth, AtomicAckEth { original: 5 });
+                run.answer(0, Opcode::AtomicAck, ext, &[])
+            }
+        };
+        assert_eq!(verdict, Verdict::Failed);
+        assert_eq!(run.seen(), "Failed, unacked 0, failed 0 LocalProtection, flushed 1");
+    }
+}
