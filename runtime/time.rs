@@ -3,11 +3,11 @@
 //! Everything else takes time as an argument, or asks for a [`Stopwatch`] or a [`Deadline`] from
 //! here, so that a simulation can run the rest on virtual time. Nothing here owns memory.
 //!
-//! INVARIANT: all values come from one monotonic clock; none of them ever goes backwards.
+//! INVARIANT: all values but [`unix_ns`] come from one monotonic clock; none of them ever goes backwards.
 
 use core::time::Duration;
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 /// Nanoseconds of the monotonic clock since the first call in this process.
 ///
@@ -15,6 +15,13 @@ use std::time::Instant;
 pub fn now_ns() -> u64 {
     static ORIGIN: OnceLock<Instant> = OnceLock::new();
     saturating_ns(ORIGIN.get_or_init(Instant::now).elapsed())
+}
+
+/// Nanoseconds since 1970, for people and files; never for a decision.
+///
+/// It may jump; 0 on a machine that believes to live before 1970.
+pub fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, saturating_ns)
 }
 
 /// Suspends the calling thread for at least `duration`.
@@ -96,6 +103,12 @@ mod tests {
         assert!(watch.elapsed_ns() >= 3_000_000);
         assert!(deadline.has_passed());
         assert_eq!(deadline.remaining(), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_calendar_is_in_this_century() {
+        let years = unix_ns() / 1_000_000_000 / 31_556_952;
+        assert!((50..130).contains(&years), "{years} years after 1970");
     }
 
     #[test]

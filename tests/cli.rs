@@ -128,6 +128,7 @@ fn what_is_not_built_yet_is_refused_and_says_what_is() {
         refuses(bench, &["--gpu", "cuda"], "host");
         refuses(bench, &["--store", "tcp://127.0.0.1:7"], "store");
     }
+    refuses("ep", &["--pcap", "x.pcapng"], "udp");
     refuses("post", &["--fabric", "shm"], "inproc");
     refuses("post", &["--fabric", "udp"], "inproc");
     refuses("post", &["--procs"], "one process");

@@ -16,11 +16,12 @@
 
 use core::time::Duration;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ibex_hca::emulated::switch::FaultPlan;
-use ibex_hca::emulated::{Doorbells, EmulatedConfig, EmulatedHca, Fabric, ShmConfig, UdpConfig};
-use ibex_hca::{Hca, HcaError, LinkLayer};
+use ibex_hca::emulated::{Capture, Doorbells, EmulatedConfig, EmulatedHca, Fabric, ShmConfig, UdpConfig};
+use ibex_hca::{Hca, HcaError, LinkLayer, Nanos};
 
 use super::Session;
 use super::attendant::Attendant;
@@ -31,6 +32,7 @@ use crate::gpu::pool::{Pool, PoolConfig, Progress};
 use crate::gpu::{Gpu, HostGpu};
 use crate::ids::Rank;
 use crate::recovery::{HostId, Offer};
+use crate::time::unix_ns;
 
 /// What lies between the devices of ranks that are processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +58,8 @@ pub struct MemberOptions {
     pub advertise: Option<String>,
     /// What goes wrong with packets that this rank sends; fabric `Udp` only.
     pub faults: Option<FaultPlan>,
+    /// A file for every packet that this rank sends or receives; fabric `Udp` only.
+    pub capture: Option<PathBuf>,
     /// The first sequence number of every lane and operation, from 1.
     pub first_seq: u64,
     /// How long ranks wait for each other while they join and leave.
@@ -71,6 +75,7 @@ impl Default for MemberOptions {
             advertise_flag: None,
             advertise: None,
             faults: None,
+            capture: None,
             first_seq: 1,
             timeout: Duration::from_secs(60),
         }
@@ -85,6 +90,7 @@ pub struct Member {
     device: Arc<EmulatedHca>,
     fabric: Arc<Fabric>,
     pool: Arc<Pool>,
+    capture: Option<Arc<Capture>>,
     bootstrap: Arc<dyn Bootstrap>,
     advertised: Option<Advertised>,
     timeout: Duration,
@@ -132,6 +138,7 @@ impl Member {
         let progress: Arc<dyn Progress> = attendant.progress();
         let pool_config = PoolConfig::real_time(options.workers).with_progress(progress);
         let pool = Arc::new(Pool::new(pool_config).map_err(crate::gpu::GpuError::from)?);
+        let capture = options.capture.as_deref().map(|path| capture(path, &fabric, &pool)).transpose()?;
         let group = Group {
             bootstrap: &*bootstrap,
             config,
@@ -145,7 +152,7 @@ impl Member {
         let attendant = attendant.start(&session, &pool)?;
         group.connect(&session, options.first_seq)?;
         let timeout = options.timeout;
-        Ok(Self { session, attendant, device, fabric, pool, bootstrap, advertised, timeout })
+        Ok(Self { session, attendant, device, fabric, pool, capture, bootstrap, advertised, timeout })
     }
 
     /// This rank's session.
@@ -176,6 +183,14 @@ impl Member {
     /// The address that peers were told, and why that one; none on fabric `Shm`.
     pub fn advertised(&self) -> Option<Advertised> {
         self.advertised
+    }
+
+    /// Completes the capture so far; how many packets it has. None if none was asked for.
+    ///
+    /// # Errors
+    /// `Os` if writing failed, now or earlier.
+    pub fn flush_capture(&self) -> Result<Option<u64>, Error> {
+        Ok(self.capture.as_ref().map(|capture| capture.flush()).transpose()?)
     }
 
     /// Stops or resumes the signs of life, as if this host were stopped.
@@ -225,6 +240,14 @@ fn make_fabric(
             }
         }
     }
+}
+
+/// Has what the fabric's ports send and receive written to a file, stamped with the time of day.
+fn capture(path: &Path, fabric: &Fabric, pool: &Pool) -> Result<Arc<Capture>, HcaError> {
+    let epoch = Nanos(unix_ns().saturating_sub(pool.now_ns()));
+    let capture = Arc::new(Capture::create(path, epoch)?);
+    fabric.capture_to(&capture);
+    Ok(capture)
 }
 
 /// A group that comes together.

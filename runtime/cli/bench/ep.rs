@@ -45,6 +45,9 @@ pub(in crate::cli) struct Args {
     /// Write a latency histogram as SVG.
     #[arg(long, value_name = "FILE")]
     pub(super) plot: Option<PathBuf>,
+    /// Write every packet, for Wireshark: one file per rank, with the rank before the extension.
+    #[arg(long, value_name = "FILE")]
+    pub(super) pcap: Option<PathBuf>,
     /// Flip one bit of one output of rank 0 in every step, before it is checked: a test of the check itself.
     #[arg(long, hide = true, requires = "check")]
     pub(super) corrupt: bool,
@@ -55,6 +58,10 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
     let place = Place::from_env().map_err(CliError::Place)?;
     let place = args.shared.take_place(place)?;
     let config = args.shared.config()?;
+    if args.pcap.is_some() && args.shared.machine.fabric() != FabricKind::Udp {
+        let available = "captures of fabric udp";
+        return Err(CliError::NotBuilt { flag: "--pcap", value: "on a fabric without packets", available });
+    }
     if let Some(place) = place {
         return procs::run_rank(&args, &config, &place);
     }

@@ -8,6 +8,8 @@
 
 use core::mem::discriminant;
 use core::time::Duration;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 
 use ibex::bootstrap::{BootstrapError, Place, RankList};
 use ibex::config::ValidConfig;
@@ -77,6 +79,7 @@ pub(super) fn run_rank(args: &Args, config: &ValidConfig, place: &Place) -> Resu
         doorbells: if args.shared.check { Doorbells::Strict } else { Doorbells::Record },
         advertise_flag: machine.advertise.clone(),
         faults: machine.faults()?,
+        capture: args.pcap.as_deref().map(|path| of_rank(path, place.rank)),
         timeout: PATIENCE,
         ..MemberOptions::default()
     };
@@ -89,8 +92,20 @@ pub(super) fn run_rank(args: &Args, config: &ValidConfig, place: &Place) -> Resu
     let totals = run.end(&mut samples.verdict)?;
     let report = Report::new(&args.shared, config, &samples, &totals);
     let outcome = if is_first { tell(args, &report, &samples)? } else { report.outcome() };
+    let captured = run.member.flush_capture()?;
+    if let (true, Some(packets)) = (is_first, captured) {
+        eprintln!("ibex: rank 0 captured {packets} packets");
+    }
     run.leave()?;
     Ok(outcome)
+}
+
+/// The file of one rank: `run.pcapng` becomes `run.3.pcapng`.
+fn of_rank(path: &Path, rank: Rank) -> PathBuf {
+    let extension = path.extension().map_or_else(OsString::new, OsStr::to_os_string);
+    let mut name = OsString::from(format!("{rank}."));
+    name.push(if extension.is_empty() { OsStr::new("pcapng") } else { &extension });
+    path.with_extension(name)
 }
 
 /// What a rank tells the others at the end.
@@ -278,5 +293,17 @@ impl<'a> Run<'a> {
         let Self { rank, bench, member, .. } = self;
         drop((bench, rank));
         member.leave()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_rank_has_a_capture_of_its_own() {
+        let file = |path: &str| of_rank(Path::new(path), Rank(3)).to_string_lossy().into_owned();
+        assert_eq!(file("dir/run.pcapng"), "dir/run.3.pcapng");
+        assert_eq!(file("run"), "run.3.pcapng");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 
-use super::super::pool::PoolError;
+use super::super::pool::{PoolConfig, PoolError};
 use super::super::{HandleKind, KernelId};
 use super::executor::Completion;
 use super::queue::STREAM_QUEUE_MAX;
@@ -422,4 +422,33 @@ fn dropping_a_gpu_gives_up_on_a_kernel_that_does_not_end_and_keeps_its_memory() 
     assert!(device.upgrade().is_some_and(|device| device.allocations.num_retired() == 1));
     script.finish(1);
     assert!(device.upgrade().is_none());
+}
+
+#[test]
+fn shared_memory_can_be_exported_and_private_memory_cannot() {
+    use ibex_hca::shared_memory::{PeerAccess, PeerRegion, SharedMemoryError};
+    let pool = Arc::new(Pool::new(PoolConfig::simulation(1)).unwrap());
+    let shared = HostGpu::shared(Arc::clone(&pool), 0);
+    let memory = shared.alloc(3 << 20, 4096).unwrap();
+    shared.write(memory.addr() + 8192, b"seen from elsewhere").unwrap();
+    let handle = shared.export(memory.addr() + 8192, 4096).unwrap();
+    // As another process would.
+    let elsewhere = PeerRegion::open(&handle, PeerAccess::ReadWrite).unwrap();
+    assert_eq!(elsewhere.view().unwrap().to_vec(0, 19), b"seen from elsewhere");
+    elsewhere.view().unwrap().write(0, b"S");
+    let mut byte = [0];
+    shared.read(memory.addr() + 8192, &mut byte).unwrap();
+    assert_eq!(&byte, b"S");
+    let imported = shared.import(&handle).unwrap();
+    assert_eq!(imported.len(), 4096);
+    assert!(shared.allocated_bytes() == 3 << 20, "what is imported is not allocated here");
+
+    let beyond = shared.export(memory.addr(), (3 << 20) + 1);
+    assert!(matches!(beyond, Err(GpuError::Shared(SharedMemoryError::NotShared { .. }))), "{beyond:?}");
+    let private = HostGpu::new(pool, 0);
+    let memory = private.alloc(4096, 4096).unwrap();
+    let refused = private.export(memory.addr(), 4096);
+    assert!(matches!(refused, Err(GpuError::Shared(SharedMemoryError::NotShared { .. }))), "{refused:?}");
+    let refused = private.import(b"no handle").map(|memory| memory.len());
+    assert!(matches!(refused, Err(GpuError::Shared(SharedMemoryError::Malformed { .. }))), "{refused:?}");
 }
