@@ -83,6 +83,58 @@ impl Default for MemberOptions {
 }
 
 /// One rank of a group whose ranks are processes. See the module documentation.
+///
+/// # Examples
+///
+/// What a process does that a launcher has started; here two threads play two processes.
+///
+/// ```
+/// use ibex::bootstrap::Place;
+/// use ibex::{Config, Error, Member, MemberOptions, Tokens};
+///
+/// fn rank_main(place: &Place) -> Result<(), Error> {
+///     let config = Config {
+///         num_ranks: place.num_ranks,
+///         max_tokens: 1,
+///         hidden: 256,
+///         num_experts: 2,
+///         max_topk: 2,
+///         detect_ms: 20_000,
+///         ..Config::default()
+///     };
+///     let member = Member::join(&config, place, &MemberOptions::default())?;
+///     let session = member.session();
+///     let (tensors, stream) = (session.tensors()?, session.stream());
+///     let x = vec![0x3f80_u16; 256]; // 1.0 in bf16
+///     let tokens = Tokens { x: &x, topk_idx: &[0, 1], topk_weights: &[0.5, 0.5] };
+///     let num_tokens = session.load(&tensors, 2, &tokens)?;
+///     session.launch_step(&stream, &tensors, 2)?; // dispatch, expert, combine
+///     assert_eq!(session.finish(&stream, &tensors, num_tokens)?.lost_topk, [0]);
+///     drop(tensors);
+///     member.leave()
+/// }
+///
+/// # fn main() {
+/// # let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+/// // A process asks `Place::from_env()`, which finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+/// let place = |rank: &str| {
+///     Place::from_vars(|name| match name {
+///         "RANK" => Some(rank.to_string()),
+///         "WORLD_SIZE" => Some("2".to_string()),
+///         "MASTER_ADDR" => Some("127.0.0.1".to_string()),
+///         "MASTER_PORT" => Some(port.to_string()),
+///         _ => None,
+///     })
+///     .unwrap()
+///     .unwrap()
+/// };
+/// std::thread::scope(|scope| {
+///     let other = scope.spawn(|| rank_main(&place("1")));
+///     rank_main(&place("0")).unwrap();
+///     other.join().unwrap().unwrap();
+/// });
+/// # }
+/// ```
 pub struct Member {
     // In this order: queue pairs go while the device runs, the device while its fabric does.
     session: Arc<Session>,
