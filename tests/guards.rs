@@ -38,6 +38,14 @@ fn settle(sim: &Sim) -> Flaws {
     Flaws { stuck: u64::from(sim.synchronize().is_err()), ..Flaws::default() }
 }
 
+/// Runs to the end, and all that the one step of `sim` has done wrong.
+fn finish(sim: &Sim) -> Flaws {
+    let mut flaws = settle(sim);
+    flaws += sim.check(0);
+    flaws += sim.recorded();
+    flaws
+}
+
 /// Dispatches back to back through a ring of one slot: the next step is sent as soon as its own receive has run.
 fn back_to_back_dispatches(seed: u64, off: Option<Guard>) -> Flaws {
     const STEPS: usize = 3;
@@ -89,10 +97,7 @@ fn without_completions_a_staged_combine_row_is_overwritten_before_it_is_read() {
         let sim = Sim::seeded(&config, seed, 1);
         sim.switch_guard_off(off);
         sim.launch_step(0, CombineSource::Staged);
-        let mut flaws = settle(&sim);
-        flaws += sim.check(0);
-        flaws += sim.recorded();
-        flaws
+        finish(&sim)
     };
     is_missed(Guard::SourceRows, scenario, |flaws| flaws.wrong != 0);
 }
@@ -118,9 +123,7 @@ fn without_completions_user_rows_are_overwritten_before_they_are_read() {
             at.session.gpu().fill(memory.addr(), 0x3c, memory.len()).unwrap();
             at.session.combine_receive(handle, ticket, &at.stream).unwrap();
         }
-        flaws += settle(&sim);
-        flaws += sim.check(0);
-        flaws += sim.recorded();
+        flaws += finish(&sim);
         flaws
     };
     is_missed(Guard::SourceRows, scenario, |flaws| flaws.wrong != 0);

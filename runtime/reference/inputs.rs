@@ -132,19 +132,19 @@ fn make_edge_block(kind: u64, block: &mut [u16]) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::config::{Config, WireDtype};
     use crate::ids::Rank;
     use crate::reference::numerics::bf16_to_f32;
 
-    fn config(num_experts: u32, max_topk: u32) -> ValidConfig {
+    pub(in crate::reference) fn config(num_experts: u32, max_topk: u32) -> ValidConfig {
         let dtype = WireDtype::Bf16;
         let shape = Config { hidden: 512, num_experts, max_topk, dtype, ..Config::default() };
         shape.validate().unwrap()
     }
 
-    fn key(iteration: u64, rank: u16) -> InputKey {
+    pub(in crate::reference) fn key(iteration: u64, rank: u16) -> InputKey {
         InputKey { seed: 1, iteration, rank: Rank(rank) }
     }
 

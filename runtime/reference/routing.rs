@@ -209,19 +209,8 @@ fn append_normalised(numbers: Vec<f64>, weights: &mut Vec<f32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, WireDtype};
-    use crate::ids::Rank;
-    use crate::reference::inputs::{InputKey, RankInput};
-
-    fn config(num_experts: u32, max_topk: u32) -> ValidConfig {
-        let dtype = WireDtype::Bf16;
-        let shape = Config { hidden: 512, num_experts, max_topk, dtype, ..Config::default() };
-        shape.validate().unwrap()
-    }
-
-    fn key(iteration: u64, rank: u16) -> InputKey {
-        InputKey { seed: 1, iteration, rank: Rank(rank) }
-    }
+    use crate::reference::inputs::RankInput;
+    use crate::reference::inputs::tests::{config, key};
 
     #[test]
     fn picks_are_distinct_experts_and_weights_sum_to_one() {

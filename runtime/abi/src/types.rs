@@ -17,6 +17,29 @@ pub struct OutOfRange {
     pub limit: u64,
 }
 
+/// What every number here can do: become a `u64`, be printed in hexadecimal.
+macro_rules! widens_and_prints {
+    ($name:ident) => {
+        impl From<$name> for u64 {
+            fn from(number: $name) -> u64 {
+                u64::from(number.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+    };
+}
+
 /// Declares a newtype over `u32` whose value fits a field of fewer than 32 bits.
 macro_rules! narrow {
     ($(#[$doc:meta])* $name:ident, $bits:literal) => {
@@ -68,23 +91,7 @@ macro_rules! narrow {
             }
         }
 
-        impl From<$name> for u64 {
-            fn from(number: $name) -> u64 {
-                u64::from(number.0)
-            }
-        }
-
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{:#x}", self.0)
-            }
-        }
+        widens_and_prints!($name);
     };
 }
 
@@ -103,23 +110,7 @@ macro_rules! whole {
             }
         }
 
-        impl From<$name> for u64 {
-            fn from(number: $name) -> u64 {
-                u64::from(number.0)
-            }
-        }
-
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{:#x}", self.0)
-            }
-        }
+        widens_and_prints!($name);
     };
 }
 
