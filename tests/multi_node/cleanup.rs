@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::group::{Machine, command, text};
@@ -70,21 +70,42 @@ impl Leftovers {
     }
 }
 
+/// A command that is not left running by a test that failed.
+struct Running(Child);
+
+impl Running {
+    fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        self.0.wait().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // One that has ended needs no end.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts a group of three that works until it is stopped, and waits until all of it does.
-fn start(mark: &str, launcher: &[&str], flags: &[&str]) -> Child {
+fn start(mark: &str, launcher: &[&str], flags: &[&str]) -> Running {
     let ibex = env!("CARGO_BIN_EXE_ibex");
     let bench = ["--ranks", "3", "--", ibex, "bench", "ep", "--iters", "1000000", "--detect-ms", "20000"];
     let shape = &shape()[..shape().len() - 2];
     let mut command = command(&[&["launch"], launcher, &bench, flags, shape].concat());
     command.env("IBEX_TEST_MARK", mark).stdout(Stdio::null()).stderr(Stdio::null());
-    let child = command.spawn().unwrap();
+    let group = Running(command.spawn().unwrap());
     // A rank has memory that others may map once it has joined.
     let works = |rank: &Marked| {
         let files = fs::read_dir(format!("/proc/{}/fd", rank.pid)).into_iter().flatten().flatten();
         rank.rank.is_some() && files.filter_map(|fd| fs::read_link(fd.path()).ok()).any(is_memfd)
     };
     wait_until("three ranks work", || marked(mark).iter().filter(|rank| works(rank)).count() == 3);
-    child
+    group
 }
 
 fn is_memfd(link: std::path::PathBuf) -> bool {
@@ -137,7 +158,7 @@ fn killed_rank(name: &str, launcher: &[&str], flags: &[&str], rank: &str) {
     let mut group = start(&mark, launcher, flags);
     let victim = marked(&mark).into_iter().find(|marked| marked.rank.as_deref() == Some(rank)).unwrap();
     kill(victim.pid, "-9");
-    let status = group.wait().unwrap();
+    let status = group.wait();
     assert_eq!(status.code(), Some(137), "{name}");
     assert!(marked(&mark).is_empty(), "{name}: {:?}", marked(&mark));
 }
@@ -146,7 +167,7 @@ fn killed_launcher(place: &str, launcher: &[&str], flags: &[&str]) {
     let mark = format!("launcher-{place}-{}", std::process::id());
     let mut group = start(&mark, launcher, flags);
     kill(group.id(), "-9");
-    assert_eq!(group.wait().unwrap().signal(), Some(9));
+    assert_eq!(group.wait().signal(), Some(9));
     expect_nobody(&mark);
 }
 
@@ -154,7 +175,7 @@ fn interrupted(place: &str, launcher: &[&str], flags: &[&str]) {
     let mark = format!("interrupt-{place}-{}", std::process::id());
     let mut group = start(&mark, launcher, flags);
     kill(group.id(), "-INT");
-    assert_eq!(group.wait().unwrap().code(), Some(130), "{place}");
+    assert_eq!(group.wait().code(), Some(130), "{place}");
     assert!(marked(&mark).is_empty(), "{place}: {:?}", marked(&mark));
 }
 
@@ -165,9 +186,9 @@ fn ranks_of_a_bench_die_with_the_command_that_started_them() {
     let shape = &shape()[..shape().len() - 2];
     let mut command = command(&[&args, shape].concat());
     command.env("IBEX_TEST_MARK", &mark).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut parent = command.spawn().unwrap();
+    let mut parent = Running(command.spawn().unwrap());
     wait_until("its ranks run", || marked(&mark).iter().filter(|marked| marked.rank.is_some()).count() == 3);
     kill(parent.id(), "-9");
-    parent.wait().unwrap();
+    parent.wait();
     expect_nobody(&mark);
 }

@@ -56,10 +56,11 @@ pub(super) fn launch_ranks(args: &Args) -> Result<Outcome, CliError> {
         output: Output::RankZero,
     };
     let ending = launch::launch(&plan)?;
+    // A run that found something wrong has said so in rank 0's report, and no rank has anything to add.
     if let Ending::Failed(failure) = &ending
-        && failure.status.code() != Some(1)
+        && (failure.status.code() != Some(1) || failure.last_words.is_some())
     {
-        eprintln!("ibex: rank {} failed first ({})", failure.rank, failure.status);
+        eprintln!("ibex: {failure}");
     }
     Ok(Outcome::Ended(ending.exit_code()))
 }

@@ -14,6 +14,7 @@
 //! if every rank ended with 0.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::process::ExitStatus;
@@ -109,6 +110,13 @@ pub(super) struct Failure {
     pub(super) last_words: Option<String>,
 }
 
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} failed first ({})", self.rank, self.status)?;
+        self.last_words.iter().try_for_each(|words| write!(f, ": {words}"))
+    }
+}
+
 impl Ending {
     /// The exit code of the launcher.
     pub(super) fn exit_code(&self) -> u8 {
@@ -144,8 +152,7 @@ pub(super) fn run(args: &Args) -> Result<u8, CliError> {
     };
     let ending = launch(&plan)?;
     if let Ending::Failed(failure) = &ending {
-        let words = failure.last_words.as_ref().map(|words| format!(": {words}")).unwrap_or_default();
-        eprintln!("ibex: rank {} failed first ({}){words}", failure.rank, failure.status);
+        eprintln!("ibex: {failure}");
     }
     Ok(ending.exit_code())
 }
