@@ -1,4 +1,4 @@
-"""Computes the invariant CRC of every RoCEv2 packet of a capture with scapy, and says which ones differ.
+"""Computes with scapy the invariant CRC of every UDP packet of a capture, and says which packets differ.
 
 Prints one line: "v4 COUNT v6 COUNT wrong FRAME,FRAME,..." (frames count from 0). Exit status 3: no scapy, or one
 before 2.8, which knows no CRC over IPv6.
@@ -9,8 +9,9 @@ import sys
 try:
     import scapy
     from scapy.contrib.roce import BTH
-    from scapy.layers.inet import IP
+    from scapy.layers.inet import IP, UDP
     from scapy.layers.inet6 import IPv6
+    from scapy.packet import bind_layers
     from scapy.utils import PcapReader
 except ImportError as error:
     print(error)
@@ -20,6 +21,8 @@ if tuple(int(part) for part in scapy.VERSION.split(".")[:2]) < (2, 8):
     print(f"scapy {scapy.VERSION}")
     sys.exit(3)
 
+# Processes that share one address have ports of their own, so the port tells nothing here.
+bind_layers(UDP, BTH)
 count = {IP: 0, IPv6: 0}
 wrong = []
 for at, frame in enumerate(PcapReader(sys.argv[1])):

@@ -1,7 +1,8 @@
 //! Packets on the wire, read by other people's tools: tshark agrees on every field, scapy on every CRC.
 //!
 //! The samples hold every opcode and every kind of acknowledgement, over IPv4 and IPv6. Both tools are asked
-//! once more with one wrong byte, which they must notice: else their agreement would mean nothing.
+//! once more with one wrong byte, which they must notice: else their agreement would mean nothing. Then they
+//! read what two processes sent each other in a dispatch and a combine.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
 use std::io::Write;
@@ -118,4 +119,46 @@ fn scapy_computes_the_same_crc() {
     }
     pcap::write(&path, &frames);
     assert_eq!(scapy(&path).unwrap(), Verdict { v4: half, v6: half, wrong: vec![0, 6, half + 3] });
+}
+
+/// Two processes dispatch and combine over `addr`; what the first of them sent and received.
+fn capture_of_a_run(addr: &str, name: &str) -> Option<PathBuf> {
+    if let Err(error) = std::net::UdpSocket::bind((addr, 0)) {
+        say_skipped(&format!("no socket on {addr}: {error}; give the loopback interface that address"));
+        return None;
+    }
+    // Rows of two packets, and signals by FETCH_ADD: more than one opcode.
+    let output = Command::new(env!("CARGO_BIN_EXE_ibex"))
+        .args(["bench", "ep", "--check", "--procs", "--fabric", "udp", "--route", "ibgda"])
+        .args(["--ranks", "2", "--tokens", "4", "--experts", "4", "--topk", "2", "--hidden", "4352"])
+        .args(["--dtype", "bf16", "--signal", "fetch-add", "--iters", "2", "--warmup", "0"])
+        .args(["--advertise", addr, "--pcap"])
+        .arg(file(&format!("{name}.pcapng")))
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{log}", String::from_utf8_lossy(&output.stdout));
+    Some(file(&format!("{name}.0.pcapng")))
+}
+
+#[test]
+fn a_dispatch_and_a_combine_are_read_alike_by_everyone() {
+    for (addr, name) in [("127.0.0.1", "wire-v4"), ("::1", "wire-v6")] {
+        let Some(capture) = capture_of_a_run(addr, name) else { continue };
+        if !have_tshark() {
+            continue;
+        }
+        let frames = pcap::read(&capture);
+        let decoded = decode(&frames);
+        let count = |opcode| decoded.iter().filter(|d| d.packet().bth().opcode == opcode).count();
+        // Rows, counts, signals and what answers them.
+        for opcode in [Opcode::WriteFirst, Opcode::WriteLast, Opcode::WriteOnly, Opcode::FetchAdd] {
+            assert!(count(opcode) > 0, "{name}: no {opcode:?}");
+        }
+        assert!(count(Opcode::Ack) > 0 && count(Opcode::AtomicAck) > 0, "{name}: no answers");
+        assert_eq!(tshark::differences(&capture, &decoded), [], "{name}");
+        let Some(verdict) = scapy(&capture) else { continue };
+        let (v4, v6) = if addr.contains(':') { (0, frames.len()) } else { (frames.len(), 0) };
+        assert_eq!(verdict, Verdict { v4, v6, wrong: vec![] }, "{name}");
+    }
 }
