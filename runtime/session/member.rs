@@ -58,7 +58,7 @@ pub struct MemberOptions {
     pub advertise: Option<String>,
     /// What goes wrong with packets that this rank sends; fabric `Udp` only.
     pub faults: Option<FaultPlan>,
-    /// A file for every packet that this rank sends or receives; fabric `Udp` only.
+    /// A file for every packet that this rank sends or receives, or on fabric `Shm` would.
     pub capture: Option<PathBuf>,
     /// The first sequence number of every lane and operation, from 1.
     pub first_seq: u64,

@@ -272,6 +272,11 @@ impl World {
         &self.agents.devices
     }
 
+    /// What lies between the devices.
+    pub fn fabric(&self) -> &Arc<Fabric> {
+        &self.fabric
+    }
+
     /// The pool that runs all kernels.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool

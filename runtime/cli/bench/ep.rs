@@ -24,6 +24,7 @@ use ibex_hca::emulated::Doorbells;
 
 use super::floor::Floor;
 use super::moved::Moved;
+use super::pcap::Pcap;
 use super::procs;
 use super::rank::{RankBench, Totals, check, count_losses, flip_bit};
 use super::report::{Report, Samples, draw, print};
@@ -45,7 +46,8 @@ pub(in crate::cli) struct Args {
     /// Write a latency histogram as SVG.
     #[arg(long, value_name = "FILE")]
     pub(super) plot: Option<PathBuf>,
-    /// Write every packet, for Wireshark: one file per rank, with the rank before the extension.
+    /// Write every packet of queue pairs, or what would have been one, for Wireshark; ranks with processes of their
+    /// own write a file each, with the rank before the extension. Copies between ranks are none: see --route.
     #[arg(long, value_name = "FILE")]
     pub(super) pcap: Option<PathBuf>,
     /// Flip one bit of one output of rank 0 in every step, before it is checked: a test of the check itself.
@@ -58,10 +60,6 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
     let place = Place::from_env().map_err(CliError::Place)?;
     let place = args.shared.take_place(place)?;
     let config = args.shared.config()?;
-    if args.pcap.is_some() && args.shared.machine.fabric() != FabricKind::Udp {
-        let available = "captures of fabric udp";
-        return Err(CliError::NotBuilt { flag: "--pcap", value: "on a fabric without packets", available });
-    }
     if let Some(place) = place {
         return procs::run_rank(&args, &config, &place);
     }
@@ -70,8 +68,11 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
         return procs::launch_ranks(&args);
     }
     let bench = Bench::new(&args.shared, config, args.corrupt)?;
+    let (world, is_simulation) = (bench.rig.world(), args.shared.machine.fabric() == FabricKind::Sim);
+    let pcap = Pcap::start(args.pcap.as_deref(), world, is_simulation)?;
     let samples = bench.run()?;
     bench.end();
+    pcap.map(Pcap::end).transpose()?;
     let report = Report::new(&args.shared, bench.rig.config(), &samples, &bench.totals()?);
     tell(&args, &report, &samples)
 }

@@ -11,6 +11,7 @@ mod commit;
 mod ep;
 mod floor;
 mod moved;
+mod pcap;
 mod post;
 mod procs;
 mod rank;
