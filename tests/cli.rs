@@ -128,7 +128,6 @@ fn what_is_not_built_yet_is_refused_and_says_what_is() {
         refuses(bench, &["--gpu", "cuda"], "host");
         refuses(bench, &["--store", "tcp://127.0.0.1:7"], "store");
     }
-    refuses("ep", &["--pcap", "x.pcapng"], "udp");
     refuses("post", &["--fabric", "shm"], "inproc");
     refuses("post", &["--fabric", "udp"], "inproc");
     refuses("post", &["--procs"], "one process");
@@ -307,4 +306,21 @@ fn posted_wqes_are_all_checked_and_reported() {
     let has = |bytes: u64, inline: bool| rows.iter().any(|r| r["bytes"] == bytes && r["inline"] == inline);
     assert!(has(7168, false) && has(28, true));
     assert_eq!((&report["wrong"], &report["unrung_wqes"]), (&0.into(), &0.into()));
+}
+
+#[test]
+fn a_run_in_one_process_can_be_captured() {
+    let file = scratch("one-process.pcapng");
+    let path = file.to_str().unwrap().to_owned().leak();
+    let output = ibex(&small_with(&["--route", "ibgda", "--pcap", path]));
+    assert_eq!(exit_code(&output), 0, "{}", text(&output.stderr));
+    let said = text(&output.stderr);
+    let packets: u64 = said.split("captured ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    let bytes = std::fs::read(&file).unwrap();
+    // A section header begins the file; each packet has at least a block, an Ethernet and an IP header.
+    assert_eq!(bytes[..4], 0x0a0d_0d0a_u32.to_ne_bytes());
+    assert!(packets > 100 && bytes.len() as u64 > packets * 80, "{packets} packets in {} bytes", bytes.len());
+    let unwritable = ibex(&small_with(&["--pcap", "/nonexistent/x.pcapng"]));
+    assert_eq!(exit_code(&unwritable), 2);
+    assert!(text(&unwritable.stderr).contains("/nonexistent/x.pcapng"));
 }
