@@ -3,7 +3,8 @@
 //! `cargo run --release -p ibex-hca --example rate`
 //!
 //! Posting is not timed: a full send queue is written first, then one doorbell is rung and the device is
-//! stepped until the last request completed. The floor is plain `memcpy` of the same bytes between the
+//! stepped until the last request completed. Over shared memory the thread steps both devices in turn, so that
+//! the cost of both processes counts. The floor is plain `memcpy` of the same bytes between the
 //! same buffers in the same order, on the same thread. Rates are per second of this thread's processor
 //! time, so that other load on the machine does not count.
 
@@ -11,15 +12,16 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ibex_abi::types::{Iova, Psn};
+use ibex_abi::types::{Iova, Pd, Psn};
 use ibex_abi::wqe::{CtrlFlags, DataSeg, Remote, Request, SegmentBuf};
 use ibex_hca::control_region::ControlRegion;
 use ibex_hca::emulated::{
-    Backoff, DeviceThread, Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig,
+    Backoff, DeviceThread, Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, ShmConfig,
 };
 use ibex_hca::host_memory::Registered;
 use ibex_hca::host_qp::{ConnectSpec, HostQp, HostQpSpec, Rts};
-use ibex_hca::{Access, Hca, LinkLayer, Nanos};
+use ibex_hca::shared_memory::SharedRegion;
+use ibex_hca::{Access, Hca, LinkLayer, Mkey, Nanos};
 
 /// Bytes of each buffer: far more than a last-level cache slice holds.
 const BUFFER: u64 = 64 << 20;
@@ -38,19 +40,72 @@ fn cpu_nanos() -> f64 {
     time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
 }
 
+/// Memory that other processes may map, and its key; the key goes first.
+struct Source {
+    hca: Arc<dyn Hca>,
+    key: Mkey,
+    region: SharedRegion,
+}
+
+impl Source {
+    #[expect(unsafe_code, reason = "registering memory is unsafe by contract")]
+    fn new(hca: &Arc<dyn Hca>, pd: Pd) -> Result<Self, Box<dyn Error>> {
+        let region = SharedRegion::new(BUFFER, 4096)?;
+        let iova = Iova(region.as_ptr().expose_provenance() as u64);
+        // SAFETY: accessed by copies and devices only; lives until the key is given back.
+        let key = unsafe { hca.register(pd, region.region(), iova, Access::ALL) }?;
+        region.view().fill(1);
+        Ok(Self { hca: Arc::clone(hca), key, region })
+    }
+
+    fn addr(&self, offset: u64) -> u64 {
+        self.key.iova.0 + offset
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        if self.hca.deregister(self.key).is_err() {
+            eprintln!("the device keeps {} bytes", self.region.len());
+        }
+    }
+}
+
+/// What lies between the two devices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Between {
+    Nothing,
+    SharedMemory,
+}
+
 struct Bench {
     devices: [Arc<EmulatedHca>; 2],
-    near: Registered,
+    /// How many of the devices must be stepped.
+    stepped: usize,
+    near: Source,
     far: Registered,
     qp: HostQp<Rts>,
     _peer: HostQp<Rts>,
     _regions: [ControlRegion; 2],
 }
 
-fn bench(doorbells: Doorbells) -> Result<Bench, Box<dyn Error>> {
-    let fabric = Fabric::inproc(FabricConfig::default());
+fn devices(between: Between, doorbells: Doorbells) -> Result<[Arc<EmulatedHca>; 2], Box<dyn Error>> {
     let config = EmulatedConfig { link: LinkLayer::Roce, doorbells, command_latency: Nanos(0) };
-    let devices = [EmulatedHca::new(Arc::clone(&fabric), config)?, EmulatedHca::new(fabric, config)?];
+    if between == Between::Nothing {
+        let fabric = Fabric::inproc(FabricConfig::default());
+        return Ok([EmulatedHca::new(Arc::clone(&fabric), config)?, EmulatedHca::new(fabric, config)?]);
+    }
+    let fabric = |first_port| Fabric::shm(ShmConfig { first_port, ..ShmConfig::default() });
+    let devices = [EmulatedHca::new(fabric(0)?, config)?, EmulatedHca::new(fabric(1)?, config)?];
+    for (one, other) in [(0, 1), (1, 0)] {
+        let advert = devices[other].fabric().advert(devices[other].port_id())?;
+        devices[one].fabric().admit(&advert)?;
+    }
+    Ok(devices)
+}
+
+fn bench(between: Between, doorbells: Doorbells) -> Result<Bench, Box<dyn Error>> {
+    let devices = devices(between, doorbells)?;
     let mut made = Vec::new();
     for device in &devices {
         let hca = Arc::clone(device) as Arc<dyn Hca>;
@@ -58,18 +113,21 @@ fn bench(doorbells: Doorbells) -> Result<Bench, Box<dyn Error>> {
         let region = ControlRegion::host(&hca, 8 << 20)?;
         let buffer = Registered::new(&hca, pd, BUFFER, Access::ALL)?;
         buffer.view().fill(1);
+        let source = Source::new(&hca, pd)?;
         let spec = HostQpSpec { log_sq_size: LOG_SQ, ..HostQpSpec::default() };
         let qp = HostQp::create(&region, pd, spec)?;
-        made.push((region, buffer, qp));
+        made.push((region, source, buffer, qp));
     }
-    let (Some((far_region, far, peer)), Some((near_region, near, qp))) = (made.pop(), made.pop()) else {
+    let (Some((far_region, _, far, peer)), Some((near_region, near, _, qp))) = (made.pop(), made.pop())
+    else {
         return Err("two ends were made".into());
     };
     let connect = ConnectSpec::default();
     let ends = [qp.endpoint(Psn::new(0)), peer.endpoint(Psn::new(0))];
     let qp = qp.connect(&ends[1], &connect)?;
     let peer = peer.connect(&ends[0], &connect)?;
-    Ok(Bench { devices, near, far, qp, _peer: peer, _regions: [near_region, far_region] })
+    let stepped = if between == Between::Nothing { 1 } else { 2 };
+    Ok(Bench { devices, stepped, near, far, qp, _peer: peer, _regions: [near_region, far_region] })
 }
 
 impl Bench {
@@ -81,8 +139,8 @@ impl Bench {
         let payload = match inline {
             true => vec![SegmentBuf::Inline(vec![0x5a; bytes as usize])],
             false => {
-                let lkey = self.near.key().lkey.get();
-                vec![SegmentBuf::Data(DataSeg::new(bytes as u32, lkey, self.near.iova(at)))]
+                let lkey = self.near.key.lkey.get();
+                vec![SegmentBuf::Data(DataSeg::new(bytes as u32, lkey, self.near.addr(at)))]
             }
         };
         Request::Write { remote, payload }
@@ -102,7 +160,9 @@ impl Bench {
         batch.commit().ring();
         let start = cpu_nanos();
         loop {
-            self.devices[0].step(Nanos(0));
+            for device in &self.devices[..self.stepped] {
+                device.step(Nanos(0));
+            }
             if self.qp.poll().is_some_and(|completion| completion.wqe_counter == last) {
                 return Ok(cpu_nanos() - start);
             }
@@ -116,7 +176,7 @@ impl Bench {
         let start = cpu_nanos();
         for nth in 0..count {
             let at = (nth % slots) * bytes;
-            let from = self.near.iova(at) as *const u8;
+            let from = self.near.addr(at) as *const u8;
             let to = self.far.iova(at) as *mut u8;
             // SAFETY: both buffers are live and hold `bytes` from `at`; nothing else runs.
             unsafe { std::ptr::copy_nonoverlapping(from, to, bytes as usize) };
@@ -130,8 +190,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn rates(doorbells: Doorbells) -> Result<(), Box<dyn Error>> {
-    println!("{doorbells:?} doorbells");
+fn rates(between: Between, doorbells: Doorbells) -> Result<(), Box<dyn Error>> {
+    println!("{doorbells:?} doorbells, between the devices: {between:?}");
     println!(
         "{:>8} {:>7} {:>12} {:>10} {:>10} {:>7}",
         "bytes", "inline", "M WQE/s", "GB/s", "memcpy", "ratio"
@@ -142,7 +202,7 @@ fn rates(doorbells: Doorbells) -> Result<(), Box<dyn Error>> {
         if only.is_some_and(|only: u64| only != bytes) {
             continue;
         }
-        let mut bench = bench(doorbells)?;
+        let mut bench = bench(between, doorbells)?;
         let blocks = if inline { (32 + 4 + bytes).div_ceil(64) } else { 1 };
         let count = ((1_u64 << LOG_SQ) / blocks).min(4 * BUFFER / bytes);
         bench.execute(count, bytes, inline)?;
@@ -167,7 +227,7 @@ fn rates(doorbells: Doorbells) -> Result<(), Box<dyn Error>> {
 
 /// Post to completion, with a device thread on another core.
 fn latency() -> Result<(), Box<dyn Error>> {
-    let mut bench = bench(Doorbells::Strict)?;
+    let mut bench = bench(Between::Nothing, Doorbells::Strict)?;
     let _thread = DeviceThread::spawn(bench.devices.to_vec(), Backoff::default())?;
     let mut nanos = Vec::new();
     for nth in 0..20_000 {
@@ -208,8 +268,9 @@ fn idle() -> Result<(), Box<dyn Error>> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    rates(Doorbells::Strict)?;
-    rates(Doorbells::Record)?;
+    rates(Between::Nothing, Doorbells::Strict)?;
+    rates(Between::Nothing, Doorbells::Record)?;
+    rates(Between::SharedMemory, Doorbells::Strict)?;
     // A size on the command line measures that rate only.
     if std::env::args().len() > 1 {
         return Ok(());

@@ -7,11 +7,12 @@ mod rig;
 use std::sync::Arc;
 
 use ibex_abi::cqe::Syndrome;
-use ibex_abi::types::{Iova, Pd};
+use ibex_abi::types::{Iova, Pd, Psn};
 use ibex_abi::wqe::{AtomicOp, CtrlFlags, DataSeg, Remote, Request};
+use ibex_hca::control_region::ControlRegion;
 use ibex_hca::emulated::{AdvertError, EmulatedHca, Fabric, FabricConfig, ShmConfig};
 use ibex_hca::host_memory::Registered;
-use ibex_hca::host_qp::{ConnectSpec, HostQpSpec};
+use ibex_hca::host_qp::{ConnectSpec, Endpoint, HostQp, HostQpSpec};
 use ibex_hca::objects::RecvSpec;
 use ibex_hca::shared_memory::{PeerAccess, PeerRegion, SharedRegion};
 use ibex_hca::{Access, Hca, HcaError, Mkey, Nanos};
@@ -250,6 +251,27 @@ fn a_wrong_key_or_range_changes_nothing_and_is_counted() {
         assert_eq!(rig.ends[1].get(0, rig::BUFFER), vec![0; rig::BUFFER as usize]);
         assert_eq!(rig.ends[1].device.counters().refused_requests, 1);
     }
+}
+
+#[test]
+fn a_request_of_a_peer_that_is_connected_elsewhere_changes_nothing_and_is_counted() {
+    let fabrics = [0, 1, 2].map(shm_fabric);
+    let [near, far, other] = fabrics.each_ref().map(|fabric| device(fabric, Setup::default().doorbells));
+    introduce(&[Arc::clone(&near), Arc::clone(&far)]);
+    introduce(&[Arc::clone(&other), Arc::clone(&far)]);
+    let [_near, far] = rig::connect(&[near, far], Setup::default());
+    // The third process claims to be connected to the queue pair that serves the first.
+    let hca = as_hca(&other);
+    let region = ControlRegion::host(&hca, 1 << 20).unwrap();
+    let qp = HostQp::create(&region, hca.alloc_pd().unwrap(), HostQpSpec::default()).unwrap();
+    let address = far.device.port().address();
+    let there = Endpoint { address, qpn: far.qp.qpn(), psn: Psn::new(0) };
+    let mut qp = qp.connect(&there, &ConnectSpec::default()).unwrap();
+    qp.post(CtrlFlags::SIGNALED, write(far.remote(0), inline(&[6; 8]))).unwrap();
+    while [&other, &far.device].iter().any(|device| device.step(Nanos(0)).did_work) {}
+    assert_eq!(qp.poll(), None);
+    assert_eq!(far.get(0, 8), [0; 8]);
+    assert_eq!(far.device.counters().dropped_requests, 1);
 }
 
 #[test]

@@ -321,6 +321,25 @@ fn pulling_notices_that_the_requester_withdrew() {
     assert_eq!(far.port().generation(far.qpn()), 0, "each side speaks for itself");
 }
 
+#[test]
+fn an_answer_to_what_was_sent_before_a_reset_completes_nothing() {
+    let [mut near, far] = pair();
+    let remote = Remote { addr: far.key.iova, rkey: far.key.rkey };
+    let payload = vec![SegmentBuf::Inline(vec![1; 8])];
+    near.qp.as_mut().unwrap().post(CtrlFlags::SIGNALED, Wqe::Write { remote, payload }).unwrap();
+    near.settle();
+    let generation = near.port().generation(near.qpn());
+    let (psn, reply) = (Psn::new(0), Reply::Ack { next: Psn::new(1) });
+    for (nth, generation) in [(0, generation.wrapping_sub(1)), (1, generation)] {
+        let entry = ReplyEntry::new(near.qpn(), generation, psn, &reply);
+        far.slot().write(slot::REPLIES_AT + nth * REPLY_LEN, entry.as_bytes());
+        far.slot().store32(slot::REPLIES_WRITTEN, nth as u32 + 1, Ordering::Release);
+        far.slot().update32(slot::ACTIVITY, |old| old.wrapping_add(1));
+        near.settle();
+        assert_eq!(near.qp.as_mut().unwrap().poll().is_some(), nth == 1, "reply {nth}");
+    }
+}
+
 fn path_to(end: &End) -> PathAddress {
     let port = end.device.fabric_port().info();
     let (rgid, rmac) = (port.gid, port.mac);
