@@ -125,6 +125,26 @@ fn four_hosts_where_the_kernel_drops_one_packet_in_a_hundred() {
 }
 
 #[test]
+fn two_hosts_over_ipv6() {
+    if Machine::lacks_namespaces() || Machine::lacks_ipv6() {
+        return;
+    }
+    let file = Scratch::new("ipv6", "json");
+    // A host's number is that of its ranks, halved.
+    let script = "exec \"$@\" --advertise fd77::$((RANK / 2)):$((LOCAL_RANK + 1))";
+    let launch =
+        ["launch", "--ranks", "4", "--hosts", "netns", "--num-hosts", "2", "--", "sh", "-c", script, "sh"];
+    let bench = [env!("CARGO_BIN_EXE_ibex"), "bench", "ep", "--check", "--fabric", "udp", "--route", "ibgda"];
+    let flags = ["--detect-ms", "20000", "--json", file.path()];
+    let output = group::ibex(&[&launch[..], &bench, &flags, &shape()].concat());
+    let said = format!("{}{}", text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("rank 0 advertises fd77::1 (from --advertise)"), "{said}");
+    let report = report_of(&file);
+    assert_eq!(["wrong", "lost"].map(|key| report[key].as_u64().unwrap()), [0; 2], "{said}");
+}
+
+#[test]
 fn shared_memory_ends_at_the_host() {
     if Machine::lacks_namespaces() {
         return;

@@ -181,3 +181,80 @@ fn map_all(gpu: &dyn Gpu, lanes: &[LaneOffer]) -> Result<Vec<Mapped>, RouteReaso
     };
     lanes.iter().map(map).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ibex_abi::types::{Gid, Lid, Mac, PathMtu, Psn, QpNum};
+    use ibex_hca::{LinkLayer, PortInfo};
+
+    use super::super::{Mappings, QueueOffer};
+    use super::*;
+    use crate::gpu::HostGpu;
+    use crate::gpu::pool::{Pool, PoolConfig};
+    use crate::ids::Rank;
+
+    fn gpu(make: fn(Arc<Pool>, u32) -> HostGpu) -> HostGpu {
+        make(Arc::new(Pool::new(PoolConfig::simulation(1)).unwrap()), 0)
+    }
+
+    /// An offer of another process on this host.
+    fn offer(mappings: Option<Mappings>) -> Offer {
+        let (lid, gid, mac, mtu) = (Lid(0), Gid([1; 16]), Mac([0; 6]), PathMtu::B4096);
+        Offer {
+            from: Rank(1),
+            to: Rank(0),
+            process: !process_id(),
+            host: HostId::current(),
+            port: PortInfo { port_num: 1, link: LinkLayer::Roce, lid, gid, gid_index: 0, mac, mtu },
+            lanes: vec![LaneOffer {
+                region_va: 0x1000,
+                region_rkey: 1,
+                combine_va: 0x2000,
+                combine_rkey: 2,
+                queues: Vec::new(),
+                mappings,
+            }],
+            control: QueueOffer { qpn: QpNum::new(1), psn: Psn::new(1) },
+        }
+    }
+
+    fn reason(gpu: &HostGpu, policy: RoutePolicy, offer: &Offer) -> RouteReason {
+        let reach = Reach::choose(gpu, policy, offer);
+        let way = reach.way(0, &offer.lanes[0]);
+        let has_pointers = way.region_ptr != 0 && way.combine_ptr != 0;
+        assert_eq!(has_pointers, reach.report().route == Route::Mapped, "{}", reach.report());
+        reach.report().reason.clone()
+    }
+
+    #[test]
+    fn every_way_has_its_reason() {
+        let gpu = gpu(HostGpu::shared);
+        let auto = |offer: &Offer| reason(&gpu, RoutePolicy::Auto, offer);
+        let memory = gpu.alloc(8192, 4096).unwrap();
+        let export = |offset| gpu.export(memory.addr() + offset, 4096).unwrap();
+        let shared = offer(Some(Mappings { region: export(0), combine: export(4096) }));
+        assert_eq!(auto(&shared), RouteReason::SameHost);
+        assert_eq!(reason(&gpu, RoutePolicy::Ibgda, &shared), RouteReason::Policy);
+        assert_eq!(auto(&Offer { process: process_id(), ..shared.clone() }), RouteReason::SameProcess);
+        let elsewhere = HostId { network: 1, ..HostId::current() };
+        let far = Offer { host: elsewhere, ..shared.clone() };
+        assert_eq!(auto(&far), RouteReason::AnotherHost { theirs: elsewhere, ours: HostId::current() });
+        assert_eq!(auto(&offer(None)), RouteReason::NotShared);
+        // Gone since: what is mapped is checked, not believed.
+        drop(memory);
+        assert!(matches!(auto(&shared), RouteReason::MapFailed(GpuError::Shared(_))));
+    }
+
+    #[test]
+    fn a_mapping_is_other_memory_at_another_address() {
+        let gpu = gpu(HostGpu::shared);
+        let memory = gpu.alloc(8192, 4096).unwrap();
+        let export = |offset| gpu.export(memory.addr() + offset, 4096).unwrap();
+        let offer = offer(Some(Mappings { region: export(0), combine: export(4096) }));
+        let way = Reach::choose(&gpu, RoutePolicy::Auto, &offer).way(0, &offer.lanes[0]);
+        assert!(way.region_ptr != memory.addr() && way.region_ptr != offer.lanes[0].region_va);
+        assert_eq!(Reach::itself().way(0, &offer.lanes[0]).region_ptr, 0x1000);
+    }
+}

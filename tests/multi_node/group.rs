@@ -102,6 +102,27 @@ impl Machine {
         true
     }
 
+    /// Looks for an IPv6 address in a namespace.
+    pub(crate) fn lacks_ipv6() -> bool {
+        let has = [
+            "launch",
+            "--ranks",
+            "1",
+            "--hosts",
+            "netns",
+            "--",
+            "grep",
+            "-q",
+            "^fd77",
+            "/proc/self/net/if_inet6",
+        ];
+        let lacks = !ibex(&has).status.success();
+        if lacks {
+            say_skipped("this system has no IPv6 (sysctl net.ipv6.conf.all.disable_ipv6=0)");
+        }
+        lacks
+    }
+
     /// Tries whether packets can be dropped by rule.
     pub(crate) fn lacks_nft() -> bool {
         let rule = "nft 'add table inet probe; add chain inet probe in { type filter hook input priority 0; }; \

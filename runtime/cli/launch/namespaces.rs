@@ -5,8 +5,10 @@
 //!
 //! ```text
 //!  namespace "bridge": br0 -- v0 ---- eth0 10.77.0.1, 10.77.0.2, ..   host 0, an address per rank
-//!                         \-- v1 ---- eth0 10.77.1.1, 10.77.1.2, ..   host 1
+//!                         \-- v1 ---- eth0 10.77.4.1, 10.77.4.2, ..   host 1
 //! ```
+//!
+//! Beside them stand fd77::HOST:1, fd77::HOST:2 and so on (in hexadecimal), where the system has IPv6.
 #![expect(unsafe_code, reason = "a thread moves itself into a new namespace")]
 
 use std::fmt::Write as _;
@@ -36,6 +38,8 @@ impl Namespaces {
         ip(&bridge, "join network namespaces", &bridge_script(&hosts))?;
         for (host, namespace) in (0..).zip(&hosts) {
             ip(namespace, "give a network namespace its addresses", &host_script(host, num_addresses))?;
+            // A system without IPv6 has hosts all the same.
+            let _ = ip(namespace, "give a network namespace IPv6", &ipv6_script(host, num_addresses));
         }
         Ok(Self { hosts, _bridge: bridge })
     }
@@ -71,6 +75,12 @@ fn host_script(host: u32, num_addresses: u32) -> String {
         let _ = writeln!(script, "addr add {}/16 dev eth0", Namespaces::address(host, local_rank));
     }
     script + "link set eth0 up\n"
+}
+
+/// Without the search for duplicates, during which an address cannot be used.
+fn ipv6_script(host: u32, num_addresses: u32) -> String {
+    let add = |local_rank: u32| format!("addr add fd77::{host:x}:{:x}/64 dev eth0 nodad\n", local_rank + 1);
+    (0..num_addresses).map(add).collect()
 }
 
 /// A new namespace; the thread that makes it ends in it, and no other thread is moved.
