@@ -1,0 +1,160 @@
+//! The udp fabric: who it admits, what paths it offers, what its exits do to packets, what it leaves behind.
+#![allow(clippy::unwrap_used, reason = "in a test a failed expectation is the message")]
+
+mod rig;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use ibex_abi::types::PathMtu;
+use ibex_abi::wqe::CtrlFlags;
+use ibex_hca::emulated::switch::{Fault, FaultPlan, FaultRule, PlanLimit};
+use ibex_hca::emulated::{
+    AdvertError, Capture, Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, UdpConfig,
+};
+use ibex_hca::host_qp::ConnectSpec;
+use ibex_hca::{Hca, HcaError, LinkLayer, Nanos};
+use rig::{Setup, connect, device, gather, write};
+
+fn config() -> UdpConfig {
+    let bind: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    UdpConfig { bind, ..UdpConfig::new(bind.ip()) }
+}
+
+fn port(config: UdpConfig) -> Arc<EmulatedHca> {
+    device(&Fabric::udp(config).unwrap(), Doorbells::Strict)
+}
+
+fn advert(device: &EmulatedHca) -> Vec<u8> {
+    device.fabric().advert(device.port_id()).unwrap()
+}
+
+fn introduce(devices: &[Arc<EmulatedHca>; 2]) {
+    devices[0].fabric().admit(&advert(&devices[1])).unwrap();
+    devices[1].fabric().admit(&advert(&devices[0])).unwrap();
+}
+
+#[test]
+fn a_path_has_the_smallest_mtu_of_both_ports_and_the_route() {
+    let devices = [port(config()), port(UdpConfig { mtu: PathMtu::B1024, ..config() })];
+    let far = devices[1].port().address();
+    assert!(matches!(devices[0].resolve(&far), Err(HcaError::Unreachable { .. })), "not admitted yet");
+    introduce(&devices);
+    assert_eq!(devices[0].resolve(&far).unwrap().mtu, PathMtu::B1024);
+    assert_eq!(devices[1].resolve(&devices[0].port().address()).unwrap().mtu, PathMtu::B1024);
+    assert_eq!(devices[0].resolve(&devices[0].port().address()).unwrap().mtu, PathMtu::B4096, "to itself");
+}
+
+#[test]
+fn adverts_that_are_none_are_refused_and_change_nothing() {
+    let device = port(config());
+    let other = port(config());
+    let good = advert(&other);
+    let refused = |bytes: &[u8]| match device.fabric().admit(bytes) {
+        Err(HcaError::Advert(error)) => error,
+        outcome => panic!("{outcome:?}"),
+    };
+    for len in 0..good.len() {
+        assert!(matches!(refused(&good[..len]), AdvertError::Malformed { .. }), "{len} bytes");
+    }
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        refused(&bytes)
+    };
+    assert!(matches!(changed(4, 99), AdvertError::Version { found: 99, .. }));
+    assert!(matches!(changed(5, 1), AdvertError::Kind { found: 1, wanted: 2 }));
+    assert!(matches!(changed(6, 0), AdvertError::Malformed { .. }), "an InfiniBand port");
+    assert!(matches!(refused(&advert(&device)), AdvertError::AddressTaken { port: 0 }));
+    device.fabric().admit(&good).unwrap();
+    assert!(matches!(refused(&good), AdvertError::AddressTaken { port: 1 }));
+    if let Ok(fabric) = Fabric::udp(UdpConfig { bind: "[::1]:0".parse().unwrap(), ..config() }) {
+        let six = advert(&self::device(&fabric, Doorbells::Strict));
+        assert!(matches!(device.fabric().admit(&six), Err(HcaError::Unreachable { .. })));
+    }
+    let inproc = Fabric::inproc(FabricConfig::default());
+    assert!(matches!(inproc.admit(&good), Err(HcaError::Advert(AdvertError::Local))));
+}
+
+#[test]
+fn what_a_socket_cannot_be_is_refused_before_anything_is_made() {
+    let fabric = Fabric::udp(config()).unwrap();
+    let ib = EmulatedConfig { link: LinkLayer::Ib, ..EmulatedConfig::default() };
+    assert!(matches!(EmulatedHca::new(Arc::clone(&fabric), ib), Err(HcaError::Unreachable { .. })));
+    let fabric = Fabric::udp(config()).unwrap();
+    let _one = device(&fabric, Doorbells::Strict);
+    let another = EmulatedHca::new(Arc::clone(&fabric), EmulatedConfig::default());
+    assert!(matches!(another, Err(HcaError::Exhausted { limit: 1, .. })));
+    let (taken, offloads) = fabric.socket().unwrap();
+    println!("{offloads:?}");
+    let again = Fabric::udp(UdpConfig { bind: taken, ..config() });
+    assert!(matches!(again, Err(HcaError::Os { call: "bind", errno: libc::EADDRINUSE })));
+    let rules = vec![FaultRule::always(Fault::Drop { ppm: 1_000_001 })];
+    let faults = Some(FaultPlan { seed: 1, rules });
+    let limit = Fabric::udp(UdpConfig { faults, ..config() }).map(|_| ());
+    assert!(matches!(limit, Err(HcaError::Plan(PlanLimit::OutOfRange { field: "ppm", .. }))));
+}
+
+#[test]
+fn faults_at_the_exits_delay_work_and_lose_none() {
+    let plan = |seed| {
+        let ppm = 100_000;
+        let rules = [
+            Fault::Drop { ppm },
+            Fault::Duplicate { ppm },
+            Fault::Corrupt { ppm },
+            Fault::Reorder { ppm, overtake_max: 3, hold_us: 200 },
+            Fault::Delay { ppm, min_us: 1, max_us: 100 },
+        ];
+        Some(FaultPlan { seed, rules: rules.map(FaultRule::always).to_vec() })
+    };
+    let devices = [0, 1].map(|node| port(UdpConfig { node, faults: plan(u64::from(node)), ..config() }));
+    introduce(&devices);
+    let spec = ConnectSpec { ack_timeout: 9, mtu: PathMtu::B1024, ..ConnectSpec::default() };
+    let mut ends = connect(&devices, Setup { connect: spec, ..Setup::default() });
+    let [near, far] = &mut ends;
+    let mut now = 0;
+    for nth in 0..200_u64 {
+        // CAST: the low byte tells neighbours apart.
+        near.put(0, &[nth as u8; 7168]);
+        near.qp.post(CtrlFlags::SIGNALED, write(far.remote(8192), gather(&[near.data(0, 7168)]))).unwrap();
+        let completion = loop {
+            assert!(now < 600_000_000_000, "message {nth} never completes");
+            devices.iter().for_each(|device| _ = device.step(Nanos(now)));
+            if let Some(completion) = near.qp.poll() {
+                break completion;
+            }
+            now += 20_000;
+        };
+        assert_eq!(completion.syndrome(), None, "message {nth}");
+        assert_eq!(far.get(8192, 7168), [nth as u8; 7168], "message {nth}");
+    }
+    let counts = devices[0].fabric().fault_counts().unwrap();
+    println!("{counts:#?}");
+    let happened = [counts.dropped, counts.duplicated, counts.corrupted, counts.reordered, counts.delayed];
+    assert!(happened.iter().all(|count| *count >= 20), "{counts:?}");
+    let arrived = devices[1].counters().packets;
+    // A damaged packet may be duplicated.
+    assert!((10..=2 * counts.corrupted).contains(&arrived.bad_icrc), "{arrived:?}");
+}
+
+#[test]
+fn nothing_stays_open_when_a_fabric_is_gone() {
+    let open = || std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let path = std::env::temp_dir().join(format!("ibex-udp-{}.pcapng", std::process::id()));
+    // Other tests of this process come and go: a leak shows as growth that repeats.
+    let mut left = Vec::new();
+    for _ in 0..4 {
+        let before = open();
+        for _ in 0..64 {
+            let devices = [port(config()), port(config())];
+            introduce(&devices);
+            let capture = Arc::new(Capture::create(&path, Nanos(0)).unwrap());
+            devices[0].fabric().capture_to(&capture);
+            let _ends = connect(&devices, Setup::default());
+        }
+        left.push(open().saturating_sub(before));
+    }
+    std::fs::remove_file(&path).unwrap();
+    assert!(left.iter().any(|grown| *grown < 64), "{left:?} descriptors stayed open");
+}
