@@ -37,6 +37,7 @@ mod tcp;
 mod wire;
 
 pub use advertise::{AddressSource, Advertised};
+pub(crate) use hub::rendezvous_script;
 pub use hub::{HubCounters, STRANGERS_MAX};
 pub use place::{DEFAULT_PORT, Launcher, Place, TOKEN_LEN_MAX, Token};
 pub use tcp::TcpBootstrap;

@@ -3,6 +3,7 @@
 //! A [`Rig`] owns the world, one set of tensors and one stream per rank. It copies inputs in and outputs out between
 //! steps, never while kernels run.
 
+pub mod fuzz;
 mod parallel;
 pub mod post;
 

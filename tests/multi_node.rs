@@ -84,9 +84,12 @@ fn four_hosts_of_two_ranks_over_udp() {
     }
 }
 
-/// The retry timer follows from these: half a second, so a lost last packet costs as much.
-const UNDER_FAULTS: [&str; 8] =
-    ["--hosts", "netns", "--num-hosts", "4", "--detect-ms", "5000", "--stall-ms", "5000"];
+/// Limits under faults. The retry timer follows from them, and a lost last packet costs as much: half a second here,
+/// four seconds for the published shape, whose steps need longer limits.
+fn under_faults() -> [&'static str; 6] {
+    let limit = if std::env::var_os("IBEX_FULL").is_some() { "20000" } else { "5000" };
+    ["--route", "ibgda", "--detect-ms", limit, "--stall-ms", limit]
+}
 
 #[test]
 fn four_hosts_with_a_faulty_network() {
@@ -96,7 +99,8 @@ fn four_hosts_with_a_faulty_network() {
     for (name, rules) in FAULTS {
         let plan = Scratch::new(name, "plan");
         plan.write(&format!("{{\"seed\": 5, \"rules\": [{rules}]}}"));
-        checked(name, &[&UNDER_FAULTS[..], &["--route", "ibgda", "--faults-plan", plan.path()]].concat());
+        let hosts = ["--hosts", "netns", "--num-hosts", "4", "--faults-plan", plan.path()];
+        checked(name, &[&hosts[..], &under_faults()].concat());
     }
 }
 
@@ -113,8 +117,7 @@ fn four_hosts_where_the_kernel_drops_one_packet_in_a_hundred() {
         "[ $LOCAL_RANK != 0 ] || nft '{rules}' || exit 9; exec \"$@\" --fabric udp --json {}",
         file.path()
     );
-    let flags = ["--check", "--warmup", "1", "--route", "ibgda", "--detect-ms", "5000", "--stall-ms", "5000"];
-    let bench = [&["bench", "ep"], &flags[..], &shape()].concat();
+    let bench = [&["bench", "ep", "--check", "--warmup", "1"], &under_faults()[..], &shape()].concat();
     let ibex = env!("CARGO_BIN_EXE_ibex");
     let launch =
         ["launch", "--ranks", "8", "--hosts", "netns", "--num-hosts", "4", "--", "sh", "-c", &script];

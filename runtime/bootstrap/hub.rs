@@ -345,6 +345,39 @@ impl Hub {
     }
 }
 
+/// The body of a fuzz target: a hub of two ranks under a script, in which each step names a connection and the bytes
+/// that come on it. The first two connections have been accepted; the others are strangers.
+///
+/// # Panics
+/// PANIC: more is kept of a connection than its limit, or strangers were accepted as ranks that are taken.
+pub(crate) fn rendezvous_script(mut script: &[u8]) {
+    const STEP_NS: u64 = 1_000_000;
+    let mut hub = Hub::new(2, Token::default());
+    let mut now_ns = 0;
+    let links: Vec<LinkId> = (0..4).filter_map(|_| hub.open(now_ns)).collect();
+    for (rank, link) in (0..2).zip(&links) {
+        let greeting = Greeting { version: VERSION, rank, num_ranks: 2, token: Vec::new() };
+        hub.receive(*link, &greeting.encode(), now_ns);
+    }
+    while let [step, len, rest @ ..] = script {
+        let (bytes, rest) = rest.split_at(rest.len().min(usize::from(*len)));
+        script = rest;
+        now_ns += STEP_NS * u64::from(step >> 4);
+        let link = links[usize::from(step & 3)];
+        match step >> 2 & 3 {
+            0 => hub.tick(now_ns),
+            1 => hub.hang_up(link),
+            _ => hub.receive(link, bytes, now_ns),
+        }
+        let taken = hub.outgoing(link).len();
+        hub.advance(link, taken);
+        let kept_max = RECORD_LEN + wire::KEY_LEN_MAX + BLOB_LEN_MAX;
+        assert!(hub.links.values().all(|link| link.inbox.len() <= kept_max), "a connection keeps one record");
+        assert!(hub.rounds.len() <= 2, "a rank waits in one round");
+    }
+    assert_eq!(hub.counters().members, 2, "a rank that is taken is nobody else's");
+}
+
 /// Ranks of a round, and whether each has come.
 fn ranks(blobs: &[Option<Vec<u8>>]) -> impl Iterator<Item = (Rank, bool)> {
     // CAST: at most 512 ranks.
