@@ -238,6 +238,8 @@ fn a_checked_run_reports_every_key() {
     assert!(report["bytes"]["rdma"].as_u64().unwrap() > 0);
     let config = &report["config"];
     assert_eq!((&config["ranks"], &config["tokens"], &config["check"]), (&2.into(), &9.into(), &true.into()));
+    assert_eq!((&config["procs"], &config["hosts"]), (&false.into(), &"local".into()));
+    assert!(config["num_hosts"].is_null() && config["faults_plan"].is_null());
     let names = ["provider", "gpu", "fabric"].map(|key| report[key].as_str().unwrap());
     assert_eq!(names, ["emulated", "host", "inproc"]);
     assert_eq!(report["seed"], 5);
@@ -293,10 +295,64 @@ fn info_reports_memory_without_a_run() {
     }
 }
 
+/// What would change nothing is refused: `info` runs nothing.
+#[test]
+fn info_takes_shapes_alone() {
+    let buffers = |flags: &[&str]| {
+        let output = ibex(&[&["info"], flags].concat());
+        assert_eq!(exit_code(&output), 0, "{}", text(&output.stderr));
+        text(&output.stdout).lines().find(|line| line.starts_with("buffers")).unwrap().to_owned()
+    };
+    assert_ne!(buffers(&["--ring", "4"]), buffers(&[]));
+    for flag in [
+        &["--iters", "3"][..],
+        &["--warmup", "1"],
+        &["--seed", "2"],
+        &["--check"],
+        &["--graph"],
+        &["--hooks"],
+        &["--procs"],
+        &["--fabric", "sim"],
+        &["--route", "ibgda"],
+        &["--routing", "zipf"],
+    ] {
+        refused(&[&["info"], flag].concat(), &[flag[0]]);
+    }
+    refused(&["info", "--topk", "33"], &["max_topk", "33", "1..=32"]);
+}
+
+/// All defaults but for the number of steps and the route; `detect_ms` too.
+#[test]
+fn the_published_setting_over_queue_pairs_loses_nothing() {
+    let file = scratch("published.json");
+    let output = ibex(&[
+        "bench",
+        "ep",
+        "--route",
+        "ibgda",
+        "--check",
+        "--iters",
+        "2",
+        "--warmup",
+        "1",
+        "--json",
+        file.to_str().unwrap(),
+    ]);
+    assert_eq!(exit_code(&output), 0, "{}{}", text(&output.stdout), text(&output.stderr));
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let found = ["wrong", "lost", "unrung_wqes"].map(|key| report[key].as_u64().unwrap());
+    assert_eq!(found, [0; 3]);
+    let config = &report["config"];
+    let shape = ["ranks", "tokens", "hidden", "experts", "topk", "detect_ms"];
+    assert_eq!(shape.map(|key| config[key].as_u64().unwrap()), [8, 128, 7168, 256, 8, 100]);
+    assert!(report["bytes"]["rdma"].as_u64().unwrap() > 0 && report["bytes"]["peer"] == 0);
+}
+
 #[test]
 fn posted_wqes_are_all_checked_and_reported() {
     let file = scratch("post.json");
-    let output = ibex(&["bench", "post", "--iters", "1", "--warmup", "0", "--json", file.to_str().unwrap()]);
+    let json = file.to_str().unwrap();
+    let output = ibex(&["bench", "post", "--iters", "1", "--warmup", "0", "--seed", "9", "--json", json]);
     assert_eq!(exit_code(&output), 0, "{}{}", text(&output.stdout), text(&output.stderr));
     let report: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
     let rows = report["rows"].as_array().unwrap();
@@ -305,6 +361,7 @@ fn posted_wqes_are_all_checked_and_reported() {
     assert!(rows.iter().all(|row| keys(row) == expected));
     let has = |bytes: u64, inline: bool| rows.iter().any(|r| r["bytes"] == bytes && r["inline"] == inline);
     assert!(has(7168, false) && has(28, true));
+    assert_eq!(report["seed"], 9);
     assert_eq!((&report["wrong"], &report["unrung_wqes"]), (&0.into(), &0.into()));
 }
 

@@ -100,7 +100,10 @@ fn four_hosts_with_a_faulty_network() {
         let plan = Scratch::new(name, "plan");
         plan.write(&format!("{{\"seed\": 5, \"rules\": [{rules}]}}"));
         let hosts = ["--hosts", "netns", "--num-hosts", "4", "--faults-plan", plan.path()];
-        checked(name, &[&hosts[..], &under_faults()].concat());
+        let config = &checked(name, &[&hosts[..], &under_faults()].concat())["config"];
+        // A report says under what it came about.
+        assert_eq!((&config["procs"], &config["num_hosts"]), (&true.into(), &4.into()));
+        assert!(!config["faults_plan"]["rules"].as_array().unwrap().is_empty(), "{config}");
     }
 }
 

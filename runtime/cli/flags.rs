@@ -215,6 +215,14 @@ impl Machine {
         }
     }
 
+    /// Where ranks run, for reports.
+    fn hosts_name(&self) -> &'static str {
+        match self.hosts {
+            Hosts::Local => "local",
+            Hosts::Netns => "netns",
+        }
+    }
+
     /// The name of the fabric, for reports.
     pub(super) fn fabric_name(&self) -> &'static str {
         match self.fabric() {
@@ -226,11 +234,9 @@ impl Machine {
     }
 }
 
-/// Shape, device and protocol of a run.
+/// What decides the memory of a run, and its limits.
 #[derive(Args, Clone, Debug)]
-pub(super) struct Shared {
-    #[command(flatten)]
-    pub(super) machine: Machine,
+pub(super) struct Shape {
     /// Members of the group [default: what the launcher says, else 8].
     #[arg(long, value_name = "N")]
     ranks: Option<u32>,
@@ -255,30 +261,12 @@ pub(super) struct Shared {
     /// What experts send back.
     #[arg(long, default_value = "exact", value_parser = named::<CombineMode>(CombineMode::NAMES))]
     pub(super) combine: CombineMode,
-    /// How tokens choose experts.
-    #[arg(long, default_value = "uniform", value_parser = named::<Routing>(Routing::NAMES))]
-    pub(super) routing: Routing,
-    /// Seed of inputs and, with --fabric sim, of the schedule.
-    #[arg(long, default_value_t = 1, value_name = "S")]
-    pub(super) seed: u64,
-    /// Steps that are measured.
-    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub(super) iters: u32,
-    /// Steps before them.
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
-    pub(super) warmup: u32,
     /// How long a peer may show no sign of life.
     #[arg(long, default_value_t = 100, value_name = "MS")]
     pub(super) detect_ms: u32,
     /// How long a live peer may make no progress [default: 20 x --detect-ms].
     #[arg(long, value_name = "MS")]
     pub(super) stall_ms: Option<u32>,
-    /// How signal words are written.
-    #[arg(long, default_value = "write", value_parser = named::<SignalMode>(SignalMode::NAMES))]
-    pub(super) signal: SignalMode,
-    /// Which routes peers are reached by.
-    #[arg(long, default_value = "auto", value_parser = named::<RoutePolicy>(RoutePolicy::NAMES))]
-    pub(super) route: RoutePolicy,
     /// Steps in flight.
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub(super) ring: u32,
@@ -297,6 +285,71 @@ pub(super) struct Shared {
     /// Queue pairs per lane and peer [default: 4 up to 8 ranks, 2 up to 32, 1 beyond].
     #[arg(long, value_name = "N")]
     pub(super) channels: Option<u32>,
+}
+
+impl Shape {
+    /// Members of the group.
+    pub(super) fn ranks(&self) -> u32 {
+        self.ranks.unwrap_or(8)
+    }
+
+    /// The configuration that the flags spell, with the defaults of everything else.
+    ///
+    /// # Errors
+    /// Flags that exclude each other; fields are not looked at yet.
+    pub(super) fn config(&self) -> Result<Config, CliError> {
+        if self.scales != ScaleKind::F32 && self.dtype == WireDtype::Bf16 {
+            let because = "bf16 rows have no scales";
+            return Err(CliError::Conflict { one: "--scales", other: "--dtype bf16", because });
+        }
+        Ok(Config {
+            num_ranks: self.ranks(),
+            // A buffer holds at least one token; a step may have none.
+            max_tokens: self.tokens.max(1),
+            hidden: self.hidden,
+            num_experts: self.experts,
+            max_topk: self.topk,
+            dtype: self.dtype,
+            scales: self.scales,
+            combine: self.combine,
+            ring: self.ring,
+            lanes: self.lanes,
+            num_sms: self.sms.unwrap_or(Config::default().num_sms),
+            warps_per_block: self.warps.unwrap_or(Config::default().warps_per_block),
+            num_owner_warps: self.owners,
+            channels: self.channels,
+            detect_ms: self.detect_ms,
+            stall_ms: self.stall_ms,
+            ..Config::default()
+        })
+    }
+}
+
+/// Shape, device and protocol of a run.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Shared {
+    #[command(flatten)]
+    pub(super) machine: Machine,
+    #[command(flatten)]
+    pub(super) shape: Shape,
+    /// How tokens choose experts.
+    #[arg(long, default_value = "uniform", value_parser = named::<Routing>(Routing::NAMES))]
+    pub(super) routing: Routing,
+    /// Seed of inputs and, with --fabric sim, of the schedule.
+    #[arg(long, default_value_t = 1, value_name = "S")]
+    pub(super) seed: u64,
+    /// Steps that are measured.
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(super) iters: u32,
+    /// Steps before them.
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub(super) warmup: u32,
+    /// How signal words are written.
+    #[arg(long, default_value = "write", value_parser = named::<SignalMode>(SignalMode::NAMES))]
+    pub(super) signal: SignalMode,
+    /// Which routes peers are reached by.
+    #[arg(long, default_value = "auto", value_parser = named::<RoutePolicy>(RoutePolicy::NAMES))]
+    pub(super) route: RoutePolicy,
     /// Capture each operation once and replay the graph.
     #[arg(long)]
     pub(super) graph: bool,
@@ -319,7 +372,7 @@ where
 impl Shared {
     /// Members of the group.
     pub(super) fn ranks(&self) -> u32 {
-        self.ranks.unwrap_or(8)
+        self.shape.ranks()
     }
 
     /// Makes this process the rank that a launcher says it is. A fabric of one process that was asked for by name
@@ -330,11 +383,11 @@ impl Shared {
     pub(super) fn take_place(&mut self, place: Option<Place>) -> Result<Option<Place>, CliError> {
         let is_alone = matches!(self.machine.fabric, Some(FabricKind::Inproc | FabricKind::Sim));
         let Some(place) = place.filter(|_| self.machine.procs || !is_alone) else { return Ok(None) };
-        if self.ranks.is_some_and(|ranks| ranks != place.num_ranks) {
+        if self.shape.ranks.is_some_and(|ranks| ranks != place.num_ranks) {
             let because = "the launcher started another number of ranks";
             return Err(CliError::Conflict { one: "--ranks", other: "WORLD_SIZE", because });
         }
-        self.ranks = Some(place.num_ranks);
+        self.shape.ranks = Some(place.num_ranks);
         self.machine.is_launched = true;
         Ok(Some(place))
     }
@@ -345,33 +398,8 @@ impl Shared {
     /// A flag that this version does not have, a field outside its limit, a routing that does not fit.
     pub(super) fn config(&self) -> Result<ValidConfig, CliError> {
         self.machine.validate()?;
-        if self.scales != ScaleKind::F32 && self.dtype == WireDtype::Bf16 {
-            let because = "bf16 rows have no scales";
-            return Err(CliError::Conflict { one: "--scales", other: "--dtype bf16", because });
-        }
-        let config = Config {
-            num_ranks: self.ranks(),
-            // A buffer holds at least one token; a step may have none.
-            max_tokens: self.tokens.max(1),
-            hidden: self.hidden,
-            num_experts: self.experts,
-            max_topk: self.topk,
-            dtype: self.dtype,
-            scales: self.scales,
-            combine: self.combine,
-            ring: self.ring,
-            lanes: self.lanes,
-            num_sms: self.sms.unwrap_or(Config::default().num_sms),
-            warps_per_block: self.warps.unwrap_or(Config::default().warps_per_block),
-            num_owner_warps: self.owners,
-            channels: self.channels,
-            signal: self.signal,
-            route: self.route,
-            link: self.machine.link,
-            detect_ms: self.detect_ms,
-            stall_ms: self.stall_ms,
-            ..Config::default()
-        };
+        let Self { signal, route, .. } = *self;
+        let config = Config { signal, route, link: self.machine.link, ..self.shape.config()? };
         let config = config.validate()?;
         self.routing.validate(&config)?;
         Ok(config)
@@ -407,28 +435,35 @@ pub(super) struct ConfigReport {
     detect_ms: u32,
     stall_ms: u32,
     retry_total_ms: u64,
+    /// Whether every rank is a process.
+    procs: bool,
+    hosts: &'static str,
+    /// Network namespaces, where there are any.
+    num_hosts: Option<u32>,
+    faults_plan: Option<FaultPlan>,
 }
 
 impl ConfigReport {
-    /// Describes a run.
-    pub(super) fn new(flags: &Shared, config: &ValidConfig) -> Self {
+    /// Describes a run, through whose network `faults_plan` goes.
+    pub(super) fn new(flags: &Shared, config: &ValidConfig, faults_plan: Option<FaultPlan>) -> Self {
+        let Shared { machine, shape, .. } = flags;
         Self {
-            ranks: flags.ranks(),
-            tokens: flags.tokens,
-            hidden: flags.hidden,
-            experts: flags.experts,
-            topk: flags.topk,
-            dtype: flags.dtype.name(),
-            scales: flags.scales.name(),
-            combine: flags.combine.name(),
+            ranks: shape.ranks(),
+            tokens: shape.tokens,
+            hidden: shape.hidden,
+            experts: shape.experts,
+            topk: shape.topk,
+            dtype: shape.dtype.name(),
+            scales: shape.scales.name(),
+            combine: shape.combine.name(),
             routing: flags.routing.name(),
             iters: flags.iters,
             warmup: flags.warmup,
-            link: flags.machine.link.name(),
+            link: machine.link.name(),
             signal: flags.signal.name(),
             route: flags.route.name(),
-            ring: flags.ring,
-            lanes: flags.lanes,
+            ring: shape.ring,
+            lanes: shape.lanes,
             channels: config.num_channels(),
             num_sms: config.num_sms,
             warps_per_block: config.warps_per_block,
@@ -436,9 +471,13 @@ impl ConfigReport {
             graph: flags.graph,
             hooks: flags.hooks,
             check: flags.check,
-            detect_ms: flags.detect_ms,
+            detect_ms: shape.detect_ms,
             stall_ms: config.stall_ms(),
             retry_total_ms: config.rc_timers().total_ns() / 1_000_000,
+            procs: machine.is_group(),
+            hosts: machine.hosts_name(),
+            num_hosts: (machine.hosts == Hosts::Netns).then(|| machine.num_hosts(shape.ranks())),
+            faults_plan,
         }
     }
 }
@@ -462,9 +501,20 @@ mod tests {
     fn defaults_are_the_published_setting() {
         let shared = flags(&[]);
         let config = shared.config().unwrap();
-        let defaults = Config::default();
-        assert_eq!(*config, defaults, "flags and Config must not drift apart");
+        assert_eq!(*config, Config::default(), "flags and Config must not drift apart");
+        // Word for word: both could drift together.
+        let sizes = [config.num_ranks, config.max_tokens, config.hidden, config.num_experts, config.max_topk];
+        assert_eq!(sizes, [8, 128, 7168, 256, 8]);
+        assert_eq!([config.ring, config.lanes, config.num_channels()], [2, 1, 4]);
+        assert_eq!([config.detect_ms, config.stall_ms()], [100, 2_000]);
+        let report = ConfigReport::new(&shared, &config, None);
+        let names = [report.dtype, report.combine, report.routing, report.signal, report.route, report.link];
+        assert_eq!(names, ["fp8", "exact", "uniform", "write", "auto", "roce"]);
+        let machine = &shared.machine;
+        let names = [machine.provider_name(), machine.gpu_name(), machine.fabric_name(), report.hosts];
+        assert_eq!(names, ["emulated", "host", "inproc", "local"]);
         assert_eq!((shared.iters, shared.warmup, shared.seed), (20, 3, 1));
+        assert_eq!([report.graph, report.hooks, report.check, report.procs], [false; 4]);
     }
 
     #[test]
@@ -542,6 +592,6 @@ mod tests {
     #[test]
     fn no_tokens_is_a_step() {
         let shared = flags(&["--tokens", "0"]);
-        assert_eq!((shared.tokens, shared.config().unwrap().max_tokens), (0, 1));
+        assert_eq!((shared.shape.tokens, shared.config().unwrap().max_tokens), (0, 1));
     }
 }

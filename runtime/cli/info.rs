@@ -10,7 +10,7 @@ use ibex::ids::Rank;
 use ibex::layout::Plan;
 use ibex::session::buffer_bytes;
 
-use super::flags::Shared;
+use super::flags::Shape;
 use super::table;
 use super::{CliError, Outcome};
 
@@ -18,12 +18,12 @@ use super::{CliError, Outcome};
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
-    shared: Shared,
+    shape: Shape,
 }
 
 /// Prints the report; nothing is allocated.
 pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
-    let config = args.shared.config()?;
+    let config = args.shape.config()?.validate()?;
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     println!("ibex {}", env!("CARGO_PKG_VERSION"));
     println!("providers   emulated (mlx5: not built yet)");

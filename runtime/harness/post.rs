@@ -24,6 +24,10 @@ use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
 use crate::gpu::{DeviceMemory, Gpu, GpuError, HostGpu, KernelId, Launch, Stream};
 use crate::layout::PAGE;
 
+mod copies;
+
+pub use copies::Copies;
+
 /// Payload of an inline WQE of one basic block.
 pub const INLINE_LEN: u32 = 28;
 /// Bytes of a WQE basic block.
@@ -136,6 +140,7 @@ pub struct PostRig {
     case: PostCase,
     queues: Vec<Queue>,
     keys: Vec<(Arc<dyn Hca>, Mkey)>,
+    seed: u64,
     round: u32,
     args: PostArgs,
     stream: Stream,
@@ -151,11 +156,11 @@ pub struct PostRig {
 }
 
 impl PostRig {
-    /// Connects `case.num_qps` queue pairs.
+    /// Connects `case.num_qps` queue pairs; payloads are drawn from `seed`.
     ///
     /// # Errors
     /// `Config` for a case outside its limits; else what the GPU, the HCA or the operating system refused.
-    pub fn new(case: PostCase, link: Link) -> Result<Self, Error> {
+    pub fn new(case: PostCase, link: Link, seed: u64) -> Result<Self, Error> {
         case.validate()?;
         let link = match link {
             Link::Ib => LinkLayer::Ib,
@@ -208,6 +213,7 @@ impl PostRig {
             case,
             queues: Vec::new(),
             keys: vec![(near_hca, source_key), (far_hca, target_key)],
+            seed,
             round: 0,
             args,
             stream: gpu.stream(),
@@ -365,17 +371,20 @@ impl PostRig {
         Ok(())
     }
 
-    /// What is sent: slot after slot; inline messages repeat their index, others a pattern of the round.
+    /// What is sent: slot after slot; inline messages repeat their index, others a pattern of seed and round.
     fn messages(&self) -> Vec<u8> {
         let mut messages = vec![0; size(self.case.source_len())];
         let stride = size(self.case.stride());
+        // CAST: both halves of the seed count.
+        let seed = (self.seed ^ (self.seed >> 32)) as u32;
         for (slot, message) in (0u32..).zip(messages.chunks_exact_mut(stride)) {
             let message = &mut message[..self.case.bytes as usize];
             let word = |i: u32| match self.case.inline {
                 true => slot,
                 // An odd multiplier gives each word of each slot and round a value of its own.
                 false => {
-                    (self.round ^ slot.rotate_left(12) ^ i.rotate_left(22)).wrapping_mul(0x9e37_79b1) | 1
+                    let place = self.round ^ slot.rotate_left(12) ^ i.rotate_left(22);
+                    (seed ^ place).wrapping_mul(0x9e37_79b1) | 1
                 }
             };
             for (i, chunk) in (0u32..).zip(message.chunks_mut(4)) {

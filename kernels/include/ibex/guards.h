@@ -1,7 +1,7 @@
 /// The guards of the protocol by name, so that a test can switch one off and prove that it would be missed.
 ///
 /// On CUDA every guard always stands: `guarded` is the constant true there, and nothing of this reaches the code.
-/// The host build reads a mask in `LaneArgs`, which only tests set (`Session::switch_guards_off`).
+/// The host build reads a mask in `LaneArgs`, which only tests set (`Session::switch_guard_off`).
 #pragma once
 #include "ibex/args.h"
 #include "ibex/defs.h"

@@ -73,7 +73,7 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
     let samples = bench.run()?;
     bench.end();
     pcap.map(Pcap::end).transpose()?;
-    let report = Report::new(&args.shared, bench.rig.config(), &samples, &bench.totals()?);
+    let report = Report::new(&args.shared, bench.rig.config(), None, &samples, &bench.totals()?);
     tell(&args, &report, &samples)
 }
 
@@ -145,7 +145,7 @@ impl<'a> Bench<'a> {
 
     /// One step of all ranks; returns the times of its slowest rank.
     fn step(&self, iteration: u32, inputs: &[RankInput], verdict: &mut Verdict) -> Result<(f64, f64), Error> {
-        let lane = Lane(iteration % self.flags.lanes);
+        let lane = Lane(iteration % self.flags.shape.lanes);
         for ((rank, bench), input) in self.ranks().zip(inputs) {
             bench.load(rank, input)?;
         }
@@ -229,5 +229,5 @@ pub(super) fn all_inputs(flags: &Shared, config: &ValidConfig, iteration: u32) -
 /// The input of one rank in one step.
 pub(super) fn input(flags: &Shared, config: &ValidConfig, iteration: u32, rank: Rank) -> RankInput {
     let key = InputKey { seed: flags.seed, iteration: iteration.into(), rank };
-    RankInput::generate(config, flags.routing, key, flags.tokens)
+    RankInput::generate(config, flags.routing, key, flags.shape.tokens)
 }

@@ -1,15 +1,14 @@
 //! `ibex bench post`: work requests posted by the shipped post kernel, against plain memcpy.
 //!
-//! A run owns one rig per row. Every WQE of every round is checked in memory; a row's rate is the median
-//! over its rounds. memcpy moves the same messages between the same number of slots on one thread, because
-//! one thread runs the kernel and the device.
+//! A run owns one rig per row. Every WQE of every round is checked in memory, so there is no `--check`; a row's
+//! rate is the median over its rounds. memcpy moves the same messages between the same number of slots on one
+//! thread, because one thread runs the kernel and the device; rounds of both take turns.
 
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 use ibex::error::Error;
-use ibex::harness::post::{INLINE_LEN, PostCase, PostRig};
-use ibex::time::now_ns;
+use ibex::harness::post::{Copies, INLINE_LEN, PostCase, PostRig};
 use serde::Serialize;
 
 use super::commit::commit;
@@ -41,6 +40,9 @@ pub(in crate::cli) struct Args {
     /// Rounds before them, per row.
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = rounds(0))]
     warmup: u32,
+    /// Seed of the payloads.
+    #[arg(long, default_value_t = 1, value_name = "S")]
+    seed: u64,
     /// Write the report as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -58,6 +60,7 @@ struct Report {
     gpu: &'static str,
     fabric: &'static str,
     commit: Option<String>,
+    seed: u64,
     rows: Vec<Row>,
     wrong: u64,
     unrung_wqes: u64,
@@ -96,6 +99,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         gpu: args.machine.gpu_name(),
         fabric: args.machine.fabric_name(),
         commit: commit(),
+        seed: args.seed,
         rows: Vec::new(),
         wrong: 0,
         unrung_wqes: 0,
@@ -123,16 +127,16 @@ fn measure(args: &Args, bytes: u32, inline: bool, qps: u32, report: &mut Report)
     // CAST: bounded by ROUND_WQES_MAX.
     let slots = wqes.div_ceil(qps.into()) as u32;
     let case = PostCase { bytes, inline, num_qps: qps, slots, batch: 32, sq_depth_log: 10 };
-    let mut rig = PostRig::new(case, args.machine.link)?;
+    let mut rig = PostRig::new(case, args.machine.link, args.seed)?;
     let mut copies = Copies::new(&case);
     let (mut rates, mut copy_rates) = (Vec::new(), Vec::new());
     for round in 0..args.warmup + args.iters {
         let result = rig.round()?;
         report.wrong += result.wrong + (case.wqes() - result.completed.min(case.wqes()));
-        let copied = copies.bytes_per_s();
+        let copy_ns = copies.round_ns();
         if round >= args.warmup {
             rates.push(case.wqes() as f64 * 1e9 / result.elapsed_ns.max(1) as f64);
-            copy_rates.push(copied);
+            copy_rates.push((case.wqes() * u64::from(bytes)) as f64 * 1e9 / copy_ns.max(1) as f64);
         }
     }
     report.unrung_wqes += rig.unrung_wqes();
@@ -155,7 +159,7 @@ fn measure(args: &Args, bytes: u32, inline: bool, qps: u32, report: &mut Report)
 /// From post to completion: a queue of one WQE cannot post the next before it has seen the last.
 fn latency_us(args: &Args, case: &PostCase, report: &mut Report) -> Result<f64, Error> {
     let case = PostCase { num_qps: 1, slots: LATENCY_WQES, batch: 1, sq_depth_log: 0, ..*case };
-    let mut rig = PostRig::new(case, args.machine.link)?;
+    let mut rig = PostRig::new(case, args.machine.link, args.seed)?;
     let mut samples = Vec::new();
     for _ in 0..args.iters.min(10) {
         let round = rig.round()?;
@@ -163,34 +167,6 @@ fn latency_us(args: &Args, case: &PostCase, report: &mut Report) -> Result<f64, 
         samples.push(round.elapsed_ns as f64 / f64::from(LATENCY_WQES) / 1e3);
     }
     Ok(median(&samples).unwrap_or(0.0))
-}
-
-/// The same messages, copied by hand.
-struct Copies {
-    piece: usize,
-    from: Vec<u8>,
-    to: Vec<u8>,
-}
-
-impl Copies {
-    fn new(case: &PostCase) -> Self {
-        let piece = case.bytes as usize;
-        let from = vec![0x5a; piece * case.slots as usize];
-        let to = vec![0xa5; from.len() * case.num_qps as usize];
-        Self { piece, from, to }
-    }
-
-    fn bytes_per_s(&mut self) -> f64 {
-        let start = now_ns();
-        for part in self.to.chunks_exact_mut(self.from.len()) {
-            let pieces = part.chunks_exact_mut(self.piece).zip(self.from.chunks_exact(self.piece));
-            for (to, from) in pieces {
-                to.copy_from_slice(from);
-            }
-        }
-        let ns = now_ns() - start;
-        self.to.len() as f64 * 1e9 / ns.max(1) as f64
-    }
 }
 
 fn print(report: &Report) {

@@ -72,6 +72,7 @@ pub(super) fn run_rank(args: &Args, config: &ValidConfig, place: &Place) -> Resu
         claim_outputs(args)?;
     }
     let machine = &args.shared.machine;
+    let faults = machine.faults()?;
     let options = MemberOptions {
         fabric: match machine.fabric() {
             FabricKind::Udp => MemberFabric::Udp,
@@ -79,7 +80,7 @@ pub(super) fn run_rank(args: &Args, config: &ValidConfig, place: &Place) -> Resu
         },
         doorbells: if args.shared.check { Doorbells::Strict } else { Doorbells::Record },
         advertise_flag: machine.advertise.clone(),
-        faults: machine.faults()?,
+        faults: faults.clone(),
         capture: args.pcap.as_deref().map(|path| of_rank(path, place.rank)),
         timeout: PATIENCE,
         ..MemberOptions::default()
@@ -91,7 +92,7 @@ pub(super) fn run_rank(args: &Args, config: &ValidConfig, place: &Place) -> Resu
     }
     let mut samples = run.run()?;
     let totals = run.end(&mut samples.verdict)?;
-    let report = Report::new(&args.shared, config, &samples, &totals);
+    let report = Report::new(&args.shared, config, faults, &samples, &totals);
     let outcome = if is_first { tell(args, &report, &samples)? } else { report.outcome() };
     let captured = run.member.flush_capture()?;
     if let (true, Some(packets)) = (is_first, captured) {
@@ -220,7 +221,7 @@ impl<'a> Run<'a> {
     /// One step; the times of the slowest rank.
     fn step(&self, iteration: u32, inputs: &[RankInput], verdict: &mut Verdict) -> Result<[f64; 2], Error> {
         let (rank, bench, flags) = (&self.rank, &self.bench, self.flags());
-        let lane = Lane(iteration % flags.lanes);
+        let lane = Lane(iteration % flags.shape.lanes);
         let input = &inputs[self.me().index()];
         let synchronize = || rank.session.gpu().synchronize(&rank.stream);
         bench.load(rank, input)?;

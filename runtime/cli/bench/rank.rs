@@ -40,7 +40,7 @@ impl<'a> RankBench<'a> {
         let gpu = rank.session.gpu();
         let mut bench = Self { flags, start: gpu.event(), end: gpu.event(), graphs: Vec::new() };
         if flags.graph {
-            let graphs = (0..flags.lanes).map(|lane| bench.capture(rank, Lane(lane)));
+            let graphs = (0..flags.shape.lanes).map(|lane| bench.capture(rank, Lane(lane)));
             bench.graphs = graphs.collect::<Result<_, _>>()?;
         }
         Ok(bench)
@@ -53,7 +53,7 @@ impl<'a> RankBench<'a> {
     fn dispatch(&self, rank: &RigRank, lane: Lane) -> Result<DispatchHandle, Error> {
         let (session, stream, tensors) = (&rank.session, &rank.stream, &rank.tensors);
         let call = DispatchCall {
-            num_topk: self.flags.topk,
+            num_topk: self.flags.shape.topk,
             topk_dtype: TopkDtype::I32,
             with_weights: true,
             halves: self.halves(),

@@ -4,6 +4,7 @@
 
 use ibex::config::ValidConfig;
 use ibex::reference::check::Verdict;
+use ibex_hca::emulated::switch::FaultPlan;
 use serde::{Deserialize, Serialize};
 
 use super::commit::commit;
@@ -60,16 +61,22 @@ pub(super) struct Report {
 
 impl Report {
     /// Puts together what all ranks measured, moved and hold.
-    pub(super) fn new(flags: &Shared, config: &ValidConfig, samples: &Samples, totals: &Totals) -> Self {
+    pub(super) fn new(
+        flags: &Shared,
+        config: &ValidConfig,
+        faults: Option<FaultPlan>,
+        samples: &Samples,
+        totals: &Totals,
+    ) -> Self {
         let floor =
             Pair { dispatch: median(&samples.dispatch_floor_us), combine: median(&samples.combine_floor_us) };
         // Median over floor; a step that moves nothing has none.
         let ratio = |samples_us: &[f64], floor_us: Option<f64>| {
-            let floor_us = floor_us.filter(|floor| *floor > 0.0 && flags.tokens != 0)?;
+            let floor_us = floor_us.filter(|floor| *floor > 0.0 && flags.shape.tokens != 0)?;
             Some(median(samples_us)? / floor_us)
         };
         Self {
-            config: ConfigReport::new(flags, config),
+            config: ConfigReport::new(flags, config, faults),
             provider: flags.machine.provider_name(),
             gpu: flags.machine.gpu_name(),
             fabric: flags.machine.fabric_name(),
@@ -161,9 +168,10 @@ pub(super) fn print(report: &Report, checked: u64) {
 /// Draws the latency histogram.
 pub(super) fn draw(flags: &Shared, dispatch_us: &[f64], combine_us: &[f64]) -> String {
     let title = format!("Dispatch and combine, EP{}", flags.ranks());
+    let s = &flags.shape;
     let shape = format!(
         "{} tokens per rank, hidden {}, top-{} of {} experts, {} dispatch, {} combine, {} routing",
-        flags.tokens, flags.hidden, flags.topk, flags.experts, flags.dtype, flags.combine, flags.routing
+        s.tokens, s.hidden, s.topk, s.experts, s.dtype, s.combine, flags.routing
     );
     let machine = format!(
         "{} hca, {} gpu, {} fabric, route {}, signal {}, link {}",

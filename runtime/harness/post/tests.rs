@@ -9,7 +9,7 @@ fn case() -> PostCase {
 #[test]
 fn every_wqe_arrives_through_a_queue_smaller_than_a_round() {
     for link in [Link::Roce, Link::Ib] {
-        let mut rig = PostRig::new(case(), link).unwrap();
+        let mut rig = PostRig::new(case(), link, 1).unwrap();
         for _ in 0..3 {
             let round = rig.round().unwrap();
             assert_eq!((round.completed, round.wrong), (300, 0));
@@ -21,7 +21,7 @@ fn every_wqe_arrives_through_a_queue_smaller_than_a_round() {
 #[test]
 fn inline_messages_carry_their_index() {
     let case = PostCase { bytes: INLINE_LEN, inline: true, slots: 5000, ..case() };
-    let mut rig = PostRig::new(case, Link::Roce).unwrap();
+    let mut rig = PostRig::new(case, Link::Roce, 1).unwrap();
     let round = rig.round().unwrap();
     assert_eq!((round.completed, round.wrong), (15_000, 0));
 }
@@ -29,21 +29,27 @@ fn inline_messages_carry_their_index() {
 #[test]
 fn more_than_2_to_the_16_wqes_wrap_every_counter() {
     let case = PostCase { bytes: 4, num_qps: 1, slots: 70_000, batch: 32, ..case() };
-    let mut rig = PostRig::new(case, Link::Roce).unwrap();
+    let mut rig = PostRig::new(case, Link::Roce, 1).unwrap();
     let round = rig.round().unwrap();
     assert_eq!((round.completed, round.wrong), (70_000, 0));
 }
 
 #[test]
+fn seeds_send_other_bytes() {
+    let sent = |seed| PostRig::new(case(), Link::Roce, seed).unwrap().messages();
+    assert!(sent(1) == sent(1) && sent(1) != sent(2) && sent(1) != sent(1 << 32));
+}
+
+#[test]
 fn a_queue_of_one_wqe_is_a_ping_pong() {
     let case = PostCase { num_qps: 1, batch: 1, sq_depth_log: 0, slots: 50, ..case() };
-    let mut rig = PostRig::new(case, Link::Roce).unwrap();
+    let mut rig = PostRig::new(case, Link::Roce, 1).unwrap();
     assert_eq!(rig.round().unwrap().wrong, 0);
 }
 
 #[test]
 fn a_wrong_byte_is_counted() {
-    let mut rig = PostRig::new(case(), Link::Roce).unwrap();
+    let mut rig = PostRig::new(case(), Link::Roce, 1).unwrap();
     rig.round().unwrap();
     let messages = rig.messages();
     rig.gpu.fill(rig.target.addr() + 999, 0, 1).unwrap();
