@@ -334,43 +334,6 @@ fn at_most_field(field: &'static str, value: u32, other: &'static str, max: u32)
     Err(ConfigError { field, value: value.into(), limit })
 }
 
-/// A process's place in its group, as launchers say it: `RANK` and `WORLD_SIZE`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GroupMember {
-    /// This member.
-    pub rank: Rank,
-    /// Members of the group.
-    pub num_ranks: u32,
-}
-
-impl GroupMember {
-    /// Asks `lookup` for `RANK` and `WORLD_SIZE`; one that is not set counts as rank 0 and as `default_ranks` members.
-    ///
-    /// The library reads no environment; a caller that wants it passes `|name| std::env::var(name).ok()`.
-    ///
-    /// # Errors
-    /// A value that is not a number, or outside its limit.
-    pub fn from_vars(
-        lookup: impl Fn(&str) -> Option<String>,
-        default_ranks: u32,
-    ) -> Result<Self, ConfigError> {
-        let number = |field: &'static str, default: u32, min: u32, max: u32| {
-            let Some(text) = lookup(field) else { return Ok(default) };
-            let not_a_number = ConfigError {
-                field,
-                value: Value::Name("not a number"),
-                limit: Limit::Range { min: min.into(), max: max.into() },
-            };
-            let value = text.trim().parse().map_err(|_| not_a_number)?;
-            in_range(field, value, min, max).map(|()| value)
-        };
-        let num_ranks = number("WORLD_SIZE", default_ranks, 1, NUM_RANKS_MAX)?;
-        let rank = number("RANK", 0, 0, num_ranks - 1)?;
-        // CAST: below 512.
-        Ok(Self { rank: Rank(rank as u16), num_ranks })
-    }
-}
-
 /// A configuration whose every limit was checked; made only by [`Config::validate`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ValidConfig {
@@ -516,24 +479,6 @@ impl RcTimers {
 
 #[cfg(test)]
 mod tests {
-    #[test]
-    fn a_member_is_what_its_launcher_says() {
-        let vars = |rank: &'static str, size: &'static str| {
-            let given = move |name: &str| match name {
-                "RANK" => Some(rank.to_owned()),
-                _ => Some(size.to_owned()),
-            };
-            GroupMember::from_vars(given, 2)
-        };
-        assert_eq!(vars("3", "4"), Ok(GroupMember { rank: Rank(3), num_ranks: 4 }));
-        assert_eq!(GroupMember::from_vars(|_| None, 2), Ok(GroupMember { rank: Rank(0), num_ranks: 2 }));
-        for (rank, size, field) in
-            [("4", "4", "RANK"), ("x", "4", "RANK"), ("0", "0", "WORLD_SIZE"), ("0", "-1", "WORLD_SIZE")]
-        {
-            assert_eq!(vars(rank, size).unwrap_err().field, field);
-        }
-    }
-
     use super::*;
 
     fn refused(change: impl FnOnce(&mut Config)) -> ConfigError {

@@ -35,6 +35,8 @@ pub enum Launcher {
     OpenMpi,
     /// `PMI_RANK`.
     Hydra,
+    /// None: a group of one.
+    Nobody,
 }
 
 /// Variables of one launcher: rank, ranks, rank on this host, ranks on this host.
@@ -132,6 +134,21 @@ pub struct Place {
 }
 
 impl Place {
+    /// The only rank of a group of one: for a program that no launcher started.
+    #[must_use]
+    pub fn alone() -> Self {
+        Self {
+            rank: Rank(0),
+            num_ranks: 1,
+            local_rank: 0,
+            launcher: Launcher::Nobody,
+            master_host: "127.0.0.1".into(),
+            // Any port that is free: nobody else looks for it.
+            master_port: 0,
+            token: Token::default(),
+        }
+    }
+
     /// The place that this process's environment spells; none if no launcher started it.
     ///
     /// # Errors

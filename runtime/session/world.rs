@@ -180,6 +180,49 @@ impl Choices {
 }
 
 /// All ranks of a group in one process. See the module documentation.
+///
+/// # Examples
+///
+/// A step, a peer's queue pairs replaced in place, and the same step again.
+///
+/// ```
+/// use ibex::{Config, Error, Rank, Replacement, Tokens, World, WorldOptions};
+///
+/// fn main() -> Result<(), Error> {
+///     let config = Config {
+///         num_ranks: 2,
+///         max_tokens: 4,
+///         hidden: 256,
+///         num_experts: 8,
+///         max_topk: 2,
+///         detect_ms: 20_000,
+///         ..Config::default()
+///     };
+///     let world = World::new(&config, &WorldOptions::default())?;
+///     let x = vec![0x3f80_u16; 4 * 256]; // 1.0 in bf16
+///     let tokens = Tokens { x: &x, topk_idx: &[0, 7, 1, 6, 2, -1, 3, 4], topk_weights: &[0.5; 8] };
+///     // All ranks launch before one is waited for.
+///     let step = || -> Result<_, Error> {
+///         let mut running = Vec::new();
+///         for session in world.sessions() {
+///             let (tensors, stream) = (session.tensors()?, session.stream());
+///             let num_tokens = session.load(&tensors, 2, &tokens)?;
+///             session.launch_step(&stream, &tensors, 2)?; // dispatch, expert, combine
+///             running.push((session, tensors, stream, num_tokens));
+///         }
+///         let mut outputs = Vec::new();
+///         for (session, tensors, stream, num_tokens) in &running {
+///             outputs.push(session.finish(stream, tensors, *num_tokens)?);
+///         }
+///         Ok(outputs)
+///     };
+///     let before = step()?;
+///     assert!(before.iter().all(|rank| rank.lost_topk == [0; 4]), "nothing is lost");
+///     world.replace_peer(Rank(0), Replacement::default())?;
+///     assert_eq!(step()?, before, "the same sums as before");
+///     Ok(())
+/// }
+/// ```
 pub struct World {
     // Sessions first: they destroy their queue pairs while devices and pool still run.
     sessions: Vec<Arc<Session>>,

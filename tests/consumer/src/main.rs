@@ -1,45 +1,49 @@
-//! Links Ibex from outside and uses nothing but its public surface: dispatch, expert, combine, losses.
+//! Links Ibex from outside and uses nothing but its public surface: one rank of a group of processes.
 //!
-//! `WORLD_SIZE` says how many ranks live in this process, `RANK` which of them reports.
+//! `ibex launch --ranks 2 -- ibex-consumer` starts the group, as torchrun, srun and mpirun do: every process finds its
+//! rank and where to meet in the environment. Without a launcher it is a group of one.
 
+use ibex::bootstrap::Place;
 use ibex::{
-    CombineSource, Config, DispatchCall, Error, GroupMember, Halves, Lane, Rank, Replacement, Tokens, World,
-    WorldOptions,
+    CombineSource, Config, DispatchCall, Error, Halves, Lane, Member, MemberOptions, Session, Tokens,
 };
 
+const NUM_TOKENS: usize = 4;
+const HIDDEN: u32 = 256;
 const NUM_TOPK: u32 = 2;
+/// Two experts per token; a masked pick takes part in nothing.
+const TOPK_IDX: [i32; 8] = [0, 7, 1, 6, 2, -1, 3, 4];
 
-fn step(world: &World, tokens: &Tokens<'_>, me: Rank) -> Result<Vec<u32>, Error> {
-    let mut running = Vec::new();
-    for session in world.sessions() {
-        let (tensors, stream) = (session.tensors()?, session.stream());
-        let num_tokens = session.load(&tensors, NUM_TOPK, tokens)?;
-        let handle = session.dispatch(Lane(0), &stream, &tensors, &DispatchCall::new(NUM_TOPK))?;
-        session.run_expert(&stream, &tensors)?;
-        session.combine(&handle, &stream, &tensors, CombineSource::ZeroCopy, Halves::Both)?;
-        running.push((session, tensors, stream, num_tokens));
-    }
-    let mut lost = Vec::new();
-    for (session, tensors, stream, num_tokens) in &running {
-        let combined = session.finish(stream, tensors, *num_tokens)?;
-        if session.rank() == me {
-            lost = combined.lost_topk;
-        }
-    }
-    Ok(lost)
+/// Dispatch, expert, combine; which picks of each token were not summed.
+fn step(session: &Session) -> Result<Vec<u32>, Error> {
+    let (tensors, stream) = (session.tensors()?, session.stream());
+    let x = vec![0x3f80; NUM_TOKENS * HIDDEN as usize]; // 1.0 in bf16
+    let tokens = Tokens { x: &x, topk_idx: &TOPK_IDX, topk_weights: &[0.5; 8] };
+    let num_tokens = session.load(&tensors, NUM_TOPK, &tokens)?;
+    let handle = session.dispatch(Lane(0), &stream, &tensors, &DispatchCall::new(NUM_TOPK))?;
+    session.run_expert(&stream, &tensors)?;
+    session.combine(&handle, &stream, &tensors, CombineSource::ZeroCopy, Halves::Both)?;
+    let combined = session.finish(&stream, &tensors, num_tokens)?;
+    assert!(combined.out.iter().any(|value| *value != 0), "experts answered");
+    Ok(combined.lost_topk)
 }
 
 fn main() -> Result<(), Error> {
-    let me = GroupMember::from_vars(|name| std::env::var(name).ok(), 4)?;
-    let config =
-        Config { num_ranks: me.num_ranks, max_tokens: 4, hidden: 256, num_experts: 8, ..Config::default() };
-    let world = World::new(&config, &WorldOptions::default())?;
-    let x = vec![0x3f80; 4 * 256];
-    let tokens = Tokens { x: &x, topk_idx: &[0, 7, 1, 6, 2, -1, 3, 4], topk_weights: &[0.5; 8] };
-    println!("rank {} of {}: lost picks {:?}", me.rank, me.num_ranks, step(&world, &tokens, me.rank)?);
-    world.replace_peer(Rank(0), Replacement::default())?;
-    let lost = step(&world, &tokens, me.rank)?;
-    println!("after rank 0's queue pairs were replaced: lost picks {lost:?}");
-    assert!(lost.iter().all(|bits| *bits == 0), "nothing was injected, so nothing may be lost");
-    Ok(())
+    let place = Place::from_env()?.unwrap_or_else(Place::alone);
+    let config = Config {
+        num_ranks: place.num_ranks,
+        max_tokens: NUM_TOKENS as u32,
+        hidden: HIDDEN,
+        num_experts: 8,
+        max_topk: NUM_TOPK,
+        detect_ms: 20_000, // a busy machine is no dead peer
+        ..Config::default()
+    };
+    let member = Member::join(&config, &place, &MemberOptions::default())?;
+    for number in 0..5 {
+        let lost = step(member.session())?;
+        println!("rank {} of {}, step {number}: lost picks {lost:?}", place.rank, place.num_ranks);
+        assert!(lost.iter().all(|bits| *bits == 0), "nothing was injected, so nothing may be lost");
+    }
+    member.leave()
 }
