@@ -105,6 +105,12 @@ pub async fn within<T>(
     }
 }
 
+/// Suspends the task for a real duration: a pause between attempts, never part of a rule.
+#[cfg(any(feature = "layered", feature = "redis"))]
+pub(crate) async fn pause(duration: Duration) {
+    tokio::time::sleep(duration).await;
+}
+
 /// Waits for something to end, but no longer than this.
 #[cfg(feature = "grpc")]
 pub(crate) async fn at_most(budget: Duration, operation: impl Future<Output = ()>) {

@@ -5,7 +5,7 @@
 //! Pure, without clock, socket, thread, file or environment: [`ids`], [`name`], [`limits`], [`error`],
 //! [`record`], [`change`], [`lease`], [`segments`], [`url`], and the rules of a store as a state machine
 //! (`table`). Shell: [`clock`] (the only file that reads one), [`local`] (`memory:` and `redb:`), `grpc`
-//! (`ibex://`, client and server), [`mod@open`], [`blocking`], [`scope`]. [`contract`] is what every backend is
+//! (`ibex://`, client and server), `redis` (`redis://`), `layered`, [`mod@open`], [`blocking`], [`scope`]. [`contract`] is what every backend is
 //! held to.
 //!
 //! # Who owns what
@@ -24,12 +24,16 @@ pub mod grpc;
 pub mod ids;
 #[cfg(feature = "redb")]
 mod journal;
+#[cfg(feature = "layered")]
+pub mod layered;
 pub mod lease;
 pub mod limits;
 pub mod local;
 pub mod name;
 pub mod open;
 pub mod record;
+#[cfg(feature = "redis")]
+pub mod redis;
 pub mod scope;
 pub mod segments;
 pub mod store;

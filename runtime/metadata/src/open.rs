@@ -10,9 +10,15 @@ use crate::error::InputError;
 use crate::error::{Feature, Result, StoreError};
 #[cfg(feature = "grpc")]
 use crate::grpc::{Connect, RemoteStore, Secret, Target};
+#[cfg(feature = "layered")]
+use crate::layered::Layered;
 use crate::local::LocalStore;
+#[cfg(feature = "redis")]
+use crate::redis::RedisStore;
 use crate::store::Store;
 use crate::url::StoreUrl;
+#[cfg(feature = "redis")]
+use crate::url::TIMEOUT_DEFAULT;
 #[cfg(feature = "grpc")]
 use crate::url::{Address, IbexUrl};
 
@@ -32,6 +38,10 @@ pub fn open(url: &StoreUrl, clock: Clock) -> Result<Arc<dyn Store>> {
     match url {
         #[cfg(feature = "grpc")]
         StoreUrl::Ibex(url) => Ok(Arc::new(RemoteStore::new(&connect(url)?, clock)?)),
+        #[cfg(feature = "redis")]
+        StoreUrl::Redis(url) => Ok(Arc::new(RedisStore::new(url, clock, TIMEOUT_DEFAULT)?)),
+        #[cfg(feature = "layered")]
+        StoreUrl::Layered(behind) => Ok(Arc::new(Layered::new(open(behind, clock.clone())?, clock))),
         _ => Err(StoreError::Unsupported(Feature::Backend)),
     }
 }

@@ -6,7 +6,9 @@
 //! | `redb:PATH` | in a file; one process has it at a time |
 //! | `ibex://HOST:PORT` | `ibex store serve` on TCP |
 //! | `ibex+unix:PATH` | the same on a Unix socket |
-//! | `redis://…`, `etcd://…`, `k8s://…`, `layered+URL` | known by name; refused where a build lacks them |
+//! | `redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE]` | Redis |
+//! | `layered+URL` | any of these behind a cache |
+//! | `etcd://…`, `k8s://…` | known by name, not built yet |
 //!
 //! `ibex://` and `ibex+unix:` take options after `?`: `token-file=PATH`, `timeout-ms=N`, and over TCP
 //! `ca=PATH` (which turns TLS on) and `domain=NAME`.
@@ -20,7 +22,8 @@ use crate::error::{Feature, InputError, Result, StoreError};
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
 /// The range of `timeout-ms`.
 const TIMEOUT_MS: std::ops::RangeInclusive<u64> = 1..=600_000;
-const SCHEMES: &str = "memory:, redb:PATH, ibex://HOST:PORT or ibex+unix:PATH";
+const SCHEMES: &str =
+    "memory:, redb:PATH, ibex://HOST:PORT, ibex+unix:PATH, redis://HOST:PORT, or layered+ and one of these";
 
 /// A store, by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +34,10 @@ pub enum StoreUrl {
     Redb(PathBuf),
     /// On another process.
     Ibex(IbexUrl),
+    /// In Redis: the URL, which Redis' own client reads.
+    Redis(String),
+    /// Another store behind a cache.
+    Layered(Box<StoreUrl>),
 }
 
 /// How to reach `ibex store serve`.
@@ -67,14 +74,25 @@ impl StoreUrl {
         let Some((scheme, rest)) = text.split_once(':') else {
             return Err(InputError::new("store", text, SCHEMES).into());
         };
+        if let Some(behind) = text.strip_prefix("layered+") {
+            let behind = Self::parse(behind)?;
+            let refusal = || InputError::new("store", text, "layered once");
+            return match behind {
+                Self::Layered(_) => Err(refusal().into()),
+                behind => available(cfg!(feature = "layered"), Self::Layered(Box::new(behind))),
+            };
+        }
         match scheme {
             "memory" if rest.is_empty() => Ok(Self::Memory),
             "memory" => Err(InputError::new("store", text, "memory: and nothing more").into()),
             "redb" if rest.is_empty() => Err(InputError::new("store", text, "redb:PATH").into()),
             "redb" => available(cfg!(feature = "redb"), Self::Redb(rest.into())),
             "ibex" | "ibex+unix" => available(cfg!(feature = "grpc"), Self::Ibex(IbexUrl::parse(text)?)),
-            "redis" | "rediss" | "etcd" | "k8s" => Err(StoreError::Unsupported(Feature::Backend)),
-            _ if scheme.starts_with("layered+") => Err(StoreError::Unsupported(Feature::Backend)),
+            "redis" if rest.starts_with("//") && rest.len() > 2 => {
+                available(cfg!(feature = "redis"), Self::Redis(text.to_owned()))
+            }
+            "redis" => Err(InputError::new("store", text, "redis://HOST:PORT").into()),
+            "rediss" | "etcd" | "k8s" => Err(StoreError::Unsupported(Feature::Backend)),
             _ => Err(InputError::new("store", text, SCHEMES).into()),
         }
     }
@@ -171,6 +189,8 @@ mod tests {
             ("ibex://127.0.0.1:7400", StoreUrl::Ibex(ibex(tcp("127.0.0.1:7400")))),
             ("ibex://[::1]:7400/", StoreUrl::Ibex(ibex(tcp("[::1]:7400")))),
             ("ibex+unix:dir/s.sock", StoreUrl::Ibex(ibex(unix.clone()))),
+            ("redis://h:1/2", StoreUrl::Redis("redis://h:1/2".into())),
+            ("layered+memory:", StoreUrl::Layered(Box::new(StoreUrl::Memory))),
             ("ibex://h:1?ca=ca.pem&domain=store&token-file=t&timeout-ms=250", StoreUrl::Ibex(full)),
         ];
         for (text, url) in cases {
@@ -198,6 +218,10 @@ mod tests {
             ("ibex://[::g]:1", "ibex://HOST:PORT"),
             ("ibex://user@host:1", "ibex://HOST:PORT"),
             ("ibex+unix:", "ibex+unix:PATH"),
+            ("redis:", "redis://HOST:PORT"),
+            ("redis://", "redis://HOST:PORT"),
+            ("layered+", "layered+"),
+            ("layered+layered+memory:", "once"),
             ("ibex://h:1?x=1", "token-file"),
             ("ibex://h:1?ca", "name=value"),
             ("ibex://h:1?domain=d", "ca=PATH"),
@@ -214,7 +238,7 @@ mod tests {
 
     #[test]
     fn known_backends_that_are_not_built_are_unsupported() {
-        for text in ["redis://h:1", "etcd://h:1", "k8s://ns", "layered+memory:"] {
+        for text in ["rediss://h:1", "etcd://h:1", "k8s://ns", "layered+etcd://h:1"] {
             assert_eq!(StoreUrl::parse(text), Err(StoreError::Unsupported(Feature::Backend)), "{text}");
         }
     }

@@ -2,108 +2,33 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use ibex_metadata::clock::Clock;
 use ibex_metadata::error::{Corruption, Result, StoreError};
-use ibex_metadata::ids::{InstanceId, Revision, Version};
-use ibex_metadata::lease::Leased;
+use ibex_metadata::ids::{InstanceId, Version};
 use ibex_metadata::local::LocalStore;
-use ibex_metadata::name::{Prefix, RecordName};
-use ibex_metadata::record::PeerRecord;
+use ibex_metadata::name::RecordName;
 use ibex_metadata::scope::Request;
-use ibex_metadata::store::{
-    Ack, Cell, Claim, Filter, Health, Hold, Page, ReaderState, Snapshot, Store, Watch,
-};
-use parking_lot::Mutex;
+use ibex_metadata::store::{Claim, Hold, Store};
+
+use spy::{Mood, Spy};
+
+mod spy;
 
 const TTL: Duration = Duration::from_secs(10);
-
-/// A store that writes down what it is asked for, can be away, and can miscount.
-#[derive(Debug)]
-struct Spy {
-    inner: LocalStore,
-    asked: Mutex<Vec<Vec<String>>>,
-    mood: Mutex<Mood>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Mood {
-    Good,
-    Away,
-    Short,
-}
-
-#[async_trait]
-impl Store for Spy {
-    async fn batch_get(&self, names: &[RecordName]) -> Result<Vec<Result<Leased<Arc<Snapshot>>>>> {
-        self.asked.lock().push(names.iter().map(|name| name.parts().2.to_owned()).collect());
-        let mood = *self.mood.lock();
-        if mood == Mood::Away {
-            return Err(StoreError::Unavailable { retry_after: TTL });
-        }
-        let mut outcomes = self.inner.batch_get(names).await?;
-        if mood == Mood::Short {
-            outcomes.pop();
-        }
-        Ok(outcomes)
-    }
-
-    async fn claim(&self, claim: &Claim) -> Result<Hold> {
-        self.inner.claim(claim).await
-    }
-    async fn publish(&self, hold: &Hold, expect: Version, record: &PeerRecord) -> Result<Version> {
-        self.inner.publish(hold, expect, record).await
-    }
-    async fn renew(&self, hold: &Hold) -> Result<()> {
-        self.inner.renew(hold).await
-    }
-    async fn release(&self, hold: &Hold) -> Result<()> {
-        self.inner.release(hold).await
-    }
-    async fn list(&self, filter: &Filter) -> Result<Page> {
-        self.inner.list(filter).await
-    }
-    async fn watch(&self, prefix: &Prefix, from: Revision) -> Result<Watch> {
-        self.inner.watch(prefix, from).await
-    }
-    async fn ack(&self, ack: &Ack) -> Result<()> {
-        self.inner.ack(ack).await
-    }
-    async fn readers(&self, name: &RecordName) -> Result<Vec<ReaderState>> {
-        self.inner.readers(name).await
-    }
-    async fn read_cell(&self, name: &RecordName) -> Result<Cell> {
-        self.inner.read_cell(name).await
-    }
-    async fn swap_cell(&self, name: &RecordName, expect: Version, value: &[u8]) -> Result<Version> {
-        self.inner.swap_cell(name, expect, value).await
-    }
-    async fn health(&self) -> Result<Health> {
-        self.inner.health().await
-    }
-}
 
 fn name(text: &str) -> RecordName {
     RecordName::new("c", "g", text).unwrap()
 }
 
-impl Spy {
-    fn new(clock: &Clock) -> Self {
-        let inner = LocalStore::memory(clock.clone());
-        Self { inner, asked: Mutex::default(), mood: Mutex::new(Mood::Good) }
-    }
+async fn claimed(store: &Spy, text: &str) -> Hold {
+    let instance = InstanceId::new(1).unwrap();
+    store.claim(&Claim { name: name(text), instance, ttl: TTL, takeover: false }).await.unwrap()
+}
 
-    async fn claimed(&self, text: &str) -> Hold {
-        let instance = InstanceId::new(1).unwrap();
-        self.claim(&Claim { name: name(text), instance, ttl: TTL, takeover: false }).await.unwrap()
-    }
-
-    fn asked(&self) -> Vec<Vec<String>> {
-        std::mem::take(&mut self.asked.lock())
-    }
+fn spy(clock: &Clock) -> Spy {
+    Spy::new(LocalStore::memory(clock.clone()))
 }
 
 fn run(test: impl Future<Output = ()>) {
@@ -114,8 +39,8 @@ fn run(test: impl Future<Output = ()>) {
 fn what_is_known_is_not_asked_again_not_even_a_miss() {
     run(async {
         let clock = Clock::manual();
-        let store = Spy::new(&clock);
-        store.claimed("a").await;
+        let store = spy(&clock);
+        claimed(&store, "a").await;
         let request = Request::new(clock);
         let scope = request.scope(&store);
         let names = ["a", "none", "a", "none"].map(name);
@@ -135,8 +60,8 @@ fn what_is_known_is_not_asked_again_not_even_a_miss() {
 fn what_ran_out_is_asked_again_before_use_and_fails_alone_during_use() {
     run(async {
         let clock = Clock::manual();
-        let store = Spy::new(&clock);
-        let (short, long) = (store.claimed("short").await, store.claimed("long").await);
+        let store = spy(&clock);
+        let (short, long) = (claimed(&store, "short").await, claimed(&store, "long").await);
         let request = Request::new(clock.clone());
         let scope = request.scope(&store);
         let one = scope.resolve(&short.name).await.unwrap();
@@ -161,8 +86,8 @@ fn what_ran_out_is_asked_again_before_use_and_fails_alone_during_use() {
 fn a_guard_is_renewed_on_the_same_snapshot_only() {
     run(async {
         let clock = Clock::manual();
-        let store = Spy::new(&clock);
-        let hold = store.claimed("a").await;
+        let store = spy(&clock);
+        let hold = claimed(&store, "a").await;
         let request = Request::new(clock.clone());
         let scope = request.scope(&store);
         let mut guard = scope.resolve(&hold.name).await.unwrap();
@@ -183,8 +108,8 @@ fn a_guard_is_renewed_on_the_same_snapshot_only() {
 fn an_outage_is_not_an_answer() {
     run(async {
         let clock = Clock::manual();
-        let store = Spy::new(&clock);
-        let hold = store.claimed("a").await;
+        let store = spy(&clock);
+        let hold = claimed(&store, "a").await;
         let request = Request::new(clock);
         let scope = request.scope(&store);
         *store.mood.lock() = Mood::Away;

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use ibex_metadata::clock::Clock;
 use ibex_metadata::contract::{self, Subject};
 use ibex_metadata::error::StoreError;
+use ibex_metadata::layered::Layered;
 use ibex_metadata::local::LocalStore;
 use ibex_metadata::store::Store;
 
@@ -52,6 +53,36 @@ fn memory_keeps_the_contract() {
     runtime().block_on(contract::run("", starting, async || {
         let clock = Clock::manual();
         Local { store: LocalStore::memory(clock.clone()), clock }
+    }));
+}
+
+/// The store of this process behind a cache.
+struct Cached(Local);
+
+#[async_trait]
+impl Subject for Cached {
+    async fn client(&self, skew_ns: i64) -> Arc<dyn Store> {
+        Arc::new(Layered::new(self.0.client(skew_ns).await, self.clock(skew_ns)))
+    }
+
+    fn clock(&self, skew_ns: i64) -> Clock {
+        self.0.clock(skew_ns)
+    }
+
+    fn short_ttl(&self) -> Duration {
+        self.0.short_ttl()
+    }
+
+    async fn pass(&self, duration: Duration) {
+        self.0.pass(duration).await;
+    }
+}
+
+#[test]
+fn a_cache_in_front_keeps_the_contract() {
+    runtime().block_on(contract::run("", starting, async || {
+        let clock = Clock::manual();
+        Cached(Local { store: LocalStore::memory(clock.clone()), clock })
     }));
 }
 

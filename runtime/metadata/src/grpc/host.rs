@@ -18,7 +18,6 @@ const END_BUDGET: Duration = Duration::from_secs(5);
 
 /// Why a store is not served.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum HostError {
     /// The store behind the server cannot be opened.
     #[error(transparent)]

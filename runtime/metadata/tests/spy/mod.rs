@@ -1,0 +1,100 @@
+//! A store between a test and a store of this process, that can misbehave.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use ibex_metadata::error::{Result, StoreError};
+use ibex_metadata::ids::{Revision, Version};
+use ibex_metadata::lease::Leased;
+use ibex_metadata::local::LocalStore;
+use ibex_metadata::name::{Prefix, RecordName};
+use ibex_metadata::record::PeerRecord;
+use ibex_metadata::store::{
+    Ack, Cell, Claim, Filter, Health, Hold, Page, ReaderState, Snapshot, Store, Watch,
+};
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+/// A store that writes down what it is asked for, can be away, and can miscount.
+#[derive(Debug)]
+pub(crate) struct Spy {
+    pub(crate) inner: LocalStore,
+    asked: Mutex<Vec<Vec<String>>>,
+    pub(crate) mood: Mutex<Mood>,
+    /// Batches need one of these each; none left: they wait.
+    pub(crate) passes: Semaphore,
+}
+
+impl Spy {
+    pub(crate) fn new(inner: LocalStore) -> Self {
+        let passes = Semaphore::new(Semaphore::MAX_PERMITS);
+        Self { inner, asked: Mutex::default(), mood: Mutex::new(Mood::Good), passes }
+    }
+
+    /// The batches since the last look, by the last parts of their names.
+    pub(crate) fn asked(&self) -> Vec<Vec<String>> {
+        std::mem::take(&mut self.asked.lock())
+    }
+}
+
+/// How it answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Mood {
+    Good,
+    /// As if it could not be reached.
+    Away,
+    /// With one outcome too few.
+    Short,
+}
+
+#[async_trait]
+impl Store for Spy {
+    async fn batch_get(&self, names: &[RecordName]) -> Result<Vec<Result<Leased<Arc<Snapshot>>>>> {
+        self.asked.lock().push(names.iter().map(|name| name.parts().2.to_owned()).collect());
+        let _pass = self.passes.acquire().await;
+        let mood = *self.mood.lock();
+        if mood == Mood::Away {
+            return Err(StoreError::Unavailable { retry_after: Duration::ZERO });
+        }
+        let mut outcomes = self.inner.batch_get(names).await?;
+        if mood == Mood::Short {
+            outcomes.pop();
+        }
+        Ok(outcomes)
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<Hold> {
+        self.inner.claim(claim).await
+    }
+    async fn publish(&self, hold: &Hold, expect: Version, record: &PeerRecord) -> Result<Version> {
+        self.inner.publish(hold, expect, record).await
+    }
+    async fn renew(&self, hold: &Hold) -> Result<()> {
+        self.inner.renew(hold).await
+    }
+    async fn release(&self, hold: &Hold) -> Result<()> {
+        self.inner.release(hold).await
+    }
+    async fn list(&self, filter: &Filter) -> Result<Page> {
+        self.inner.list(filter).await
+    }
+    async fn watch(&self, prefix: &Prefix, from: Revision) -> Result<Watch> {
+        self.inner.watch(prefix, from).await
+    }
+    async fn ack(&self, ack: &Ack) -> Result<()> {
+        self.inner.ack(ack).await
+    }
+    async fn readers(&self, name: &RecordName) -> Result<Vec<ReaderState>> {
+        self.inner.readers(name).await
+    }
+    async fn read_cell(&self, name: &RecordName) -> Result<Cell> {
+        self.inner.read_cell(name).await
+    }
+    async fn swap_cell(&self, name: &RecordName, expect: Version, value: &[u8]) -> Result<Version> {
+        self.inner.swap_cell(name, expect, value).await
+    }
+    async fn health(&self) -> Result<Health> {
+        self.inner.health().await
+    }
+}
