@@ -9,6 +9,7 @@ use std::fmt;
 
 use ibex_hca::control_region::ControlError;
 use ibex_hca::{CommandError, HcaError};
+use ibex_metadata::error::StoreError;
 
 use crate::bootstrap::BootstrapError;
 use crate::gpu::GpuError;
@@ -51,6 +52,9 @@ pub enum Error {
     /// Ranks in processes of their own did not find each other.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
+    /// The metadata store refused or failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A call to the operating system failed.
     #[error(transparent)]
     Os(#[from] OsError),

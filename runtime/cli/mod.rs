@@ -19,6 +19,7 @@ mod info;
 mod launch;
 mod plot;
 mod progress;
+mod store;
 mod table;
 
 /// GPU-initiated expert-parallel communication, and the device to test it on.
@@ -36,6 +37,9 @@ enum Command {
     Bench(bench::Command),
     /// Start ranks as processes, here or in network namespaces.
     Launch(launch::Args),
+    /// Serve records to other processes, or look into a store.
+    #[command(subcommand)]
+    Store(store::Command),
     /// Show what this build and this machine offer, and what a configuration costs in memory.
     Info(info::Args),
 }
@@ -74,9 +78,18 @@ enum CliError {
     /// Processes could not be started.
     #[error(transparent)]
     Launch(#[from] launch::LaunchError),
+    /// A store cannot be served.
+    #[error(transparent)]
+    Serve(ibex_metadata::grpc::HostError),
     /// The runtime refused or failed.
     #[error(transparent)]
     Runtime(#[from] Error),
+}
+
+impl From<ibex_metadata::error::StoreError> for CliError {
+    fn from(error: ibex_metadata::error::StoreError) -> Self {
+        Self::Runtime(error.into())
+    }
 }
 
 impl From<ConfigError> for CliError {
@@ -98,6 +111,8 @@ impl CliError {
             Self::NotBuilt { .. } | Self::Conflict { .. } | Self::Output { .. } | Self::Launch(_) => 2,
             Self::Input { .. } | Self::Plan { .. } | Self::Place(_) => 2,
             Self::Runtime(Error::Config(_)) => 2,
+            Self::Runtime(Error::Store(error)) => store::exit_code(error),
+            Self::Serve(error) => store::serve_exit_code(error),
             Self::Runtime(_) => 1,
         }
     }
@@ -120,6 +135,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result = match cli.command {
         Command::Bench(command) => bench::run(command),
         Command::Launch(args) => launch::run(&args).map(Outcome::Ended),
+        Command::Store(command) => store::run(&command),
         Command::Info(args) => info::run(&args),
     };
     match result {
