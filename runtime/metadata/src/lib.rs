@@ -5,7 +5,8 @@
 //! Pure, without clock, socket, thread, file or environment: [`ids`], [`name`], [`limits`], [`error`],
 //! [`record`], [`change`], [`lease`], [`segments`], [`url`], and the rules of a store as a state machine
 //! (`table`). Shell: [`clock`] (the only file that reads one), [`local`] (`memory:` and `redb:`), `grpc`
-//! (`ibex://`, client and server), `redis` (`redis://`), `layered`, [`mod@open`], [`blocking`], [`scope`]. [`contract`] is what every backend is
+//! (`ibex://`, client and server), `redis` (`redis://`), `layered` (`layered+URL`), [`mod@open`],
+//! [`blocking`], [`scope`]. [`contract`] is what every backend is
 //! held to.
 //!
 //! # Who owns what

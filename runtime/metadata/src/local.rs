@@ -1,6 +1,6 @@
 //! Stores inside this process: in memory, or in memory and in a redb file.
 //!
-//! [`LocalStore`] owns the [`Table`] and, for `redb:`, the file. Reads take a shared lock and see only
+//! [`LocalStore`] owns the table of rows and, for `redb:`, the file. Reads take a shared lock and see only
 //! what is durable; writes go one at a time: plan, write down, apply. Once begun, a write runs to its end
 //! even if whoever asked for it has stopped waiting.
 

@@ -29,8 +29,7 @@ const FILE_LEN_MAX: u64 = 1 << 20;
 /// Opens the store that a URL names. A remote store is not contacted yet. Must be called inside tokio.
 ///
 /// # Errors
-/// [`StoreError::Input`](crate::error::StoreError::Input) for a file that cannot be read; whatever
-/// opening refuses.
+/// [`StoreError::Input`] for a file that cannot be read; whatever opening refuses.
 pub fn open(url: &StoreUrl, clock: Clock) -> Result<Arc<dyn Store>> {
     if let Some(store) = open_local(url, &clock)? {
         return Ok(Arc::new(store));
