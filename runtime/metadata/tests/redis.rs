@@ -32,7 +32,7 @@ fn have_redis() -> bool {
     if !found {
         // Straight to stderr: the runner hides what a passing test prints.
         let why = "SKIPPED: no redis-server (apt-get install redis-server)";
-        writeln!(std::io::stderr(), "{why}").unwrap();
+        let _ = writeln!(std::io::stderr(), "{why}");
     }
     found
 }
