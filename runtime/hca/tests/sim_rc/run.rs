@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ibex_abi::cqe::{CqeOpcode, Syndrome};
-use ibex_abi::types::{Iova, Rkey};
+use ibex_abi::types::{Iova, QpState, Rkey};
 use ibex_abi::wqe::{AtomicOp, CqUpdate, CtrlFlags, DataSeg, FenceMode, Remote, Request, SegmentBuf};
 use ibex_hca::control_region::ControlRegion;
-use ibex_hca::emulated::switch::FaultCounts;
+use ibex_hca::emulated::switch::{Fault, FaultCounts, FaultRule};
 use ibex_hca::emulated::{EmulatedConfig, EmulatedHca, Fabric, FabricConfig};
 use ibex_hca::host_memory::Registered;
 use ibex_hca::host_qp::{ConnectSpec, CqShape, HostQp, HostQpSpec, Outcome, Rts};
@@ -15,14 +15,18 @@ use ibex_hca::objects::RecvSpec;
 use ibex_hca::{Access, Hca, Nanos};
 
 use super::model::{Target, is_reachable, pattern};
-use super::scenario::{EndPlan, FAULTS_END_US, LinkPlan, OPS_MAX, Op, Poison, RECEIVE, Scenario, TARGET};
+use super::scenario::{EndPlan, LinkPlan, OPS_MAX, Op, Poison, RECEIVE, Scenario, TARGET};
 
 const RECEIVES_AT: u64 = TARGET;
 const SOURCES_AT: u64 = RECEIVES_AT + OPS_MAX as u64 * RECEIVE;
 /// Bytes of one operation's payload, and of what it brings back.
 const SLOT: u64 = 3 << 10;
 const RESULTS_AT: u64 = SOURCES_AT + OPS_MAX as u64 * SLOT;
-const BUFFER: u64 = RESULTS_AT + OPS_MAX as u64 * SLOT;
+/// One word goes from here to there when all else is over.
+const PROBE_SOURCE: u64 = RESULTS_AT + OPS_MAX as u64 * SLOT;
+const PROBE_TARGET: u64 = PROBE_SOURCE + 8;
+const BUFFER: u64 = PROBE_TARGET + 8;
+const PROBE: [u8; 8] = *b"still on";
 /// Nothing takes longer than this once faults have ended.
 const PATIENCE: Nanos = Nanos(60_000_000_000);
 
@@ -33,6 +37,8 @@ pub struct Tally {
     pub wqes: u64,
     pub good: u64,
     pub receives: u64,
+    /// Connections that carried one more WRITE each way once all was over.
+    pub probed: u64,
     pub errors: BTreeMap<u8, u64>,
     pub sent_again: u64,
     pub bad_icrc: u64,
@@ -43,9 +49,10 @@ impl Tally {
     pub fn report(&self) -> String {
         let named = |(syndrome, count): (&u8, &u64)| format!("{:?}: {count}", Syndrome(*syndrome));
         let errors: Vec<String> = self.errors.iter().map(named).collect();
-        let Self { faults, wqes, good, receives, sent_again, bad_icrc, virtual_ms, .. } = self;
+        let Self { faults, wqes, good, receives, probed, sent_again, bad_icrc, virtual_ms, .. } = self;
         format!(
             "{faults:#?}\n{wqes} WQEs, {good} of them good, {receives} receives, first errors: {errors:?}\n\
+             {probed} connections carried more after all that\n\
              {sent_again} packets sent again, {bad_icrc} dropped for their ICRC, {virtual_ms} ms of virtual time"
         )
     }
@@ -67,6 +74,7 @@ impl Tally {
         self.wqes += other.wqes;
         self.good += other.good;
         self.receives += other.receives;
+        self.probed += other.probed;
         self.sent_again += other.sent_again;
         self.bad_icrc += other.bad_icrc;
         self.virtual_ms += other.virtual_ms;
@@ -95,6 +103,8 @@ struct End {
 
 struct Link<'a> {
     plan: &'a LinkPlan,
+    /// All that goes wrong anywhere.
+    rules: &'a [FaultRule],
     ends: [End; 2],
 }
 
@@ -111,11 +121,12 @@ pub fn run(seed: u64) -> Tally {
     let fabric = Fabric::switched(config, scenario.plan.clone()).unwrap();
     let device = |_| EmulatedHca::new(Arc::clone(&fabric), EmulatedConfig::default()).unwrap();
     let devices: Vec<Arc<EmulatedHca>> = (0..scenario.devices).map(device).collect();
-    let links = scenario.links.iter().map(|plan| connect(&devices, plan)).collect();
+    let links = scenario.links.iter().map(|plan| connect(&devices, plan, &scenario.plan.rules)).collect();
     let mut world = World { devices, links, now: Nanos(0) };
     world.run();
     let mut tally = Tally { faults: fabric.fault_counts().unwrap(), ..Tally::default() };
     world.check_ends(&mut tally);
+    world.probe(&mut tally);
     for device in &world.devices {
         let counters = device.counters();
         tally.sent_again += counters.packets.sent_again;
@@ -126,7 +137,7 @@ pub fn run(seed: u64) -> Tally {
     tally
 }
 
-fn connect<'a>(devices: &[Arc<EmulatedHca>], plan: &'a LinkPlan) -> Link<'a> {
+fn connect<'a>(devices: &[Arc<EmulatedHca>], plan: &'a LinkPlan, rules: &'a [FaultRule]) -> Link<'a> {
     let cq = CqShape::Ring { log_size: 6, overrun_ignore: false };
     let recv = Some(RecvSpec { log_size: 5, log_segs: 0 });
     let spec = HostQpSpec { log_sq_size: 6, recv, send_cq: cq, recv_cq: cq, user_index: 0, eqn: None };
@@ -172,7 +183,7 @@ fn connect<'a>(devices: &[Arc<EmulatedHca>], plan: &'a LinkPlan) -> Link<'a> {
             _region: region,
         }
     });
-    Link { plan, ends }
+    Link { plan, rules, ends }
 }
 
 fn source_at(op: usize) -> u64 {
@@ -258,12 +269,40 @@ impl World<'_> {
         self.links.iter_mut().for_each(|link| link.poll(now));
     }
 
+    /// Requires one more WRITE each way of every connection that still stands; faults have ended.
+    fn probe(&mut self, tally: &mut Tally) {
+        let standing: Vec<usize> = (0..self.links.len()).filter(|nth| self.links[*nth].stands()).collect();
+        for nth in &standing {
+            (0..2).for_each(|end| self.links[*nth].post_probe(end));
+        }
+        let since = self.now;
+        self.run();
+        for nth in &standing {
+            let ends = &self.links[*nth].ends;
+            for (end, far) in ends.iter().zip(ends.iter().rev()) {
+                assert_eq!((end.completed, end.broken), (end.posted.len(), None), "since {since:?}");
+                assert_eq!(far.buffer.view().to_vec(PROBE_TARGET, 8), PROBE);
+            }
+        }
+        tally.probed += standing.len() as u64;
+    }
+
     fn check_ends(&mut self, tally: &mut Tally) {
         for link in &mut self.links {
             for end in 0..2 {
                 link.check(end, tally);
             }
         }
+    }
+}
+
+/// How long a fault is felt after its rule has ended, in microseconds.
+fn lingers_us(fault: Fault) -> u64 {
+    match fault {
+        Fault::Delay { max_us, .. } => max_us,
+        Fault::Reorder { hold_us, .. } => hold_us,
+        Fault::RateLimit { bytes_per_s, queue_bytes } => queue_bytes * 1_000_000 / bytes_per_s,
+        _ => 0,
     }
 }
 
@@ -310,6 +349,26 @@ impl Link<'_> {
             Op::Poison(poison) => (0, self.poisoned(end, poison, result)),
         };
         let idx = self.ends[end].qp.post_imm(flags, imm, request).unwrap();
+        self.ends[end].posted.push(idx);
+    }
+
+    /// Whether both ends may still send and receive; if not, something that was seen took one of them down.
+    fn stands(&self) -> bool {
+        let stands = |end: &End| end.qp.query().unwrap().state == QpState::Rts;
+        let both = self.ends.iter().all(stands);
+        let explained =
+            self.ends.iter().any(|end| end.broken.is_some()) || (0..2).any(|end| self.refuses(end));
+        assert!(both || explained, "{}", self.describe(0));
+        both
+    }
+
+    /// Posts a WRITE that has nothing to do with the plan.
+    fn post_probe(&mut self, end: usize) {
+        let (near, far) = (&self.ends[end], &self.ends[1 - end]);
+        near.buffer.view().write(PROBE_SOURCE, &PROBE);
+        let payload = vec![SegmentBuf::Data(near.data(PROBE_SOURCE, 8))];
+        let request = Request::Write { remote: far.remote(PROBE_TARGET), payload };
+        let idx = self.ends[end].qp.post_imm(CtrlFlags::SIGNALED, 0, request).unwrap();
         self.ends[end].posted.push(idx);
     }
 
@@ -419,16 +478,27 @@ impl Link<'_> {
             return;
         }
         let is_broken_there = far.broken.is_some() || self.refuses(1 - end);
-        // The last answer may have been lost before the faults ended; then all retries must run out.
-        let patience = 10 * (4096_u64 << self.plan.ack_timeout);
-        let faulty_until = Nanos(1000 * (FAULTS_END_US + 1_000) + patience);
+        let faulty_until = self.faulty_until();
         let explained = match syndrome {
-            Syndrome::TRANSPORT_RETRY_EXC => is_broken_there || right.is_some() || at <= faulty_until,
+            Syndrome::TRANSPORT_RETRY_EXC => is_broken_there || right.is_some() || Some(at) <= faulty_until,
             // This end refused something, which took its queue pair down.
             Syndrome::WR_FLUSH => self.refuses(1 - end),
             _ => false,
         };
         assert!(explained, "{syndrome:?} at {at:?} for {failed:?}, expected {right:?}");
+    }
+
+    /// Until when a fault of this very connection may take it down; `None` if no rule concerns it.
+    fn faulty_until(&self) -> Option<Nanos> {
+        // CAST: at most eight devices.
+        let [a, b] = self.plan.devices.map(|device| device as u16);
+        let concerns =
+            |rule: &&FaultRule| rule.concerns(a, b, rule.from_us) || rule.concerns(b, a, rule.from_us);
+        let ends = |rule: &FaultRule| rule.to_us.unwrap() + lingers_us(rule.fault);
+        let last = self.rules.iter().filter(concerns).map(ends).max()?;
+        // The last answer may have been lost before that; then all retries must run out.
+        let patience = 10 * (4096_u64 << self.plan.ack_timeout);
+        Some(Nanos(1000 * (last + 1_000) + patience))
     }
 
     /// Whether an end sends what the other end must refuse.
