@@ -3,18 +3,19 @@
 
 mod rig;
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ibex_abi::types::PathMtu;
 use ibex_abi::wqe::CtrlFlags;
-use ibex_hca::emulated::switch::{Fault, FaultPlan, FaultRule, PlanLimit};
+use ibex_hca::emulated::switch::{Fault, FaultCounts, FaultPlan, FaultRule, PlanLimit};
 use ibex_hca::emulated::{
     AdvertError, Capture, Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, UdpConfig,
 };
 use ibex_hca::host_qp::ConnectSpec;
 use ibex_hca::{Hca, HcaError, LinkLayer, Nanos};
-use rig::{Setup, connect, device, gather, write};
+use rig::{End, Setup, connect, device, gather, write};
 
 fn config() -> UdpConfig {
     let bind: SocketAddr = "127.0.0.1:0".parse().unwrap();
@@ -68,9 +69,13 @@ fn adverts_that_are_none_are_refused_and_change_nothing() {
     assert!(matches!(refused(&advert(&device)), AdvertError::AddressTaken { port: 0 }));
     device.fabric().admit(&good).unwrap();
     assert!(matches!(refused(&good), AdvertError::AddressTaken { port: 1 }));
-    if let Ok(fabric) = Fabric::udp(UdpConfig { bind: "[::1]:0".parse().unwrap(), ..config() }) {
-        let six = advert(&self::device(&fabric, Doorbells::Strict));
-        assert!(matches!(device.fabric().admit(&six), Err(HcaError::Unreachable { .. })));
+    match Fabric::udp(UdpConfig { bind: "[::1]:0".parse().unwrap(), ..config() }) {
+        Ok(fabric) => {
+            let six = advert(&self::device(&fabric, Doorbells::Strict));
+            assert!(matches!(device.fabric().admit(&six), Err(HcaError::Unreachable { .. })));
+        }
+        // Straight to stderr: the runner hides what a passing test prints.
+        Err(error) => _ = writeln!(std::io::stderr(), "SKIPPED: no socket on ::1: {error}"),
     }
     let inproc = Fabric::inproc(FabricConfig::default());
     assert!(matches!(inproc.admit(&good), Err(HcaError::Advert(AdvertError::Local))));
@@ -136,6 +141,125 @@ fn faults_at_the_exits_delay_work_and_lose_none() {
     let arrived = devices[1].counters().packets;
     // A damaged packet may be duplicated.
     assert!((10..=2 * counts.corrupted).contains(&arrived.bad_icrc), "{arrived:?}");
+}
+
+const MILLI: u64 = 1_000_000;
+
+/// Two devices under one plan, a connection between them, and the clock of both.
+struct Pair {
+    devices: [Arc<EmulatedHca>; 2],
+    ends: [End; 2],
+    now: u64,
+}
+
+impl Pair {
+    /// `ack_timeout` is 4.096 us * 2^this; there are eight tries.
+    fn under(rule: FaultRule, ack_timeout: u8) -> Self {
+        let plan = FaultPlan { seed: 1, rules: vec![rule] };
+        let devices = [0, 1].map(|node| port(UdpConfig { node, faults: Some(plan.clone()), ..config() }));
+        introduce(&devices);
+        let spec = ConnectSpec { ack_timeout, retry_count: 7, mtu: PathMtu::B1024, ..ConnectSpec::default() };
+        let ends = connect(&devices, Setup { connect: spec, ..Setup::default() });
+        Self { devices, ends, now: 0 }
+    }
+
+    /// Lets a millisecond pass; what is on its way in the kernel gets the time it needs.
+    fn tick(&mut self) {
+        for device in &self.devices {
+            device.step(Nanos(self.now));
+            device.fabric().wait_for_arrivals(20_000);
+        }
+        self.now += MILLI;
+    }
+
+    fn pass_until(&mut self, at: u64) {
+        while self.now < at {
+            self.tick();
+        }
+    }
+
+    /// Posts a WRITE of `byte` from the front of one end's buffer behind it in the other's.
+    fn post(&mut self, end: usize, byte: u8) {
+        self.ends[end].put(0, &[byte; 7168]);
+        let request = write(self.ends[1 - end].remote(8192), gather(&[self.ends[end].data(0, 7168)]));
+        self.ends[end].qp.post(CtrlFlags::SIGNALED, request).unwrap();
+    }
+
+    /// Whether the other end has got a WRITE of `byte`.
+    fn arrived(&self, end: usize, byte: u8) -> bool {
+        self.ends[1 - end].get(8192, 7168) == [byte; 7168]
+    }
+
+    fn finish(&mut self, end: usize) {
+        let give_up = self.now + 10_000 * MILLI;
+        let completion = loop {
+            if let Some(completion) = self.ends[end].qp.poll() {
+                break completion;
+            }
+            assert!(self.now < give_up, "a WRITE of end {end} never completes");
+            self.tick();
+        };
+        assert_eq!(completion.syndrome(), None);
+    }
+
+    fn counts(&self, end: usize) -> FaultCounts {
+        self.devices[end].fabric().fault_counts().unwrap()
+    }
+}
+
+#[test]
+fn a_partition_of_one_direction_stops_that_direction_while_it_lasts() {
+    let rule = FaultRule {
+        src: Some(0),
+        dst: Some(1),
+        from_us: 100_000,
+        to_us: Some(300_000),
+        ..FaultRule::always(Fault::Partition)
+    };
+    // A try every 34 ms.
+    let mut pair = Pair::under(rule, 13);
+    pair.post(0, 1);
+    pair.finish(0);
+    assert!(pair.now < 100 * MILLI && pair.arrived(0, 1), "nothing is wrong yet");
+    pair.pass_until(150 * MILLI);
+    pair.post(0, 2);
+    pair.post(1, 3);
+    pair.pass_until(290 * MILLI);
+    assert!(pair.arrived(1, 3), "the other direction carries requests");
+    assert!(pair.arrived(0, 1), "this one does not");
+    assert!((0..2).all(|end| pair.ends[end].qp.poll().is_none()), "nor does it carry answers");
+    (0..2).for_each(|end| pair.finish(end));
+    assert!(pair.now >= 300 * MILLI && pair.arrived(0, 2));
+    let lost = [0, 1].map(|end| pair.counts(end).partitioned);
+    assert!(lost[0] > 7 && lost[1] == 0, "{lost:?}");
+}
+
+#[test]
+fn a_link_that_flaps_loses_packets_and_no_work() {
+    let rule = FaultRule::always(Fault::Flap { up_us: 20_000, down_us: 20_000 });
+    // A try every 17 ms: never all of them while the link is down.
+    let mut pair = Pair::under(rule, 12);
+    for nth in 0..100 {
+        pair.post(0, nth);
+        pair.finish(0);
+        assert!(pair.arrived(0, nth), "message {nth}");
+    }
+    let lost = pair.counts(0).flapped + pair.counts(1).flapped;
+    assert!(lost >= 5, "{lost} packets lost in {} ms", pair.now / MILLI);
+}
+
+#[test]
+fn a_path_of_a_limited_rate_takes_its_time() {
+    let rule = FaultRule {
+        src: Some(0),
+        ..FaultRule::always(Fault::RateLimit { bytes_per_s: 1_000_000, queue_bytes: 200_000 })
+    };
+    let mut pair = Pair::under(rule, 16);
+    (0..16).for_each(|nth| pair.post(0, nth));
+    (0..16).for_each(|_| pair.finish(0));
+    assert!(pair.now >= 16 * 7168 * 1000, "{} ms", pair.now / MILLI);
+    let counts = pair.counts(0);
+    assert!(counts.paced >= 100 && counts.overflowed == 0, "{counts:?}");
 }
 
 #[test]
