@@ -375,8 +375,8 @@ impl PostRig {
     fn messages(&self) -> Vec<u8> {
         let mut messages = vec![0; size(self.case.source_len())];
         let stride = size(self.case.stride());
-        // CAST: both halves of the seed count.
-        let seed = (self.seed ^ (self.seed >> 32)) as u32;
+        // CAST: the upper half of the product, where neighbouring seeds are far apart.
+        let seed = (self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
         for (slot, message) in (0u32..).zip(messages.chunks_exact_mut(stride)) {
             let message = &mut message[..self.case.bytes as usize];
             let word = |i: u32| match self.case.inline {
