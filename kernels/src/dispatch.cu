@@ -116,9 +116,25 @@ IBEX_CALL void count_holders(const LaneArgs& a, uint32_t staging_slot) {
   }
 }
 
+/// Says that no pick of this step goes out, whatever an earlier step has left in the handle. The whole warp.
+IBEX_CALL void lose_all_picks(const DispatchArgs& d, const HalfContext& h) {
+  const TopkIds ids = topk_ids(d);
+  IBEX_ROLLED
+  for (uint32_t base = 0; base < h.num_tokens * d.num_topk; base += kWarpSize) {
+    EACH_LANE(l) {
+      const uint32_t i = base + l, token = i / d.num_topk, k = i % d.num_topk;
+      if (token < h.num_tokens) {
+        d.handle.pick_owner[token * d.lane.shape.max_topk + k] = ids.at(i) < 0 ? kNoOwner : kLostOwner;
+      }
+    }
+  }
+  warp::sync();
+}
+
 /// Finds a staging slot whose rows may be overwritten. The source-row rule: a NIC may retransmit from a row until
 /// a CQE covers every WQE that names it; a consumer's credit is not enough. Leader only.
-IBEX_DEV uint32_t take_staging_slot(const LaneArgs& a, HandleCtx& ctx) {
+IBEX_DEV uint32_t take_staging_slot(const DispatchArgs& d, HandleCtx& ctx) {
+  const LaneArgs& a = d.lane;
   const uint32_t num_slots = 2 * a.shape.ring;
   // One lane reads: the others could see what it advances below.
   const uint32_t start = warp::one_lane([&] { return static_cast<uint32_t>(a.state->staging_seq % num_slots); });
@@ -142,6 +158,7 @@ IBEX_DEV uint32_t take_staging_slot(const LaneArgs& a, HandleCtx& ctx) {
     if (expired) {
       const HalfContext& h = read_context(a, ctx, kDispatch, kSendHalf, kGoNoRows);
       ONE_LANE suspect_holders(a, h, waited(clock));
+      lose_all_picks(d, h);
       return kGoNoRows;
     }
     backoff();
@@ -170,7 +187,7 @@ IBEX_DEV void lead_send(const DispatchArgs& d) {
   warp::sync();
   const bool duplicates = has_duplicates(ids, ctx.num_tokens);
   ONE_LANE ctx.flags = duplicates ? kHasDuplicates : 0;
-  const uint32_t go = take_staging_slot(a, ctx);
+  const uint32_t go = take_staging_slot(d, ctx);
   warp::sync();
   ONE_LANE say_go(&ctx.go_send, d.nonce, go);
 }

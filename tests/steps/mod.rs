@@ -262,14 +262,36 @@ impl Sim {
 
     /// Compares what the combine of a set left with the reference.
     pub fn check_combine(&self, set: usize) -> Flaws {
-        let step = Step::new(&self.config, &self.inputs[set]);
-        let alive = vec![true; self.num_ranks()];
         let mut flaws = Flaws::default();
-        for (sets, input) in self.ranks.iter().zip(&self.inputs[set]) {
-            let verdict = sets[set].check_combine(&step, input, &alive).unwrap();
-            flaws += Flaws { wrong: verdict.wrong, lost: verdict.lost, ..Flaws::default() };
+        for rank in 0..self.num_ranks() {
+            flaws += self.check_combine_of(rank, set);
         }
         flaws
+    }
+
+    /// The same on one rank only.
+    pub fn check_combine_of(&self, rank: usize, set: usize) -> Flaws {
+        let step = Step::new(&self.config, &self.inputs[set]);
+        let alive = vec![true; self.num_ranks()];
+        let verdict = self.at(rank, set).check_combine(&step, &self.inputs[set][rank], &alive).unwrap();
+        Flaws { wrong: verdict.wrong, lost: verdict.lost, ..Flaws::default() }
+    }
+
+    /// Per token of one rank, the picks that a set asks for and those that its combine reported lost, as bits.
+    pub fn picks_and_losses(&self, rank: usize, set: usize) -> (Vec<u32>, Vec<u32>) {
+        let input = &self.inputs[set][rank];
+        let asked = |token: &[i32]| (0..token.len()).map(|k| u32::from(token[k] >= 0) << k).sum();
+        let picks = input.topk_idx.chunks(input.num_topk as usize).map(asked).collect();
+        (picks, self.at(rank, set).lost_topk(input.num_tokens).unwrap())
+    }
+
+    /// Masks one pick of every token of a set: nobody asks for it.
+    pub fn mask_pick(&mut self, set: usize, k: u32) {
+        for (sets, input) in self.ranks.iter().zip(&mut self.inputs[set]) {
+            let num_topk = input.num_topk;
+            input.topk_idx.iter_mut().skip(k as usize).step_by(num_topk as usize).for_each(|id| *id = -1);
+            sets[set].load(input, TopkDtype::I32).unwrap();
+        }
     }
 
     /// Both checks of one set.
