@@ -3,7 +3,7 @@
 //! Counters and fault records stand in pinned memory; this room owns nothing and only copies them out. Counters of one
 //! peer are read one after the other, so two of them may belong to different instants.
 
-use ibex_abi::device_ctx::{DeviceFault, LifeWords, PeerTelemetry, RANK_WORDS, code};
+use ibex_abi::device_ctx::{DeviceFault, LaneHostWords, LifeWords, PeerTelemetry, RANK_WORDS, code};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::buffer::LaneBuffers;
@@ -16,6 +16,10 @@ use crate::session::Session;
 pub struct LaneTelemetry {
     /// One entry per rank, ourselves included.
     pub peers: Vec<PeerTelemetry>,
+    /// Send halves that were refused because another one of this lane ran: nothing of them was posted, no sequence
+    /// number drawn. A session keeps its own launches apart; graphs replayed on two streams at once are the caller's
+    /// to order.
+    pub lane_busy: u64,
 }
 
 /// Counters of one session.
@@ -23,6 +27,9 @@ pub struct LaneTelemetry {
 pub struct Telemetry {
     /// One entry per lane.
     pub lanes: Vec<LaneTelemetry>,
+    /// WQEs of this rank's device of which a doorbell record spoke and no doorbell did; `None` where the device
+    /// cannot tell.
+    pub unrung_wqes: Option<u64>,
 }
 
 impl Telemetry {
@@ -130,7 +137,8 @@ impl Session {
         let mut lanes = Vec::new();
         for runtime in &self.lanes {
             let buffers = runtime.buffers.read();
-            let mut lane = LaneTelemetry::default();
+            let busy = buffers.host_words_addr() + core::mem::offset_of!(LaneHostWords, lane_busy) as u64;
+            let mut lane = LaneTelemetry { lane_busy: self.gpu.load_u64(busy)?, ..LaneTelemetry::default() };
             for peer in self.ranks() {
                 let mut counters = PeerTelemetry::default();
                 self.gpu.read(buffers.telemetry_addr(peer), counters.as_mut_bytes())?;
@@ -138,7 +146,7 @@ impl Session {
             }
             lanes.push(lane);
         }
-        Ok(Telemetry { lanes })
+        Ok(Telemetry { lanes, unrung_wqes: self.hca.unrung_wqes() })
     }
 
     /// Faults that kernels have recorded and nobody has cleared yet.

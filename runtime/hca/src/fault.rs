@@ -233,4 +233,8 @@ impl<H: Hca> Hca for FaultHca<H> {
     fn poll_async_event(&self) -> Option<AsyncEvent> {
         self.inner.poll_async_event()
     }
+
+    fn unrung_wqes(&self) -> Option<u64> {
+        self.inner.unrung_wqes()
+    }
 }

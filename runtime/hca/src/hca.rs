@@ -110,6 +110,12 @@ pub trait Hca: Send + Sync {
 
     /// Takes the oldest asynchronous event that has not been taken.
     fn poll_async_event(&self) -> Option<AsyncEvent>;
+
+    /// WQEs of which a doorbell record spoke and no doorbell did, counted so far; `None` if the device cannot tell,
+    /// as no real one can.
+    fn unrung_wqes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Limits and features of a device, from QUERY_HCA_CAP.

@@ -139,6 +139,10 @@ impl Hca for EmulatedHca {
     fn poll_async_event(&self) -> Option<AsyncEvent> {
         self.events.lock().pop_front()
     }
+
+    fn unrung_wqes(&self) -> Option<u64> {
+        self.is_strict().then(|| self.counters().unrung_wqes)
+    }
 }
 
 /// The number of a new object, which most replies carry in the same place.
