@@ -108,6 +108,11 @@ impl Registration {
         &self.memory
     }
 
+    /// Was it registered in this protection domain?
+    pub(crate) fn is_of(&self, pd: &Arc<OwnedPd>) -> bool {
+        Arc::ptr_eq(&self.mkey.pd, pd)
+    }
+
     pub(crate) fn lkey_be(&self) -> u32 {
         self.mkey.key().lkey.get().to_be()
     }

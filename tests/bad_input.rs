@@ -2,15 +2,20 @@
 
 #![expect(clippy::unwrap_used, reason = "test helpers: a failed expectation is the message")]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use ibex::config::{CombineMode, Config, RoutePolicy, ScaleKind, WireDtype};
-use ibex::error::{Error, Limit, Resource, Value};
+use ibex::error::{Error, Exhausted, Limit, Resource, Value};
+use ibex::gpu::{Backing, DeviceMemory};
 use ibex::harness::{Rig, RigRank, StepPlan};
 use ibex::ids::{Lane, Rank};
 use ibex::reference::inputs::RankInput;
 use ibex::reference::rng::InputKey;
 use ibex::reference::routing::Routing;
 use ibex::session::{
-    CombineSource, DispatchCall, Halves, Replacement, Tokens, World, WorldOptions, buffer_bytes,
+    CombineSource, DeviceWrapper, DispatchCall, DispatchHandle, Halves, Replacement, Tensors, Tokens, World,
+    WorldOptions, buffer_bytes,
 };
 use ibex_hca::emulated::DeviceCounters;
 
@@ -26,6 +31,16 @@ fn config() -> Config {
         detect_ms: 5000,
         ..Config::default()
     }
+}
+
+/// Options whose worlds count, in `made`, the devices that they hand to sessions.
+fn counting(made: &Arc<AtomicU32>) -> WorldOptions {
+    let made = Arc::clone(made);
+    let devices = DeviceWrapper::new(move |_, device| {
+        made.fetch_add(1, Ordering::Relaxed);
+        device
+    });
+    WorldOptions { devices, ..WorldOptions::default() }
 }
 
 fn rig(config: &Config) -> Rig {
@@ -74,15 +89,31 @@ fn every_invalid_field_of_the_configuration_is_named_with_its_limit() {
         ("stall_ms", Config { stall_ms: Some(99), ..good() }),
         ("stall_ms", Config { stall_ms: Some(3_600_001), ..good() }),
     ];
+    let made = Arc::new(AtomicU32::new(0));
+    let options = counting(&made);
     for (field, config) in cases {
-        // A world of a refused configuration has nothing to leave behind: the check comes before any device.
-        let Err(Error::Config(error)) = World::new(&config, &WorldOptions::default()) else {
+        let Err(Error::Config(error)) = World::new(&config, &options) else {
             panic!("{field} was accepted in {config:?}")
         };
         assert_eq!(error.field, field, "{config:?}");
         let text = error.to_string();
         assert!(text.starts_with(&format!("{field} = {} is refused: it must be ", error.value)), "{text}");
+        assert_eq!(made.load(Ordering::Relaxed), 0, "{field}: the check comes before any device");
     }
+    drop(World::new(&config(), &options).unwrap());
+    assert_eq!(made.load(Ordering::Relaxed), 2, "a good one makes a device per rank");
+}
+
+#[test]
+fn a_grid_that_cannot_run_at_once_is_refused() {
+    let Err(error) =
+        World::new(&Config { num_sms: 1024, warps_per_block: 32, ..config() }, &WorldOptions::default())
+    else {
+        panic!("32768 warps were accepted")
+    };
+    let Error::Exhausted(exhausted) = error else { panic!("{error:?}") };
+    let expected = Exhausted { resource: Resource::CoresidentBlocks, limit: 32, in_use: 0, requested: 1024 };
+    assert_eq!(exhausted, expected);
 }
 
 /// What a refused call must leave alone.
@@ -157,6 +188,9 @@ fn a_refused_call_names_what_is_wrong_and_leaves_nothing_behind() {
     let odd = Tokens { x: &[0; 128], topk_idx: &[0; 5], topk_weights: &[0.0; 5] };
     let error = refused(&rig, "ids odd", || session.load(tensors, 4, &odd));
     assert_config(error, "topk_idx.len()", 5_u64, Limit::Exactly { field: "tokens x num_topk", value: 4 });
+    let narrow = Tokens { x: &[0; 127], topk_idx: &[0; 4], topk_weights: &[0.0; 4] };
+    let error = refused(&rig, "x short", || session.load(tensors, 4, &narrow));
+    assert_config(error, "x.len()", 127_u64, Limit::Exactly { field: "tokens x hidden", value: 128 });
     let error = refused(&rig, "rank", || rig.world().replace_peer(Rank(2), Replacement::default()));
     assert_config(error, "rank", 2_u32, Limit::Range { min: 0, max: 1 });
     for depth in [3_u8, 16] {
@@ -215,6 +249,116 @@ fn halves_out_of_order_are_refused() {
     assert_eq!((verdict.wrong, verdict.lost), (0, 0), "{verdict:?}");
 }
 
+/// One dispatch of both halves on every rank, run to its end.
+fn dispatched(rig: &Rig) -> Vec<DispatchHandle> {
+    let dispatch = |rank: &RigRank| {
+        rank.session.dispatch(Lane(0), &rank.stream, &rank.tensors, &DispatchCall::new(4)).unwrap()
+    };
+    let handles = rig.ranks().iter().map(dispatch).collect();
+    rig.synchronize().unwrap();
+    handles
+}
+
+fn assert_stale<T>(rig: &Rig, what: &str, call: impl FnOnce() -> Result<T, Error>) {
+    let error = refused(rig, what, call);
+    assert!(matches!(&error, Error::Stale(stale) if stale.what.starts_with(what)), "{what}: {error:?}");
+}
+
+#[test]
+fn a_receive_that_does_not_belong_to_its_combine_is_refused() {
+    let rig = rig(&config());
+    let (one, other) = (&rig.ranks()[0], &rig.ranks()[1]);
+    let (first, second) = (dispatched(&rig), dispatched(&rig));
+    let send = |rank: &RigRank, h| {
+        let (stream, t) = (&rank.stream, &rank.tensors);
+        rank.session.combine(h, stream, t, CombineSource::ZeroCopy, Halves::Send).unwrap()
+    };
+    let tickets = [send(one, &first[0]), send(other, &first[1])];
+    rig.synchronize().unwrap();
+    let receive = |rank: &RigRank, h, ticket| rank.session.combine_receive(h, ticket, &rank.stream);
+    assert_stale(&rig, "dispatch handle", || receive(one, &second[0], &tickets[0]));
+    assert_stale(&rig, "dispatch handle", || receive(one, &first[1], &tickets[0]));
+    assert_stale(&rig, "combine ticket", || receive(one, &first[0], &tickets[1]));
+    receive(one, &first[0], &tickets[0]).unwrap();
+    receive(other, &first[1], &tickets[1]).unwrap();
+    rig.synchronize().unwrap();
+    assert_stale(&rig, "combine ticket", || receive(one, &first[0], &tickets[0]));
+}
+
+#[test]
+fn more_dispatches_than_handles_are_refused_until_one_is_dropped() {
+    let rig = rig(&config());
+    let one = &rig.ranks()[0];
+    // A ring of two has twice as many handles.
+    let mut held: Vec<_> = (0..4).map(|_| dispatched(&rig)).collect();
+    let dispatch = || one.session.dispatch(Lane(0), &one.stream, &one.tensors, &DispatchCall::new(4));
+    let Error::Exhausted(exhausted) = refused(&rig, "a fifth handle", dispatch) else {
+        panic!("handles are what ran out")
+    };
+    let expected = Exhausted { resource: Resource::Handles, limit: 4, in_use: 4, requested: 1 };
+    assert_eq!(exhausted, expected);
+    held.pop();
+    held.push(dispatched(&rig));
+}
+
+#[test]
+fn tensors_of_another_session_are_refused_by_every_call() {
+    let rig = rig(&config());
+    let (one, foreign) = (&rig.ranks()[0], &rig.ranks()[1].tensors);
+    let RigRank { session, stream, .. } = one;
+    let call = DispatchCall { halves: Halves::Send, ..DispatchCall::new(4) };
+    let received = dispatched(&rig);
+    let send = |rank: &RigRank| rank.session.dispatch(Lane(0), &rank.stream, &rank.tensors, &call).unwrap();
+    let sent: Vec<_> = rig.ranks().iter().map(send).collect();
+    rig.synchronize().unwrap();
+    let tokens = Tokens { x: &[], topk_idx: &[], topk_weights: &[] };
+    assert_stale(&rig, "tensors", || session.load(foreign, 4, &tokens));
+    assert_stale(&rig, "tensors", || session.dispatch(Lane(0), stream, foreign, &call));
+    assert_stale(&rig, "tensors", || session.dispatch_receive(&sent[0], stream, foreign));
+    assert_stale(&rig, "tensors", || session.run_expert(stream, foreign));
+    let combine = || session.combine(&received[0], stream, foreign, CombineSource::Staged, Halves::Both);
+    assert_stale(&rig, "tensors", combine);
+    assert_stale(&rig, "tensors", || session.finish(stream, foreign, 0));
+    let (mut mixed, mut others) = (session.tensors().unwrap(), rig.ranks()[1].session.tensors().unwrap());
+    std::mem::swap(&mut mixed.expert_out, &mut others.expert_out);
+    assert_stale(&rig, "expert_out", || session.dispatch(Lane(0), stream, &mixed, &call));
+}
+
+type Field = fn(&mut Tensors) -> &mut DeviceMemory;
+
+#[test]
+fn a_tensor_that_is_one_byte_short_is_refused_by_name() {
+    let rig = rig(&Config { dtype: WireDtype::Fp8, ..config() });
+    let RigRank { session, stream, .. } = &rig.ranks()[0];
+    let fields: [(&str, Field); 13] = [
+        ("x.len()", |t| &mut t.x),
+        ("topk_idx.len()", |t| &mut t.topk_idx),
+        ("topk_weights.len()", |t| &mut t.topk_weights),
+        ("num_tokens.len()", |t| &mut t.num_tokens),
+        ("packed_x.len()", |t| &mut t.packed_x),
+        ("packed_scales.len()", |t| t.packed_scales.as_mut().unwrap()),
+        ("source_info.len()", |t| &mut t.source_info),
+        ("expert_counts.len()", |t| &mut t.expert_counts),
+        ("layout_ranges.len()", |t| &mut t.layout_ranges),
+        ("source_ok.len()", |t| &mut t.source_ok),
+        ("out.len()", |t| &mut t.out),
+        ("lost_topk.len()", |t| &mut t.lost_topk),
+        ("expert_ids.len()", |t| &mut t.expert_ids),
+    ];
+    for (name, field) in fields {
+        let mut t = session.tensors().unwrap();
+        let len = field(&mut t).len();
+        *field(&mut t) = session.gpu().alloc(len - 1, 64).unwrap();
+        let error = refused(&rig, name, || session.dispatch(Lane(0), stream, &t, &DispatchCall::new(4)));
+        let limit = Limit::AtLeastField { field: "bytes of the plan", min: len as u64 };
+        assert_config(error, name, len as u64 - 1, limit);
+    }
+    let mut t = session.tensors().unwrap();
+    t.packed_scales = None;
+    let error = refused(&rig, "no scales", || session.dispatch(Lane(0), stream, &t, &DispatchCall::new(4)));
+    assert!(matches!(error, Error::Config(e) if e.field == "packed_scales.len()"));
+}
+
 #[test]
 fn a_graph_of_another_session_is_refused() {
     let rig = rig(&config());
@@ -268,6 +412,21 @@ fn odd_routes_are_served() {
             assert_eq!(lost_by_hand(combine, dtype, |_, _, k| if k == 2 { 0 } else { 5 }), 0);
         }
     }
+}
+
+/// The routing that needs the most room: at the published shape, every pick of all ranks belongs to rank 3.
+#[test]
+fn all_tokens_of_eight_ranks_may_go_to_one() {
+    let config = Config { route: RoutePolicy::Ibgda, detect_ms: 60_000, ..Config::default() };
+    let options = WorldOptions { backing: Backing::OnFirstUse, ..WorldOptions::default() };
+    let rig = Rig::new(&config, &options).unwrap();
+    assert!(rig.ranks().iter().all(|rank| rank.session.buffer_bytes() <= 128 << 20));
+    let first = rig.config().first_expert(Rank(3));
+    let pick = |t: u32, k: u32| (first + (8 * t + k) % 32) as i32;
+    let inputs: Vec<_> = (0..8).map(|rank| by_hand(&rig, rank, pick)).collect();
+    let verdict = rig.step(&inputs, &StepPlan::default()).unwrap();
+    assert_eq!((verdict.wrong, verdict.lost), (0, 0), "{verdict:?}");
+    assert!(verdict.checked > 8 * 128 * 8, "every packed row and every output: {verdict:?}");
 }
 
 #[test]

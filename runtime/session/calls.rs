@@ -107,6 +107,8 @@ impl Drop for Index {
 pub struct DispatchHandle {
     session: u64,
     lane: Lane,
+    /// The nonce of its launch: what tells it from every other handle that may be held at the same time.
+    launch: u32,
     index: Index,
     ordinal: u64,
     sent: Mark,
@@ -118,6 +120,8 @@ pub struct DispatchHandle {
 pub struct CombineTicket {
     session: u64,
     lane: Lane,
+    /// `launch` of the dispatch that this answers.
+    answers: u32,
     index: Index,
     ordinal: u64,
     sent: Mark,
@@ -131,6 +135,10 @@ impl Session {
             return Ok(());
         }
         Err(Error::Stale(Stale { what, found, current: self.id }))
+    }
+
+    pub(super) fn check_tensors(&self, t: &Tensors) -> Result<(), Error> {
+        t.check(self.id, &self.pd)
     }
 
     pub(crate) fn lane(&self, lane: Lane) -> Result<&LaneRuntime, Error> {
@@ -232,8 +240,9 @@ impl Session {
     /// were launched.
     ///
     /// # Errors
-    /// `Config` for a bad lane, top-k or missing weights; `Exhausted` while the receive half of the step N before has
-    /// not been launched, or all handles are held; nothing is launched then.
+    /// `Config` for a bad lane, top-k, missing weights or a short tensor; `Stale` for tensors of another session;
+    /// `Exhausted` while the receive half of the step N before has not been launched, or all handles are held; nothing
+    /// is launched then.
     pub fn dispatch(
         &self,
         lane: Lane,
@@ -242,6 +251,7 @@ impl Session {
         call: &DispatchCall,
     ) -> Result<DispatchHandle, Error> {
         let runtime = self.lane(lane)?;
+        self.check_tensors(t)?;
         self.check_dispatch(call)?;
         let mut order = self.order(runtime, stream)?;
         order.ring(DISPATCH).next_send()?;
@@ -266,6 +276,7 @@ impl Session {
         Ok(DispatchHandle {
             session: self.id,
             lane,
+            launch: args.nonce,
             index,
             ordinal,
             sent,
@@ -277,9 +288,11 @@ impl Session {
     /// Launches the receive half of a dispatch whose send half was launched alone.
     ///
     /// # Errors
-    /// `Stale` for a handle of another session or one that was received already.
+    /// `Stale` for a handle or tensors of another session, or a handle that was received already; `Config` for a short
+    /// tensor.
     pub fn dispatch_receive(&self, h: &DispatchHandle, stream: &Stream, t: &Tensors) -> Result<(), Error> {
         self.check_session("dispatch handle", h.session)?;
+        self.check_tensors(t)?;
         let runtime = self.lane(h.lane)?;
         let mut received = h.received.lock();
         if *received {
@@ -307,8 +320,8 @@ impl Session {
     /// Sends expert outputs back to where the dispatch's tokens came from and, with [`Halves::Both`], sums.
     ///
     /// # Errors
-    /// `Stale` for a handle of another session or one whose receive half was not launched; `Exhausted` as
-    /// [`Session::dispatch`].
+    /// `Stale` for a handle or tensors of another session, or a handle whose receive half was not launched; `Config`
+    /// and `Exhausted` as [`Session::dispatch`].
     pub fn combine(
         &self,
         h: &DispatchHandle,
@@ -318,6 +331,7 @@ impl Session {
         halves: Halves,
     ) -> Result<CombineTicket, Error> {
         self.check_session("dispatch handle", h.session)?;
+        self.check_tensors(t)?;
         let runtime = self.lane(h.lane)?;
         if !*h.received.lock() {
             return Err(Error::Stale(Stale {
@@ -361,6 +375,7 @@ impl Session {
         Ok(CombineTicket {
             session: self.id,
             lane: h.lane,
+            answers: h.launch,
             index,
             ordinal,
             sent,
@@ -372,7 +387,8 @@ impl Session {
     /// Launches the receive half of a combine whose send half was launched alone. `h` is its dispatch.
     ///
     /// # Errors
-    /// `Stale` for a ticket of another session or one that was received already.
+    /// `Stale` for a ticket of another session or one that was received already, or a handle that is not the one of
+    /// its combine.
     pub fn combine_receive(
         &self,
         h: &DispatchHandle,
@@ -381,6 +397,13 @@ impl Session {
     ) -> Result<(), Error> {
         self.check_session("combine ticket", ticket.session)?;
         self.check_session("dispatch handle", h.session)?;
+        if ticket.answers != h.launch {
+            return Err(Error::Stale(Stale {
+                what: "dispatch handle (the ticket answers another dispatch)",
+                found: h.launch.into(),
+                current: ticket.answers.into(),
+            }));
+        }
         let runtime = self.lane(ticket.lane)?;
         let mut received = ticket.received.lock();
         if *received {
@@ -405,8 +428,9 @@ impl Session {
     /// Runs the stand-in expert on the packed rows: y = bf16(x * (1 + 0.1 * expert)).
     ///
     /// # Errors
-    /// `Gpu` if the launch is refused.
+    /// `Stale` for tensors of another session, `Config` for a short one; `Gpu` if the launch is refused.
     pub fn run_expert(&self, stream: &Stream, t: &Tensors) -> Result<(), Error> {
+        self.check_tensors(t)?;
         let plan = &self.plan;
         let s = &plan.shape;
         let args = ExpertArgs {

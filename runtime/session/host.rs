@@ -54,9 +54,10 @@ impl Session {
     /// Copies one step's tokens in; their picks are int32.
     ///
     /// # Errors
-    /// `Config` for more tokens than fit, or lengths that do not belong together, before anything is copied; `Gpu` if
-    /// a copy fails.
+    /// `Config` for more tokens than fit, or lengths that do not belong together, `Stale` for tensors of another
+    /// session, before anything is copied; `Gpu` if a copy fails.
     pub fn load(&self, t: &Tensors, num_topk: u32, tokens: &Tokens<'_>) -> Result<u32, Error> {
+        self.check_tensors(t)?;
         self.check_topk(num_topk)?;
         let picks = tokens.topk_idx.len() as u64;
         let num_tokens = picks / u64::from(num_topk);
@@ -94,8 +95,9 @@ impl Session {
     /// Waits for a stream and copies out what its last combine gave back.
     ///
     /// # Errors
-    /// `Config` for more tokens than fit; `Gpu` if a launch or a copy failed.
+    /// `Config` for more tokens than fit; `Stale` for tensors of another session; `Gpu` if a launch or a copy failed.
     pub fn finish(&self, stream: &Stream, t: &Tensors, num_tokens: u32) -> Result<Combined, Error> {
+        self.check_tensors(t)?;
         t.check_num_tokens(num_tokens)?;
         self.gpu.synchronize(stream)?;
         let len = num_tokens as usize;

@@ -259,7 +259,7 @@ impl Session {
     /// # Errors
     /// What the GPU or the HCA refused.
     pub fn tensors(&self) -> Result<Tensors, Error> {
-        let t = Tensors::new(&*self.gpu, &self.pd, &self.plan)?;
+        let t = Tensors::new(&*self.gpu, &self.pd, &self.plan, self.id)?;
         let first = self.config.first_expert(self.rank);
         let ids: Vec<u8> =
             (0..self.config.max_local_experts()).flat_map(|local| (first + local).to_le_bytes()).collect();
