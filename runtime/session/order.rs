@@ -11,6 +11,9 @@ use std::collections::BTreeSet;
 use crate::error::{Error, Exhausted, Resource};
 use crate::gpu::{Event, Gpu, Stream};
 
+#[cfg(test)]
+mod credit_model;
+
 /// Which sends of one operation still owe their receive half. Pure.
 #[derive(Clone, Debug)]
 pub(crate) struct RingOrder {
