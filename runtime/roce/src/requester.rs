@@ -45,6 +45,12 @@ pub struct RequesterConfig {
     pub rnr_retry: u8,
     /// Time that an answer may take.
     pub ack_timeout: AckTimeout,
+    /// Time after which silence first makes it send again, earlier than the ack timeout; doubled each
+    /// time, as long as that is at most half the ack timeout.
+    ///
+    /// These attempts come before those that `retry_count` limits, and take none of the patience that the
+    /// two numbers promise: a lost packet costs little where the ack timeout must outlast a stall.
+    pub first_timeout: Option<Nanos>,
     /// READs and atomics that may be in flight together; 0 counts as 1.
     pub max_reads: u8,
     /// Packets that may be in flight together; 0 counts as 1.
@@ -70,6 +76,7 @@ impl RequesterConfig {
             retry_count: 7,
             rnr_retry: Self::RNR_RETRY_FOREVER,
             ack_timeout: AckTimeout::new(14),
+            first_timeout: None,
             max_reads: 16,
             window_packets: 256,
             ack_every: 32,
@@ -350,6 +357,8 @@ pub struct Requester {
     since_ack_req: u32,
     /// Times gone back since anything was answered.
     retries: u8,
+    /// Times sent again after a shorter time than the ack timeout since anything was answered.
+    early_retries: u32,
     rnr_retries: u8,
     /// Gone back here because of an answer; more such answers say nothing new.
     gone_back_to: Option<Psn>,
@@ -375,6 +384,7 @@ impl Requester {
             reads_in_flight: 0,
             since_ack_req: 0,
             retries: 0,
+            early_retries: 0,
             rnr_retries: 0,
             gone_back_to: None,
             ack_deadline: None,

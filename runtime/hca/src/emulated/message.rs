@@ -123,6 +123,15 @@ impl Payload<'_> {
         self.keys.reach(self.pd, seg.lkey.get(), seg.addr.get(), seg.byte_len(), want)
     }
 
+    /// The memory of a payload that is one range, while the keys are held.
+    pub(super) fn sole_range(&self, want: Want) -> Option<Span> {
+        let mut segments = self.segments?.into_iter();
+        match (segments.next(), segments.next()) {
+            (Some(Segment::Data(seg)), None) => self.reach(seg, want).ok(),
+            _ => None,
+        }
+    }
+
     /// Checks every segment and adds up their lengths.
     #[inline]
     pub(super) fn check(&self, want: Want) -> Result<u64, KeyFault> {

@@ -55,6 +55,7 @@ impl Run {
             retry_count: script.byte() % 8,
             rnr_retry: script.byte() % 8,
             ack_timeout: AckTimeout::new(script.byte()),
+            first_timeout: Some(script.byte()).filter(|byte| *byte < 128).map(|byte| Nanos(byte.into())),
             max_reads: script.byte() % 4,
             window_packets: u32::from(script.byte()) % 20,
             ack_every: u32::from(script.byte()) % 10,

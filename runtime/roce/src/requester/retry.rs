@@ -14,6 +14,12 @@ impl Requester {
         }
         if self.ack_deadline.is_some_and(|deadline| deadline <= now) {
             self.counters.timeouts += 1;
+            if self.early_wait().is_some() {
+                self.early_retries += 1;
+                self.rewind();
+                self.gone_back_to = None;
+                return;
+            }
             // A negative acknowledgement after this is worth hearing again.
             if self.go_back() == Verdict::Retry {
                 self.gone_back_to = None;
@@ -32,7 +38,18 @@ impl Requester {
 
     /// When an answer to something sent now is due.
     pub(super) fn answer_due(&self, now: Nanos) -> Option<Nanos> {
-        self.config.ack_timeout.nanos().map(|nanos| now.plus(nanos))
+        let wait = self.early_wait().or_else(|| self.config.ack_timeout.nanos());
+        wait.map(|nanos| now.plus(nanos))
+    }
+
+    /// Time until the next early attempt; `None` when the ack timeout counts.
+    fn early_wait(&self) -> Option<u64> {
+        let patience = self.config.ack_timeout.nanos()?;
+        // A time of nothing would never grow.
+        let first = self.config.first_timeout?.0.max(1);
+        let wait =
+            first.checked_shl(self.early_retries).filter(|wait| wait >> self.early_retries == first)?;
+        (wait <= patience / 2).then_some(wait)
     }
 
     /// Sends everything from the oldest unanswered packet again, or fails for having done so too often.
@@ -75,7 +92,8 @@ impl Requester {
 
     /// Something was answered: patience starts anew.
     pub(super) fn progressed(&mut self, now: Nanos) {
-        (self.retries, self.rnr_retries, self.gone_back_to) = (0, 0, None);
+        (self.retries, self.early_retries) = (0, 0);
+        (self.rnr_retries, self.gone_back_to) = (0, None);
         self.not_ready_until = None;
         let waits = self.cursor.psn != self.unacked;
         self.ack_deadline = if waits { self.answer_due(now) } else { None };

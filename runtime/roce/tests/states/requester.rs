@@ -1,6 +1,6 @@
 //! The requester's table.
 
-use ibex_roce::requester::{Event, MessageId, Operation, Requester, RequesterConfig, Verdict};
+use ibex_roce::requester::{Event, Failure, MessageId, Operation, Requester, RequesterConfig, Verdict};
 use ibex_roce::wire::{
     Aeth, AtomicAckEth, Bth, Extension, Headers, NakCode, Opcode, Packet, Part, Reth, Syndrome,
 };
@@ -371,6 +371,35 @@ fn without_an_ack_timeout_a_requester_waits_for_ever() {
     };
     let run = Run { requester: Requester::new(config), ..Run::new(0) }.with(&[WRITE]);
     assert_eq!(run.requester.poll_timeout(), None);
+}
+
+#[test]
+fn early_attempts_double_and_leave_the_promised_patience_whole() {
+    let patience = AckTimeout::new(10).nanos().unwrap();
+    let first = patience / 10;
+    let config = RequesterConfig {
+        ack_timeout: AckTimeout::new(10),
+        first_timeout: Some(Nanos(first)),
+        retry_count: 2,
+        ..RequesterConfig::new(QpNum::new(9), MTU, Psn::new(FIRST))
+    };
+    let mut run = Run { requester: Requester::new(config), ..Run::new(0) }.with(&[WRITE]);
+    run.transmit();
+    let waits = [first, 2 * first, 4 * first, patience, patience];
+    for wait in waits {
+        assert_eq!(run.requester.poll_timeout(), Some(run.now.plus(wait)));
+        run.due();
+        assert_eq!(run.transmit().len(), 3, "all of it again");
+    }
+    // An answer to a part makes the waits short again.
+    run.ack(0, Syndrome::ACK);
+    for wait in waits.into_iter().chain([patience]) {
+        assert_eq!(run.requester.poll_timeout(), Some(run.now.plus(wait)));
+        run.due();
+        run.transmit();
+    }
+    let reason = Failure::RetryExceeded;
+    assert_eq!(run.requester.poll_event(), Some(Event::Failed { id: MessageId(0), reason }));
 }
 
 #[test]

@@ -27,12 +27,14 @@ use std::sync::Arc;
 use ibex_abi::types::{Gid, Mac, PathMtu, QpNum, QpState};
 use ibex_roce::wire::{Packet, ROCE_PORT, WireError};
 use ibex_roce::{Dropped, Mtu};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard, RwLockReadGuard};
 
 use super::counters::add;
+use super::mkeys::MkeyTable;
 use super::qp::Qp;
 use super::requester::fetch::Local;
 use super::requester::send::Turn;
+use super::responder::Responder;
 use super::stepping::Step;
 use super::{EmulatedHca, QpTable};
 use crate::{Nanos, PathAddress};
@@ -186,11 +188,9 @@ impl Inner {
                 break;
             }
             did_work = true;
-            carrier.for_each(&mut |from, packet| {
-                if let Some(qp) = take(device, table, now, from, packet) {
-                    answering.push(qp);
-                }
-            });
+            let mut batch = Batch::new(device, table, now, answering);
+            carrier.for_each(&mut |from, packet| batch.take(from, packet));
+            batch.finish();
         }
         did_work
     }
@@ -239,43 +239,87 @@ impl Inner {
     }
 }
 
-/// Gives one arrival to the half that it is for; the queue pair, if its responder may want to answer.
-fn take(
-    device: &EmulatedHca,
-    table: &QpTable,
+/// A responder that takes in one packet after another.
+struct Run<'a> {
+    qp: &'a Arc<Qp>,
+    // Field order: the queue pair is let go before the keys, as it was locked after them.
+    responder: MutexGuard<'a, Responder>,
+    keys: RwLockReadGuard<'a, MkeyTable>,
+    wants_answer: bool,
+}
+
+/// What one fill took in, on its way to the halves of queue pairs.
+///
+/// Packets mostly come in runs for one responder, which is looked up and locked once for each run.
+struct Batch<'a> {
+    device: &'a EmulatedHca,
+    table: &'a QpTable,
     now: Nanos,
-    from: SocketAddr,
-    packet: Result<&[u8], WireError>,
-) -> Option<Arc<Qp>> {
-    let counters = &device.counters.packets;
-    add(&counters.received, 1);
-    let packet = match packet.and_then(Packet::parse) {
-        Ok(packet) => packet,
-        Err(WireError::Icrc { .. }) => {
-            add(&counters.bad_icrc, 1);
-            return None;
-        }
-        Err(_) => {
-            add(&counters.malformed, 1);
-            return None;
-        }
-    };
-    let bth = packet.bth();
-    let Some(qp) = table.by_number.get(&QpNum::new(bth.dest_qpn.get()).get()) else {
-        add(&counters.unknown_qp, 1);
-        return None;
-    };
-    if bth.opcode.is_request() {
-        let keys = device.keys.read();
-        let mut responder = qp.responder.lock();
-        let wants = responder.take_packet(device, qp, &keys, now, from, &packet);
-        return wants.then(|| Arc::clone(qp));
+    run: Option<Run<'a>>,
+    /// Queue pairs whose responders may want to answer.
+    answering: &'a mut Vec<Arc<Qp>>,
+    /// Packets that were taken in.
+    received: u64,
+}
+
+impl<'a> Batch<'a> {
+    fn new(device: &'a EmulatedHca, table: &'a QpTable, now: Nanos, answering: &'a mut Vec<Arc<Qp>>) -> Self {
+        Self { device, table, now, run: None, answering, received: 0 }
     }
-    let mut requester = qp.requester.lock();
-    let keys = device.keys.read();
-    let local = Local { device, qp, keys: &keys, now };
-    requester.take_packet(&local, from, &packet);
-    None
+
+    /// Gives one arrival to the half that it is for.
+    fn take(&mut self, from: SocketAddr, packet: Result<&[u8], WireError>) {
+        let (device, now) = (self.device, self.now);
+        let counters = &device.counters.packets;
+        self.received += 1;
+        let packet = match packet.and_then(Packet::parse) {
+            Ok(packet) => packet,
+            Err(WireError::Icrc { .. }) => return add(&counters.bad_icrc, 1),
+            Err(_) => return add(&counters.malformed, 1),
+        };
+        let bth = packet.bth();
+        let num = QpNum::new(bth.dest_qpn.get());
+        if bth.opcode.is_request() {
+            let Some(run) = self.run_of(num) else {
+                return add(&counters.unknown_qp, 1);
+            };
+            let Run { qp, responder, keys, wants_answer } = run;
+            *wants_answer |= responder.take_packet(device, qp, keys, now, from, &packet);
+            return;
+        }
+        // ORDER: no responder is held while the lock of a requester is waited for.
+        self.end_run();
+        let Some(qp) = self.table.by_number.get(&num.get()) else {
+            return add(&counters.unknown_qp, 1);
+        };
+        let mut requester = qp.requester.lock();
+        let keys = device.keys.read();
+        requester.take_packet(&Local { device, qp, keys: &keys, now }, from, &packet);
+    }
+
+    /// The run of this queue pair: the present one, or a new one.
+    fn run_of(&mut self, num: QpNum) -> Option<&mut Run<'a>> {
+        if self.run.as_ref().is_none_or(|run| run.qp.num() != num) {
+            self.end_run();
+            let qp = self.table.by_number.get(&num.get())?;
+            let keys = self.device.keys.read();
+            self.run = Some(Run { qp, responder: qp.responder.lock(), keys, wants_answer: false });
+        }
+        self.run.as_mut()
+    }
+
+    fn end_run(&mut self) {
+        if let Some(run) = self.run.take()
+            && run.wants_answer
+        {
+            self.answering.push(Arc::clone(run.qp));
+        }
+    }
+
+    fn finish(mut self) {
+        self.end_run();
+        add(&self.device.counters.packets.received, self.received);
+    }
 }
 
 /// Counts a packet that a state machine would not have.

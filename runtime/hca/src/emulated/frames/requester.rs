@@ -18,7 +18,9 @@ use ibex_roce::{AckTimeout, PKey, Psn, QpNum, RemoteAddr, RemoteRange};
 
 use super::{Carrier, TURN_PACKETS_MAX, note_dropped, roce_mtu, roce_nanos, socket_addr};
 use crate::emulated::counters::add;
+use crate::emulated::memory::Span;
 use crate::emulated::message::{Request, RequestOp};
+use crate::emulated::mkeys::Want;
 use crate::emulated::qp::WQE_BYTES_MAX;
 use crate::emulated::requester::complete::Failure;
 use crate::emulated::requester::fetch::{Fetch, Local, WqeBuf};
@@ -29,6 +31,11 @@ use crate::emulated::requester::{Connection, OUTSTANDING_MAX, Outstanding, Progr
 const WINDOW_PACKETS: std::ops::RangeInclusive<usize> = 8..=256;
 /// An acknowledgement is asked for after so many packets at the latest.
 const ACK_EVERY: u32 = 32;
+
+/// Silence after which a queue pair first sends again, where its ack timeout is far longer: loss costs this
+/// much and not the time that a stall may last. Hardware calls it adaptive retransmission. Chosen: above
+/// the turns that processes on a busy host wait for each other.
+const FIRST_TIMEOUT: ibex_roce::Nanos = ibex_roce::Nanos(16_000_000);
 
 /// Packets of one queue pair that may be in flight: together, all queue pairs of a device that talks to
 /// many fill no more than half of a receiver's buffer, which counts its own overhead too.
@@ -57,6 +64,7 @@ impl PacketRequester {
             retry_count: half.patience.retry_count,
             rnr_retry: half.patience.rnr_retry,
             ack_timeout: AckTimeout::new(half.patience.ack_timeout),
+            first_timeout: Some(FIRST_TIMEOUT),
             max_reads: 1 << half.patience.log_max_reads.min(7),
             window_packets,
             ack_every: ACK_EVERY.min(window_packets / 2),
@@ -260,12 +268,14 @@ struct Messages<'a, 'b> {
     first_id: u64,
     local: &'a Local<'b>,
     buf: WqeBuf,
+    /// The latest message's payload, if that is one range: its WQE need not be read for every packet.
+    latest: Option<(MessageId, Span)>,
 }
 
 impl<'a, 'b> Messages<'a, 'b> {
     fn of(half: &'a Requester, local: &'a Local<'b>) -> Self {
         let (outstanding, connection) = (&half.outstanding, half.connection.as_ref());
-        Self { outstanding, connection, first_id: half.retired, local, buf: [0; WQE_BYTES_MAX] }
+        Self { outstanding, connection, first_id: half.retired, local, buf: [0; WQE_BYTES_MAX], latest: None }
     }
 
     /// Reads a message's WQE again and calls `then` with what it says.
@@ -280,10 +290,20 @@ impl<'a, 'b> Messages<'a, 'b> {
 
 impl packets::Payload for Messages<'_, '_> {
     fn read(&mut self, id: MessageId, offset: u32, into: &mut [u8]) -> Result<(), LocalFault> {
-        self.with(id, |message| match message {
-            Fetch::Message { payload, .. } => payload.gather_into(offset.into(), into),
-            Fetch::Nothing => {}
-        })
+        if let Some((_, memory)) = self.latest.filter(|(latest, _)| *latest == id)
+            && let Some(part) = memory.slice(offset.into(), into.len() as u64)
+        {
+            part.read(0, into);
+            return Ok(());
+        }
+        self.latest = self
+            .with(id, |message| {
+                let Fetch::Message { payload, .. } = message else { return None };
+                payload.gather_into(offset.into(), into);
+                payload.sole_range(Want::LocalRead)
+            })?
+            .map(|memory| (id, memory));
+        Ok(())
     }
 }
 

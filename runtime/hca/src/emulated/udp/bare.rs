@@ -60,4 +60,11 @@ impl BareSocket {
         let sum = |(count, bytes): (u64, u64), len: usize| (count + 1, bytes + len as u64);
         self.inbox.datagrams().map(|datagram| datagram.payload.len()).fold((0, 0), sum)
     }
+
+    /// As [`receive`](Self::receive); if nothing is there, waits a while for something.
+    pub fn receive_or_wait(&mut self) -> (u64, u64) {
+        const NAP_NS: u64 = 1_000_000;
+        let arrived = self.receive();
+        if arrived.0 == 0 && self.socket.wait(NAP_NS) { self.receive() } else { arrived }
+    }
 }

@@ -221,13 +221,15 @@ struct UdpCarrier {
 }
 
 impl UdpCarrier {
-    /// Who is at an address, and the flow to it; looked up once for a run of packets.
-    fn way_to(&mut self, to: SocketAddr) -> Option<&(SocketAddr, Peer, Flow)> {
-        if self.latest.as_ref().is_none_or(|(addr, ..)| *addr != to) {
-            let peer = self.endpoint.peers.read().get(&to).cloned()?;
-            self.latest = Some((to, peer, flow_from(self.endpoint.local(), to)?));
+    /// Makes `latest` the way to an address; looked up once for a run of packets. Whether there is one.
+    fn find_way(&mut self, to: SocketAddr) -> bool {
+        if self.latest.as_ref().is_some_and(|(addr, ..)| *addr == to) {
+            return true;
         }
-        self.latest.as_ref()
+        let Some(peer) = self.endpoint.peers.read().get(&to).cloned() else { return false };
+        let flow = flow_from(self.endpoint.local(), to);
+        self.latest = flow.map(|flow| (to, peer, flow));
+        self.latest.is_some()
     }
 
     /// Moves what the switch lets go to the outbox.
@@ -297,15 +299,17 @@ impl Carrier for UdpCarrier {
     }
 
     fn send(&mut self, now: Nanos, to: SocketAddr, len: usize) {
-        let Some((_, peer, flow)) = self.way_to(to) else { return };
-        let (node, far, flow) = (peer.node, Arc::clone(&peer.port), *flow);
-        if !self.port.passes(&far) {
+        if !self.find_way(to) {
+            return;
+        }
+        let Some((_, peer, flow)) = &self.latest else { return };
+        if !self.port.passes(&peer.port) {
             return;
         }
         if let Some(exit) = &mut self.exit {
             let packet = &mut exit.room[..len];
             if flow.seal(packet).is_ok() {
-                exit.switch.submit(now, self.endpoint.config.node, node, packet);
+                exit.switch.submit(now, self.endpoint.config.node, peer.node, packet);
             }
         } else if let Some(room) = self.outbox.room(len)
             && flow.seal(room).is_ok()
@@ -330,22 +334,26 @@ impl Carrier for UdpCarrier {
     fn for_each(&mut self, each: &mut EachArrival<'_>) {
         let local = self.endpoint.local();
         let peers = self.endpoint.peers.read();
+        let mut source: Option<Source<'_>> = None;
         for datagram in self.inbox.datagrams() {
-            let (from, peer) = sender(&peers, datagram.from);
+            // Looked up once for a run of datagrams.
+            if source.as_ref().is_none_or(|source| source.seen != datagram.from) {
+                source = Source::find(&peers, datagram.from, local);
+            }
+            let Some(Source { from, peer, flow, .. }) = &source else { continue };
             if peer.is_some_and(|peer| !peer.port.passes(&self.port)) {
                 continue;
             }
-            let Some(flow) = flow_from(datagram.from, local) else { continue };
             let (opened, ident) = if peer.is_some_and(|peer| peer.foreign) {
-                open_foreign(&flow, &mut self.hidden, datagram.payload)
+                open_foreign(flow, &mut self.hidden, datagram.payload)
             } else {
-                open(&flow, &mut self.idents, datagram.payload, datagram.nth)
+                open(flow, &mut self.idents, datagram.payload, datagram.nth)
             };
             if let Some(capture) = self.port.capture() {
                 put_frame(&mut self.frame, &flow.with_id(ident), datagram.payload);
                 capture.frame(self.now, Origin::Wire, &self.frame);
             }
-            each(from, opened);
+            each(*from, opened);
         }
     }
 
@@ -365,6 +373,23 @@ impl Carrier for UdpCarrier {
 
     fn take_unsent(&mut self) -> u64 {
         std::mem::take(&mut self.unsent)
+    }
+}
+
+/// Where datagrams come from.
+struct Source<'a> {
+    /// Their source address as it is.
+    seen: SocketAddr,
+    /// The address by which the port is known.
+    from: SocketAddr,
+    peer: Option<&'a Peer>,
+    flow: Flow,
+}
+
+impl<'a> Source<'a> {
+    fn find(peers: &'a HashMap<SocketAddr, Peer>, seen: SocketAddr, local: SocketAddr) -> Option<Self> {
+        let (from, peer) = sender(peers, seen);
+        Some(Self { seen, from, peer, flow: flow_from(seen, local)? })
     }
 }
 
