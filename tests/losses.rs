@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ibex::config::{Config, RoutePolicy, WireDtype};
 use ibex::error::Error;
 use ibex::harness::{Rig, StepPlan};
-use ibex::ids::Rank;
+use ibex::ids::{LocalExpertIdx, Rank};
 use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::RankInput;
 use ibex::reference::rng::InputKey;
@@ -330,4 +330,32 @@ fn a_queue_pair_in_error_is_found_within_milliseconds() {
     assert!(took < Duration::from_millis(1000), "long before any deadline: {took:?}");
     rig.world().replace_peer(peer, Replacement::default()).unwrap();
     (2..5).for_each(|iteration| whole_step(&rig, iteration));
+}
+
+/// The channel that carries the counts arrives, another does not: the rows that the counts reserved stay as holes.
+#[test]
+fn a_source_lost_after_its_counts_arrived_leaves_holes_and_nothing_wrong() {
+    let config = Config { detect_ms: 1000, stall_ms: Some(2000), ..config() };
+    let rig = Rig::new(&config, &WorldOptions::default()).unwrap();
+    whole_step(&rig, 0);
+    let (here, peer) = (Rank(0), Rank(1));
+    let second_channel = rig.world().session(here).queue_pairs(peer)[1];
+    let now = Nanos(rig.world().pool().now_ns());
+    let device = &rig.world().devices()[here.index()];
+    assert!(device.set_qp_error(second_channel, Syndrome::TRANSPORT_RETRY_EXC, now));
+    let inputs = inputs(&rig, 1);
+    let verdict = rig.step(&inputs, &StepPlan::default()).unwrap();
+    assert_eq!(verdict.wrong, 0, "{verdict:?}");
+    assert_eq!(source_ok(&rig, peer), [false, true, true]);
+
+    // Otherwise this would show nothing: rows are reserved beyond those of the sources that arrived.
+    let step = Step::new(rig.config(), &inputs);
+    let experts = (0..rig.config().max_local_experts()).map(|expert| LocalExpertIdx(expert as u16));
+    let holes = experts.filter(|&expert| {
+        let addr = rig.ranks()[peer.index()].tensors.expert_counts.addr() + 4 * expert.index() as u64;
+        let reserved = rig.ranks()[peer.index()].session.gpu().load_u32(addr).unwrap() as usize;
+        let arrived = [peer, LOST].map(|source| step.expected_rows(peer, expert, source).len());
+        reserved > arrived.iter().sum()
+    });
+    assert!(holes.count() > 0, "no hole: {verdict:?}");
 }

@@ -8,6 +8,7 @@
 //! A token that picks one expert twice shares one packed row (of the first pick); every pick still
 //! adds its own weight in combine.
 
+use std::collections::BTreeSet;
 use std::ops::AddAssign;
 
 use ibex_abi::device_ctx::{LayoutRange, SourceInfo};
@@ -136,7 +137,8 @@ impl<'a> Step<'a> {
             let expert = LocalExpertIdx(local as u16);
             let num_ranks = self.config.num_ranks as usize;
             let ranges = &output.layout_ranges[expert.index() * num_ranks..][..num_ranks];
-            if !is_dense(ranges, output.expert_counts[expert.index()]) {
+            let holes = self.holes(rank, expert, ranges, output.source_ok);
+            if !is_dense(ranges, &holes, output.expert_counts[expert.index()]) {
                 verdict.wrong += 1;
             }
             for (source, &range) in (0..).map(Rank).zip(ranges) {
@@ -144,6 +146,22 @@ impl<'a> Step<'a> {
             }
         }
         verdict
+    }
+
+    /// Where rows of lost sources may have been reserved: a source that is lost after its counts arrived leaves a
+    /// hole at the begin of its range, which has length 0.
+    fn holes(
+        &self,
+        rank: Rank,
+        expert: LocalExpertIdx,
+        ranges: &[LayoutRange],
+        source_ok: &[u32],
+    ) -> Vec<(u64, u64)> {
+        let hole = |(source, range): (Rank, &LayoutRange)| {
+            let reserved = || self.expected_rows(rank, expert, source).len() as u64;
+            (source_ok[source.index()] != 1).then(|| (u64::from(range.begin), reserved()))
+        };
+        (0..).map(Rank).zip(ranges).filter_map(hole).filter(|&(_, len)| len > 0).collect()
     }
 
     fn check_range(
@@ -294,22 +312,41 @@ fn reduce_by_owner(rows: impl Iterator<Item = (Rank, f32, Vec<u16>)>, hidden: us
     numerics::round_row(&sums)
 }
 
-/// Whether the ranges of one expert tile `0..count` without gaps or overlaps, in any order.
-fn is_dense(ranges: &[LayoutRange], count: i32) -> bool {
+/// Whether the ranges of one expert tile `0..count` without overlaps, in any order, and what they leave open is
+/// exactly the (begin, length) of some of `holes`.
+fn is_dense(ranges: &[LayoutRange], holes: &[(u64, u64)], count: i32) -> bool {
+    let Ok(count) = u64::try_from(count) else { return false };
     let mut used: Vec<(u64, u64)> = ranges
         .iter()
         .filter(|range| range.len > 0)
         .map(|range| (u64::from(range.begin), u64::from(range.len)))
         .collect();
     used.sort_unstable();
+    used.push((count, 0));
+    let mut holes = holes.to_vec();
+    holes.sort_unstable();
     let mut end = 0;
     for (begin, len) in used {
-        if begin != end {
+        if !is_tiled(end, begin, &holes) {
             return false;
         }
-        end += len;
+        end = begin + len;
     }
-    i64::from(count) == i64::try_from(end).unwrap_or(i64::MAX)
+    true
+}
+
+/// Whether some of `holes`, which are sorted, tile `from..to`.
+///
+/// Not all must be there: a source that is lost before its counts arrive reserves nothing, and its range begins
+/// where the next one does.
+fn is_tiled(from: u64, to: u64, holes: &[(u64, u64)]) -> bool {
+    let mut reached = BTreeSet::from([from]);
+    for (begin, len) in holes {
+        if reached.contains(begin) {
+            reached.insert(begin + len);
+        }
+    }
+    reached.contains(&to)
 }
 
 #[cfg(test)]

@@ -226,6 +226,30 @@ fn a_lost_source_is_counted_and_must_leave_no_rows() {
 }
 
 #[test]
+fn a_source_lost_after_its_counts_leaves_holes_and_no_others_are_excused() {
+    let config = config(|_| ());
+    let inputs = inputs(&config);
+    let step = Step::new(&config, &inputs);
+    let mut device = Device::dispatch(&config, &inputs, Rank(0));
+    device.source_ok[0] = 0;
+    let num_ranks = config.num_ranks as usize;
+    let of_lost = |device: &Device| (0..device.ranges.len()).step_by(num_ranks).collect::<Vec<_>>();
+    let places = of_lost(&device);
+    let reserved: u32 = places.iter().map(|&at| device.ranges[at].len).sum();
+    assert!(reserved > 0);
+    for &at in &places {
+        device.ranges[at].len = 0;
+    }
+    let verdict = step.check_dispatch(Rank(0), &device.output());
+    assert_eq!((verdict.wrong, verdict.lost), (0, u64::from(reserved)));
+    device.counts[0] += 1;
+    assert_eq!(step.check_dispatch(Rank(0), &device.output()).wrong, 1, "a row that nobody reserved");
+    device.counts[0] -= 1;
+    device.source_ok[0] = 1;
+    assert!(step.check_dispatch(Rank(0), &device.output()).wrong > 0, "a hole that nobody lost");
+}
+
+#[test]
 fn a_repeated_pick_shares_its_row_and_adds_its_weight() {
     let config = config(|config| config.num_ranks = 1);
     let mut input =
@@ -355,9 +379,27 @@ fn an_unreported_pick_of_a_dead_owner_is_wrong() {
 #[test]
 fn ranges_must_tile_their_expert() {
     let range = |begin, len| LayoutRange { begin, len };
-    assert!(is_dense(&[range(3, 2), range(0, 3), range(9, 0)], 5));
-    assert!(!is_dense(&[range(3, 2), range(0, 3)], 4), "the count disagrees");
-    assert!(!is_dense(&[range(2, 2), range(0, 3)], 5), "an overlap");
-    assert!(!is_dense(&[range(4, 2), range(0, 3)], 5), "a gap");
-    assert!(is_dense(&[], 0));
+    assert!(is_dense(&[range(3, 2), range(0, 3), range(9, 0)], &[], 5));
+    assert!(!is_dense(&[range(3, 2), range(0, 3)], &[], 4), "the count disagrees");
+    assert!(!is_dense(&[range(2, 2), range(0, 3)], &[], 5), "an overlap");
+    assert!(!is_dense(&[range(4, 2), range(0, 3)], &[], 5), "a gap");
+    assert!(!is_dense(&[], &[], -1), "a count below none");
+    assert!(is_dense(&[], &[], 0));
+}
+
+#[test]
+fn a_gap_is_right_only_where_lost_sources_reserved() {
+    let range = |begin, len| LayoutRange { begin, len };
+    let live = [range(0, 3), range(7, 2)];
+    assert!(is_dense(&live, &[(3, 4)], 9), "one hole");
+    assert!(is_dense(&live, &[(5, 2), (3, 2)], 9), "two that follow each other");
+    assert!(is_dense(&live, &[(3, 4), (9, 2)], 11), "one at the end");
+    assert!(
+        is_dense(&live, &[(3, 1), (3, 4), (7, 6), (9, 6)], 9),
+        "those lost before their counts reserve nothing"
+    );
+    assert!(!is_dense(&live, &[(3, 3)], 9), "too short");
+    assert!(!is_dense(&live, &[(3, 5)], 9), "too long");
+    assert!(!is_dense(&live, &[(4, 3)], 9), "begins too late");
+    assert!(!is_dense(&live, &[(3, 4)], 10), "the count names a row of nobody");
 }
