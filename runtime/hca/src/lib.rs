@@ -58,6 +58,8 @@ pub mod control_region;
 pub mod emulated;
 mod error;
 pub mod fault;
+#[doc(hidden)]
+pub mod fuzz;
 mod hca;
 pub mod host_eq;
 pub mod host_memory;

@@ -137,9 +137,37 @@ pub(super) fn open(kind: AdvertKind, bytes: &[u8]) -> Result<(PortInfo, &[u8]), 
     Ok((PortInfo { port_num: 1, link, lid, gid, gid_index: 0, mac, mtu }, body))
 }
 
+/// Body of a fuzz target and of a property test: what opens survives its own bytes.
+pub(crate) fn open_arbitrary(bytes: &[u8]) {
+    for kind in [AdvertKind::Shm, AdvertKind::Udp] {
+        if let Ok((port, body)) = open(kind, bytes) {
+            assert_eq!(open(kind, &seal(kind, &port, body)), Ok((port, body)));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_opened_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..64), kind in 1..3_u8) {
+            open_arbitrary(&bytes);
+            // Let some of them through to the later checks.
+            // CAST: fewer than 64.
+            let body_len = [bytes.len().saturating_sub(size_of::<Head>()) as u8, 0];
+            let mut near = bytes;
+            for (at, right) in [(0, &MAGIC[..]), (4, &[VERSION, kind, 1, 3][..]), (34, &body_len[..])] {
+                if let Some(place) = near.get_mut(at..at + right.len()) {
+                    place.copy_from_slice(right);
+                }
+            }
+            open_arbitrary(&near);
+        }
+    }
 
     fn port() -> PortInfo {
         let (lid, gid, mac) = (Lid(7), Gid([9; 16]), Mac([2, 1, 2, 3, 4, 5]));

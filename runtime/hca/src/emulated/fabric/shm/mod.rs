@@ -41,6 +41,7 @@ use crate::emulated::requester::send::Turn;
 use crate::emulated::{EmulatedHca, thread};
 use crate::shared_memory::FileId;
 use crate::{HcaError, Nanos, PathAddress};
+pub(crate) use layout::parse_arbitrary;
 use layout::{PEERS_MAX, slot};
 pub(in crate::emulated) use link::Link;
 use memory::PeerMemory;
