@@ -11,7 +11,7 @@ use ibex_hca::Nanos;
 use ibex_hca::emulated::switch::FaultPlan;
 use ibex_hca::emulated::{Capture, Doorbells, EmulatedHca, Fabric, FabricConfig, UdpConfig};
 use ibex_roce::wire::{Class, Frame, Opcode, Packet};
-use rig::{End, Setup, connect, device, gather, write};
+use rig::{End, Setup, connect, device, gather, shm_rig, write};
 
 /// A file that goes away.
 struct Scratch(PathBuf);
@@ -92,6 +92,19 @@ fn messages_within_a_process_are_made_up_as_frames() {
     let mut ends = connect(&devices, Setup::default());
     work(&mut ends, || while devices.iter().any(|device| device.step(Nanos(5)).did_work) {});
     assert_eq!(capture.flush().unwrap() as usize, scratch.frames().len());
+    check(&scratch, 1);
+}
+
+#[test]
+fn messages_through_shared_memory_are_made_up_as_frames() {
+    let scratch = Scratch::new("shm");
+    let capture = Arc::new(Capture::create(&scratch.0, Nanos(1_000)).unwrap());
+    let mut rig = shm_rig(Setup::default());
+    // One end sees both directions.
+    rig.fabric.capture_to(&capture);
+    let devices = rig.ends.each_ref().map(|end| Arc::clone(&end.device));
+    work(&mut rig.ends, || while devices.iter().any(|device| device.step(Nanos(5)).did_work) {});
+    capture.flush().unwrap();
     check(&scratch, 1);
 }
 

@@ -7,6 +7,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::PathMtu;
 use ibex_abi::wqe::CtrlFlags;
 use ibex_hca::emulated::switch::{Fault, FaultCounts, FaultPlan, FaultRule, PlanLimit};
@@ -232,6 +233,18 @@ fn a_partition_of_one_direction_stops_that_direction_while_it_lasts() {
     assert!(pair.now >= 300 * MILLI && pair.arrived(0, 2));
     let lost = [0, 1].map(|end| pair.counts(end).partitioned);
     assert!(lost[0] > 7 && lost[1] == 0, "{lost:?}");
+}
+
+#[test]
+fn a_path_that_is_cut_gets_every_packet_of_every_try() {
+    let mut pair = Pair::under(FaultRule::always(Fault::Partition), 8);
+    pair.post(0, 1);
+    pair.post(0, 2);
+    pair.pass_until(1000 * MILLI);
+    let outcomes = [0, 1].map(|_| pair.ends[0].qp.poll().unwrap().syndrome());
+    assert_eq!(outcomes, [Some(Syndrome::TRANSPORT_RETRY_EXC), Some(Syndrome::WR_FLUSH)]);
+    // One try and seven more, of two messages of seven packets.
+    assert_eq!(pair.devices[0].counters().packets.sent, 8 * 14);
 }
 
 #[test]
