@@ -265,12 +265,12 @@ fn a_link_that_flaps_loses_packets_and_no_work() {
 fn a_path_of_a_limited_rate_takes_its_time() {
     let rule = FaultRule {
         src: Some(0),
-        ..FaultRule::always(Fault::RateLimit { bytes_per_s: 1_000_000, queue_bytes: 200_000 })
+        ..FaultRule::always(Fault::RateLimit { bytes_per_s: 10_000_000, queue_bytes: 200_000 })
     };
     let mut pair = Pair::under(rule, 16);
     (0..16).for_each(|nth| pair.post(0, nth));
     (0..16).for_each(|_| pair.finish(0));
-    assert!(pair.now >= 16 * 7168 * 1000, "{} ms", pair.now / MILLI);
+    assert!(pair.now >= 16 * 7168 * 100, "{} ms", pair.now / MILLI);
     let counts = pair.counts(0);
     assert!(counts.paced >= 100 && counts.overflowed == 0, "{counts:?}");
 }
