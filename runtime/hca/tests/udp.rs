@@ -159,6 +159,10 @@ impl Pair {
         let plan = FaultPlan { seed: 1, rules: vec![rule] };
         let devices = [0, 1].map(|node| port(UdpConfig { node, faults: Some(plan.clone()), ..config() }));
         introduce(&devices);
+        Self::of(devices, ack_timeout)
+    }
+
+    fn of(devices: [Arc<EmulatedHca>; 2], ack_timeout: u8) -> Self {
         let spec = ConnectSpec { ack_timeout, retry_count: 7, mtu: PathMtu::B1024, ..ConnectSpec::default() };
         let ends = connect(&devices, Setup { connect: spec, ..Setup::default() });
         Self { devices, ends, now: 0 }
@@ -233,6 +237,29 @@ fn a_partition_of_one_direction_stops_that_direction_while_it_lasts() {
     assert!(pair.now >= 300 * MILLI && pair.arrived(0, 2));
     let lost = [0, 1].map(|end| pair.counts(end).partitioned);
     assert!(lost[0] > 7 && lost[1] == 0, "{lost:?}");
+}
+
+/// A partition of one direction, and traffic in both.
+const ONE_PLAN: &str = r#"{ "seed": 3, "rules": [
+    { "src": 0, "dst": 1, "from_us": 100000, "to_us": 300000, "fault": "partition" } ] }"#;
+
+#[test]
+fn one_plan_means_the_same_between_sockets_and_in_a_simulated_switch() {
+    let plan = FaultPlan::from_json(ONE_PLAN).unwrap();
+    let sockets = [0, 1].map(|node| port(UdpConfig { node, faults: Some(plan.clone()), ..config() }));
+    introduce(&sockets);
+    let switched = Fabric::switched(FabricConfig::default(), plan).unwrap();
+    let simulated = [0, 1].map(|_| device(&switched, Doorbells::Strict));
+    for mut pair in [sockets, simulated].map(|devices| Pair::of(devices, 13)) {
+        pair.pass_until(150 * MILLI);
+        pair.post(0, 2);
+        pair.post(1, 3);
+        pair.pass_until(290 * MILLI);
+        assert!(pair.arrived(1, 3) && !pair.arrived(0, 2), "one direction is cut");
+        assert!(pair.counts(0).partitioned > 7);
+        (0..2).for_each(|end| pair.finish(end));
+        assert!(pair.arrived(0, 2));
+    }
 }
 
 #[test]
