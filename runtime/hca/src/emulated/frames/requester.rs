@@ -34,8 +34,9 @@ const ACK_EVERY: u32 = 32;
 
 /// Silence after which a queue pair first sends again, where its ack timeout is far longer: loss costs this
 /// much and not the time that a stall may last. Hardware calls it adaptive retransmission. Chosen: above
-/// the turns that processes on a busy host wait for each other.
-const FIRST_TIMEOUT: ibex_roce::Nanos = ibex_roce::Nanos(16_000_000);
+/// the turns that processes on a busy host wait for each other, and above what a queue on the path holds,
+/// which is filled with the same again otherwise.
+const FIRST_TIMEOUT: ibex_roce::Nanos = ibex_roce::Nanos(64_000_000);
 
 /// Packets of one queue pair that may be in flight: together, all queue pairs of a device that talks to
 /// many fill no more than half of a receiver's buffer, which counts its own overhead too.
