@@ -12,7 +12,7 @@ mod group;
 #[path = "multi_node/launching.rs"]
 mod launching;
 
-use group::{FAULTS, Machine, Scratch, bench, report_of, text};
+use group::{BAD_NETWORKS, Machine, Scratch, bench, report_of, text};
 
 /// A shape that a busy machine moves in milliseconds.
 const SMALL: [&str; 10] =
@@ -84,8 +84,9 @@ fn four_hosts_of_two_ranks_over_udp() {
     if Machine::lacks_namespaces() {
         return;
     }
-    for seed in ["1", "2", "3"] {
-        let report = checked("netns", &["--hosts", "netns", "--num-hosts", "4", "--seed", seed]);
+    for seed in 1..=10 {
+        let seed = seed.to_string();
+        let report = checked("netns", &["--hosts", "netns", "--num-hosts", "4", "--seed", &seed]);
         // Two ranks share a host and map each other; the other six are reached through the network.
         let bytes = ["peer", "rdma"].map(|route| report["bytes"][route].as_u64().unwrap());
         assert!(bytes.iter().all(|bytes| *bytes > 0), "{bytes:?}");
@@ -105,16 +106,26 @@ fn four_hosts_with_a_faulty_network() {
     if Machine::lacks_namespaces() {
         return;
     }
-    for (name, rules) in FAULTS {
-        let plan = Scratch::new(name, "plan");
-        plan.write(&format!("{{\"seed\": 5, \"rules\": [{rules}]}}"));
+    for network in BAD_NETWORKS {
+        let plan = Scratch::new(network.name, "plan");
+        plan.write(&format!("{{\"seed\": 5, \"rules\": [{}]}}", network.rules));
         let hosts = ["--hosts", "netns", "--num-hosts", "4", "--faults-plan", plan.path()];
         // One packet in twenty of the published shape costs a queue pair more retry timers in one half than its eight.
-        let shape = if name == "drop-5" { SMALL.to_vec() } else { shape() };
-        let config = &checked_at(&shape, name, &[&hosts[..], &under_faults()].concat())["config"];
-        // A report says under what it came about.
-        assert_eq!((&config["procs"], &config["num_hosts"]), (&true.into(), &4.into()));
-        assert!(!config["faults_plan"]["rules"].as_array().unwrap().is_empty(), "{config}");
+        let shape = if network.name == "drop-5" { SMALL.to_vec() } else { shape() };
+        for seed in ["1", "2", "3"] {
+            let flags = [&hosts[..], &["--seed", seed], &under_faults()].concat();
+            let report = checked_at(&shape, network.name, &flags);
+            // What the plan says did happen, and was repaired.
+            let (faults, packets) = (&report["fault_counts"], &report["packets"]);
+            for kind in network.counts {
+                assert!(faults[kind].as_u64().unwrap() > 0, "{}: no packet {kind}: {faults}", network.name);
+            }
+            assert!(packets["sent_again"].as_u64().unwrap() > 0, "{}: {packets}", network.name);
+            // A report says under what it came about.
+            let config = &report["config"];
+            assert_eq!((&config["procs"], &config["num_hosts"]), (&true.into(), &4.into()));
+            assert!(!config["faults_plan"]["rules"].as_array().unwrap().is_empty(), "{config}");
+        }
     }
 }
 
@@ -128,7 +139,8 @@ fn four_hosts_where_the_kernel_drops_one_packet_in_a_hundred() {
     let rules = "add table inet loss; add chain inet loss in { type filter hook input priority 0; }; \
                  add rule inet loss in udp dport 4791 numgen random mod 100 < 1 counter drop";
     let script = format!(
-        "[ $LOCAL_RANK != 0 ] || nft '{rules}' || exit 9; exec \"$@\" --fabric udp --json {}",
+        "[ $LOCAL_RANK != 0 ] || nft '{rules}' || exit 9; \"$@\" --fabric udp --json {} || exit; \
+         [ $LOCAL_RANK != 0 ] || nft list table inet loss",
         file.path()
     );
     let bench = [&["bench", "ep", "--check", "--warmup", "1"], &under_faults()[..], &shape()].concat();
@@ -139,6 +151,12 @@ fn four_hosts_where_the_kernel_drops_one_packet_in_a_hundred() {
     assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
     let report = report_of(&file);
     assert_eq!(["wrong", "lost"].map(|key| report[key].as_u64().unwrap()), [0; 2]);
+    assert!(report["packets"]["sent_again"].as_u64().unwrap() > 0, "{}", report["packets"]);
+    // Each host's kernel counted what it dropped.
+    let said = text(&output.stdout);
+    let dropped = said.lines().filter_map(|line| line.split_once("counter packets ")?.1.split(' ').next());
+    let dropped: Vec<u64> = dropped.map(|number| number.parse().unwrap()).collect();
+    assert!(dropped.len() == 4 && dropped.iter().sum::<u64>() > 0, "{dropped:?}: {said}");
 }
 
 #[test]
@@ -159,6 +177,23 @@ fn two_hosts_over_ipv6() {
     assert!(said.contains("rank 0 advertises fd77::1 (from --advertise)"), "{said}");
     let report = report_of(&file);
     assert_eq!(["wrong", "lost"].map(|key| report[key].as_u64().unwrap()), [0; 2], "{said}");
+}
+
+/// One of the ranks has RoCEv2's port, the other one that is free.
+#[test]
+fn two_ranks_behind_one_address() {
+    if Machine::lacks_namespaces() {
+        return;
+    }
+    let file = Scratch::new("one-address", "json");
+    let launch = ["launch", "--ranks", "2", "--hosts", "netns", "--num-hosts", "1", "--"];
+    let bench = [env!("CARGO_BIN_EXE_ibex"), "bench", "ep", "--check", "--fabric", "udp", "--route", "ibgda"];
+    let flags = ["--advertise", "10.77.0.1", "--detect-ms", "20000", "--json", file.path()];
+    let output = group::ibex(&[&launch[..], &bench, &flags, &shape()].concat());
+    assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
+    let report = report_of(&file);
+    assert_eq!(["wrong", "lost"].map(|key| report[key].as_u64().unwrap()), [0; 2]);
+    assert!(report["bytes"]["rdma"].as_u64().unwrap() > 0);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What is left of a group: no process, no shared memory, no interface, no namespace with a name.
+//! What is left of a group: no process, no shared memory, no interface, no network namespace.
 //!
 //! Processes of one test carry a mark in their environment, by which they are found whoever their parent is.
 
@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::group::{Machine, command, text};
+use crate::group::{Machine, command, free_port, text};
 use crate::shape;
 
 /// Generous: the machine may be busy.
@@ -47,6 +47,31 @@ fn expect_nobody(mark: &str) {
     wait_until("every process has ended", || marked(mark).is_empty());
 }
 
+/// Network namespaces that a process is in, or holds open.
+fn namespaces_of(pid: u32) -> BTreeSet<String> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let paths = fds.map(|fd| fd.path()).chain([format!("/proc/{pid}/ns/net").into()]);
+    let links = paths.filter_map(|path| Some(fs::read_link(path).ok()?.to_string_lossy().into_owned()));
+    links.filter(|link| link.starts_with("net:[")).collect()
+}
+
+/// Those of a marked group, but not ours.
+fn foreign_namespaces(mark: &str) -> BTreeSet<String> {
+    let ours = namespaces_of(std::process::id());
+    let all = marked(mark).into_iter().flat_map(|marked| namespaces_of(marked.pid));
+    all.filter(|name| !ours.contains(name)).collect()
+}
+
+/// A namespace without a name lives as long as somebody is in it or holds it. Waits, because its number may be that of
+/// a younger one by now.
+fn expect_gone(namespaces: &BTreeSet<String>) {
+    let pids =
+        || fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    wait_until("nobody holds a namespace of the group", || {
+        !pids().any(|pid| !namespaces_of(pid).is_disjoint(namespaces))
+    });
+}
+
 /// What outlives processes if nobody removes it.
 #[derive(Debug, PartialEq, Eq)]
 struct Leftovers {
@@ -71,14 +96,14 @@ impl Leftovers {
 }
 
 /// A command that is not left running by a test that failed.
-struct Running(Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Running {
-    fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         self.0.id()
     }
 
-    fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         self.0.wait().unwrap()
     }
 }
@@ -99,20 +124,21 @@ fn start(mark: &str, launcher: &[&str], flags: &[&str]) -> Running {
     let mut command = command(&[&["launch"], launcher, &bench, flags, shape].concat());
     command.env("IBEX_TEST_MARK", mark).stdout(Stdio::null()).stderr(Stdio::null());
     let group = Running(command.spawn().unwrap());
-    // A rank has memory that others may map once it has joined.
-    let works = |rank: &Marked| {
-        let files = fs::read_dir(format!("/proc/{}/fd", rank.pid)).into_iter().flatten().flatten();
-        rank.rank.is_some() && files.filter_map(|fd| fs::read_link(fd.path()).ok()).any(is_memfd)
-    };
     wait_until("three ranks work", || marked(mark).iter().filter(|rank| works(rank)).count() == 3);
     group
+}
+
+/// A rank has memory that others may map once it has joined.
+fn works(rank: &Marked) -> bool {
+    let files = fs::read_dir(format!("/proc/{}/fd", rank.pid)).into_iter().flatten().flatten();
+    rank.rank.is_some() && files.filter_map(|fd| fs::read_link(fd.path()).ok()).any(is_memfd)
 }
 
 fn is_memfd(link: std::path::PathBuf) -> bool {
     link.to_string_lossy().starts_with("/memfd:")
 }
 
-fn kill(pid: u32, signal: &str) {
+pub(crate) fn kill(pid: u32, signal: &str) {
     let status = std::process::Command::new("kill").args([signal, &pid.to_string()]).status();
     assert!(status.unwrap().success());
 }
@@ -157,38 +183,92 @@ fn killed_rank(name: &str, launcher: &[&str], flags: &[&str], rank: &str) {
     let mark = format!("rank-{name}-{}", std::process::id());
     let mut group = start(&mark, launcher, flags);
     let victim = marked(&mark).into_iter().find(|marked| marked.rank.as_deref() == Some(rank)).unwrap();
+    let namespaces = foreign_namespaces(&mark);
+    assert_eq!(namespaces.is_empty(), launcher.is_empty(), "{name}: {namespaces:?}");
     kill(victim.pid, "-9");
     let status = group.wait();
     assert_eq!(status.code(), Some(137), "{name}");
     assert!(marked(&mark).is_empty(), "{name}: {:?}", marked(&mark));
+    expect_gone(&namespaces);
 }
 
 fn killed_launcher(place: &str, launcher: &[&str], flags: &[&str]) {
     let mark = format!("launcher-{place}-{}", std::process::id());
     let mut group = start(&mark, launcher, flags);
+    let namespaces = foreign_namespaces(&mark);
     kill(group.id(), "-9");
     assert_eq!(group.wait().signal(), Some(9));
     expect_nobody(&mark);
+    expect_gone(&namespaces);
 }
 
 fn interrupted(place: &str, launcher: &[&str], flags: &[&str]) {
     let mark = format!("interrupt-{place}-{}", std::process::id());
     let mut group = start(&mark, launcher, flags);
+    let namespaces = foreign_namespaces(&mark);
     kill(group.id(), "-INT");
     assert_eq!(group.wait().code(), Some(130), "{place}");
     assert!(marked(&mark).is_empty(), "{place}: {:?}", marked(&mark));
+    expect_gone(&namespaces);
+}
+
+#[test]
+fn children_of_a_rank_that_failed_end_with_it() {
+    let mark = format!("children-{}", std::process::id());
+    let script = "sleep 1000 & (sleep 1000 & wait) & [ $RANK = 0 ] && exit 3; wait";
+    let mut command = command(&["launch", "--ranks", "2", "--", "sh", "-c", script]);
+    let output = command.env("IBEX_TEST_MARK", &mark).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    expect_nobody(&mark);
+}
+
+/// `bench ep --procs` with three ranks that work until they are stopped.
+fn start_bench(mark: &str) -> Running {
+    let args = ["bench", "ep", "--procs", "--ranks", "3", "--iters", "1000000", "--detect-ms", "20000"];
+    let shape = &shape()[..shape().len() - 2];
+    let mut command = command(&[&args, shape].concat());
+    command.env("IBEX_TEST_MARK", mark).stdout(Stdio::null()).stderr(Stdio::null());
+    let parent = Running(command.spawn().unwrap());
+    wait_until("its ranks run", || marked(mark).iter().filter(|marked| marked.rank.is_some()).count() == 3);
+    parent
 }
 
 #[test]
 fn ranks_of_a_bench_die_with_the_command_that_started_them() {
     let mark = format!("procs-{}", std::process::id());
-    let args = ["bench", "ep", "--procs", "--ranks", "3", "--iters", "1000000", "--detect-ms", "20000"];
-    let shape = &shape()[..shape().len() - 2];
-    let mut command = command(&[&args, shape].concat());
-    command.env("IBEX_TEST_MARK", &mark).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut parent = Running(command.spawn().unwrap());
-    wait_until("its ranks run", || marked(&mark).iter().filter(|marked| marked.rank.is_some()).count() == 3);
+    let mut parent = start_bench(&mark);
     kill(parent.id(), "-9");
     parent.wait();
+    expect_nobody(&mark);
+}
+
+#[test]
+fn a_bench_ends_with_the_rank_that_was_killed() {
+    let mark = format!("procs-rank-{}", std::process::id());
+    let mut parent = start_bench(&mark);
+    let victim = marked(&mark).into_iter().find(|marked| marked.rank.as_deref() == Some("1")).unwrap();
+    kill(victim.pid, "-9");
+    assert_eq!(parent.wait().code(), Some(137));
+    expect_nobody(&mark);
+}
+
+/// No launcher of ours: whatever sets the variables may end one rank and leave the others to themselves.
+#[test]
+fn a_rank_without_a_launcher_ends_when_another_is_killed() {
+    let mark = format!("alone-{}", std::process::id());
+    let port = free_port();
+    let start = |number: &str| {
+        let mut args = vec!["bench", "ep", "--iters", "1000000", "--detect-ms", "2000"];
+        args.extend(&shape()[..shape().len() - 2]);
+        let mut command = command(&args);
+        command.envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &port), ("WORLD_SIZE", "2")]);
+        command.envs([("RANK", number), ("IBEX_TEST_MARK", &mark)]);
+        Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    };
+    let (mut first, mut second) = (start("0"), start("1"));
+    wait_until("both work", || marked(&mark).iter().filter(|rank| works(rank)).count() == 2);
+    kill(second.id(), "-9");
+    assert_eq!(second.wait().signal(), Some(9));
+    assert_eq!(first.wait().code(), Some(1), "it says that its peer is gone");
     expect_nobody(&mark);
 }

@@ -1,6 +1,7 @@
 //! Running the command as its users do, with nothing of this test's own environment that a launcher might have set.
 
 use std::io::Write;
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -22,15 +23,25 @@ const LAUNCHERS_WORDS: [&str; 12] = [
     "IBEX_TOKEN",
 ];
 
-/// Networks that are worse than they should be.
-pub(crate) const FAULTS: [(&str, &str); 3] = [
-    ("drop-1", r#"{"fault": {"drop": {"ppm": 10000}}}"#),
-    ("drop-5", r#"{"fault": {"drop": {"ppm": 50000}}}"#),
-    (
-        "mixed",
-        r#"{"fault": {"duplicate": {"ppm": 10000}}}, {"fault": {"corrupt": {"ppm": 10000}}},
+/// A network that is worse than it should be.
+pub(crate) struct BadNetwork {
+    pub(crate) name: &'static str,
+    /// Of a `--faults-plan`.
+    pub(crate) rules: &'static str,
+    /// What must have happened, as the report's `fault_counts` call it.
+    pub(crate) counts: &'static [&'static str],
+}
+
+/// One of each kind that a group bears without a loss.
+pub(crate) const BAD_NETWORKS: [BadNetwork; 3] = [
+    BadNetwork { name: "drop-1", rules: r#"{"fault": {"drop": {"ppm": 10000}}}"#, counts: &["dropped"] },
+    BadNetwork { name: "drop-5", rules: r#"{"fault": {"drop": {"ppm": 50000}}}"#, counts: &["dropped"] },
+    BadNetwork {
+        name: "mixed",
+        rules: r#"{"fault": {"duplicate": {"ppm": 10000}}}, {"fault": {"corrupt": {"ppm": 10000}}},
            {"fault": {"reorder": {"ppm": 10000, "overtake_max": 4, "hold_us": 2000}}}"#,
-    ),
+        counts: &["duplicated", "corrupted", "reordered"],
+    },
 ];
 
 /// The command, started by nobody in particular.
@@ -55,6 +66,11 @@ pub(crate) fn bench(args: &[&str]) -> Output {
 
 pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A port that nobody listened on a moment ago.
+pub(crate) fn free_port() -> String {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string()
 }
 
 /// A file of one test, in cargo's directory for tests.

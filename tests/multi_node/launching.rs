@@ -1,10 +1,11 @@
 //! How ranks are started: by `ibex launch`, and by whatever else sets the variables of a launcher.
 
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::process::{Child, Output, Stdio};
 
-use crate::group::{command, ibex, text};
+use crate::cleanup::{Running, kill};
+use crate::group::{command, free_port, ibex, text};
 use crate::shape;
 
 #[test]
@@ -36,16 +37,32 @@ fn a_rank_that_a_signal_killed_gives_128_and_its_number() {
     assert_eq!(output.status.code(), Some(137), "{}", text(&output.stderr));
 }
 
+#[test]
+fn a_signal_to_the_launcher_reaches_every_rank() {
+    for (signal, number) in [("HUP", 1), ("INT", 2), ("TERM", 15)] {
+        let script =
+            format!("trap 'echo got {signal}; exit 0' {signal}; echo ready; while :; do sleep 0.1; done");
+        let mut command = command(&["launch", "--ranks", "2", "--", "sh", "-c", &script]);
+        let mut group = Running(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+        let mut lines = BufReader::new(group.0.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let mut next_two = || {
+            let mut two: Vec<String> = lines.by_ref().take(2).collect();
+            two.sort();
+            two
+        };
+        assert_eq!(next_two(), ["[rank 0] ready", "[rank 1] ready"]);
+        kill(group.id(), &format!("-{signal}"));
+        assert_eq!(next_two(), [0, 1].map(|rank| format!("[rank {rank}] got {signal}")));
+        assert_eq!(group.wait().code(), Some(128 + number), "SIG{signal}");
+    }
+}
+
 /// Starts one rank of a bench with these variables.
 fn rank(vars: &[(&str, &str)], flags: &[&str]) -> Child {
     let mut command =
         command(&[&["bench", "ep", "--check", "--detect-ms", "20000"], flags, &shape()].concat());
     command.envs(vars.iter().copied());
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-fn free_port() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string()
 }
 
 fn ends(children: Vec<Child>) -> Vec<Output> {

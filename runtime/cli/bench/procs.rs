@@ -9,6 +9,7 @@
 use core::mem::discriminant;
 use core::time::Duration;
 use std::ffi::{OsStr, OsString};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use ibex::bootstrap::{BootstrapError, Place, RankList};
@@ -21,7 +22,7 @@ use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::RankInput;
 use ibex::session::{Member, MemberFabric, MemberOptions};
 use ibex::time::sleep;
-use ibex_hca::emulated::Doorbells;
+use ibex_hca::emulated::{Doorbells, UdpConfig};
 use serde::{Deserialize, Serialize};
 
 use super::ep::{Args, QUIET, all_inputs, claim_outputs, input, tell};
@@ -159,7 +160,7 @@ impl<'a> Run<'a> {
     /// Which address was chosen, and how the first rank reaches the others.
     fn print_ways(&self) {
         if let Some(advertised) = self.member.advertised() {
-            eprintln!("ibex: rank 0 advertises {advertised}");
+            eprintln!("ibex: rank 0 advertises {advertised}{}", self.other_port(advertised.address));
         }
         let mut ways: Vec<(RouteReport, RankList)> = Vec::new();
         // CAST: at most 512 ranks.
@@ -176,6 +177,17 @@ impl<'a> Run<'a> {
         }
         for (way, peers) in ways {
             eprintln!("ibex: rank 0 reaches {peers} by {way}");
+        }
+    }
+
+    /// Says which port this rank's socket has, if it is not the usual one.
+    fn other_port(&self, address: IpAddr) -> String {
+        let usual = UdpConfig::new(address).bind.port();
+        match self.member.fabric().socket() {
+            Some((local, _)) if local.port() != usual => {
+                format!(", port {}: another socket has {usual}", local.port())
+            }
+            _ => String::new(),
         }
     }
 
@@ -273,7 +285,8 @@ impl<'a> Run<'a> {
         // A sign of life that was being sent when the rank fell silent is out by then.
         sleep(QUIET);
         self.member.device().check_unrung();
-        let totals = Totals::of(&self.rank, self.member.device())?;
+        let fault_counts = self.member.fabric().fault_counts();
+        let totals = Totals { fault_counts, ..Totals::of(&self.rank, self.member.device())? };
         let Verdict { wrong, lost, checked, .. } = *verdict;
         let mine = RankEnd { totals, wrong, lost, checked };
         // PANIC: numbers always serialise.

@@ -12,6 +12,7 @@ use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::RankInput;
 use ibex::session::{CombineSource, DispatchCall, DispatchHandle, Halves, SessionGraph, TopkDtype};
 use ibex_hca::emulated::EmulatedHca;
+use ibex_hca::emulated::switch::FaultCounts;
 use serde::{Deserialize, Serialize};
 
 use super::report::RouteBytes;
@@ -157,6 +158,17 @@ pub(super) fn flip_bit(rank: &RigRank) -> Result<(), Error> {
     Ok(gpu.write(addr, &[byte[0] ^ 0x40])?)
 }
 
+/// What devices did with packets; all zero on a fabric that carries none.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct PacketTotals {
+    pub(super) sent: u64,
+    /// Packets of requests sent again.
+    pub(super) sent_again: u64,
+    pub(super) received: u64,
+    /// Of those received, dropped because their checksum is wrong.
+    pub(super) bad_icrc: u64,
+}
+
 /// What ranks moved and hold, over a whole run.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Totals {
@@ -165,6 +177,9 @@ pub(super) struct Totals {
     pub(super) doorbells: u64,
     pub(super) cqes: u64,
     pub(super) unrung_wqes: u64,
+    pub(super) packets: PacketTotals,
+    /// Of the switches at the ranks' exits; absent where no plan was given.
+    pub(super) fault_counts: Option<FaultCounts>,
     /// Of the rank that has most.
     pub(super) buffer_bytes: u64,
     /// Of the rank that has most.
@@ -186,6 +201,13 @@ impl Totals {
             doorbells: seen.doorbells,
             cqes: seen.cqes,
             unrung_wqes: seen.unrung_wqes,
+            packets: PacketTotals {
+                sent: seen.packets.sent,
+                sent_again: seen.packets.sent_again,
+                received: seen.packets.received,
+                bad_icrc: seen.packets.bad_icrc,
+            },
+            fault_counts: None,
             buffer_bytes: rank.session.buffer_bytes(),
             tensor_bytes: rank.session.tensor_bytes(),
         })
@@ -201,6 +223,13 @@ impl AddAssign for Totals {
         self.doorbells += other.doorbells;
         self.cqes += other.cqes;
         self.unrung_wqes += other.unrung_wqes;
+        self.packets.sent += other.packets.sent;
+        self.packets.sent_again += other.packets.sent_again;
+        self.packets.received += other.packets.received;
+        self.packets.bad_icrc += other.packets.bad_icrc;
+        if let Some(counts) = other.fault_counts {
+            *self.fault_counts.get_or_insert_default() += counts;
+        }
         self.buffer_bytes = self.buffer_bytes.max(other.buffer_bytes);
         self.tensor_bytes = self.tensor_bytes.max(other.tensor_bytes);
     }

@@ -4,13 +4,13 @@
 
 use ibex::config::ValidConfig;
 use ibex::reference::check::Verdict;
-use ibex_hca::emulated::switch::FaultPlan;
+use ibex_hca::emulated::switch::{FaultCounts, FaultPlan};
 use serde::{Deserialize, Serialize};
 
 use super::commit::commit;
 use super::floor::Floor;
 use super::moved::Moved;
-use super::rank::Totals;
+use super::rank::{PacketTotals, Totals};
 use super::stats::{Percentiles, median};
 use crate::cli::Outcome;
 use crate::cli::flags::{ConfigReport, Shared};
@@ -55,6 +55,9 @@ pub(super) struct Report {
     pub(super) doorbells: u64,
     pub(super) cqes: u64,
     pub(super) unrung_wqes: u64,
+    pub(super) packets: PacketTotals,
+    /// What a plan's faults did to packets; absent where no plan was given.
+    pub(super) fault_counts: Option<FaultCounts>,
     pub(super) memcpy_floor_us: Pair,
     pub(super) floor_ratio: Pair,
 }
@@ -93,6 +96,8 @@ impl Report {
             doorbells: totals.doorbells,
             cqes: totals.cqes,
             unrung_wqes: totals.unrung_wqes,
+            packets: totals.packets,
+            fault_counts: totals.fault_counts,
             memcpy_floor_us: floor,
             floor_ratio: Pair {
                 dispatch: ratio(&samples.dispatch_us, floor.dispatch),
@@ -151,6 +156,7 @@ pub(super) fn print(report: &Report, checked: u64) {
         "device    {} wqes, {} doorbells, {} cqes, {} unrung wqes",
         report.wqes, report.doorbells, report.cqes, report.unrung_wqes
     );
+    print_packets(report);
     println!(
         "memory    {} of buffers, {} of tensors, per rank",
         table::bytes(report.buffer_bytes),
@@ -162,6 +168,33 @@ pub(super) fn print(report: &Report, checked: u64) {
             "result    {checked} rows and outputs checked: {} wrong, {} picks lost",
             report.wrong, report.lost
         ),
+    }
+}
+
+/// Prints what became of packets, where there were any.
+fn print_packets(report: &Report) {
+    let packets = report.packets;
+    if packets.sent > 0 {
+        println!("packets   {} sent, {} of them again", packets.sent, packets.sent_again);
+    }
+    if let Some(faults) = report.fault_counts {
+        let said = [
+            (faults.dropped, "dropped"),
+            (faults.duplicated, "duplicated"),
+            (faults.delayed, "delayed"),
+            (faults.reordered, "reordered"),
+            (faults.corrupted, "corrupted"),
+            (faults.paced, "paced"),
+            (faults.overflowed + faults.crowded_out, "overflowed"),
+            (faults.partitioned, "partitioned"),
+            (faults.flapped, "flapped"),
+        ];
+        let said: Vec<_> =
+            said.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+        println!(
+            "faults    {}",
+            if said.is_empty() { String::from("none happened") } else { said.join(", ") }
+        );
     }
 }
 

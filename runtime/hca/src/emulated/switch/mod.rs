@@ -20,10 +20,13 @@ mod plan;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::ops::AddAssign;
 
 pub use plan::{
     Fault, FaultPlan, FaultRule, OVERTAKE_MAX, PPM_MAX, PlanError, PlanLimit, RULES_MAX, TIME_US_MAX,
 };
+
+use serde::{Deserialize, Serialize};
 
 use crate::Nanos;
 
@@ -33,7 +36,7 @@ pub const IN_FLIGHT_MAX: usize = 1 << 16;
 const SPARE_MAX: usize = 1024;
 
 /// What a switch did, by kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct FaultCounts {
     /// Frames submitted.
     pub submitted: u64,
@@ -59,6 +62,23 @@ pub struct FaultCounts {
     pub flapped: u64,
     /// Lost because [`IN_FLIGHT_MAX`] frames were in flight.
     pub crowded_out: u64,
+}
+
+impl AddAssign for FaultCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.submitted += other.submitted;
+        self.delivered += other.delivered;
+        self.dropped += other.dropped;
+        self.duplicated += other.duplicated;
+        self.delayed += other.delayed;
+        self.reordered += other.reordered;
+        self.corrupted += other.corrupted;
+        self.paced += other.paced;
+        self.overflowed += other.overflowed;
+        self.partitioned += other.partitioned;
+        self.flapped += other.flapped;
+        self.crowded_out += other.crowded_out;
+    }
 }
 
 /// A frame that arrived.
