@@ -19,6 +19,8 @@ use super::{Ending, Failure, LaunchError};
 
 /// How often ranks are asked whether they live.
 const ASK_EVERY: Duration = Duration::from_millis(2);
+/// How much later than the first failure a rank that was killed may be seen to have ended.
+const SECOND_LOOK: Duration = Duration::from_millis(50);
 /// How long ranks may take to end when they are told to.
 const GRACE: Duration = Duration::from_secs(5);
 /// How long output may take to come out of a rank that has ended.
@@ -77,7 +79,7 @@ impl Group {
                 }
                 patience.get_or_insert_with(|| Deadline::after(GRACE));
             }
-            if let Some(failure) = self.look_for_ended()
+            if let Some(failure) = self.look_for_failure()
                 && ending == Ending::Good
             {
                 ending = Ending::Failed(failure);
@@ -99,6 +101,18 @@ impl Group {
 
     fn all_ended(&self) -> bool {
         self.ended.iter().all(Option::is_some)
+    }
+
+    /// Looks again after a failure: a rank that a signal killed closes its sockets before it is seen to have ended, so
+    /// that one that failed for want of it may be seen first.
+    fn look_for_failure(&mut self) -> Option<Failure> {
+        let failure = self.look_for_ended()?;
+        if failure.status.code().is_none() {
+            return Some(failure);
+        }
+        sleep(SECOND_LOOK);
+        let killed = self.look_for_ended().filter(|later| later.status.code().is_none());
+        Some(killed.unwrap_or(failure))
     }
 
     /// Takes note of ranks that have ended; the first failure among them. One that a signal killed comes before those
