@@ -8,7 +8,7 @@
 mod rig;
 
 use ibex_roce::requester::{Event, Failure, MessageId, Operation};
-use ibex_roce::{AtomicOp, Mtu, RemoteAddr};
+use ibex_roce::{AtomicOp, Mtu, Nanos, RemoteAddr};
 use proptest::prelude::*;
 use rig::{Effect, End, Faults, Pair, Shape, effects_of, pattern, range};
 
@@ -49,12 +49,16 @@ fn messages() -> impl Strategy<Value = [Vec<Operation>; 2]> {
 
 fn shape() -> impl Strategy<Value = Shape> {
     let psn = prop_oneof![Just(0xff_fff8), Just(0x7f_fff8), 0_u32..1 << 24];
-    (psn, 1..40_u32, 1..12_u32, 1..4_u8, any::<bool>()).prop_map(|(psn, window, every, reads, wide)| Shape {
+    // Shorter than a round trip, longer, or none; the ack timeout is 262 us.
+    let early = prop_oneof![Just(None), (0..100_000_u64).prop_map(|nanos| Some(Nanos(nanos)))];
+    let numbers = (psn, 1..40_u32, 1..12_u32, 1..4_u8);
+    (numbers, any::<bool>(), early).prop_map(|((psn, window, every, reads), wide, first_timeout)| Shape {
         mtu: if wide { Mtu::B512 } else { Mtu::B256 },
         first_psn: psn,
         window,
         ack_every: every,
         max_reads: reads,
+        first_timeout,
         ..Shape::default()
     })
 }

@@ -239,6 +239,7 @@ pub(crate) struct Shape {
     pub(crate) ack_every: u32,
     pub(crate) max_reads: u8,
     pub(crate) retry_count: u8,
+    pub(crate) first_timeout: Option<Nanos>,
     pub(crate) rnr_retry: u8,
     pub(crate) receive_every: u64,
 }
@@ -253,6 +254,7 @@ impl Default for Shape {
             max_reads: 2,
             // More than the wire allows, so that patience never runs out where a test is not about that.
             retry_count: u8::MAX,
+            first_timeout: None,
             rnr_retry: RequesterConfig::RNR_RETRY_FOREVER,
             receive_every: 20_000,
         }
@@ -266,6 +268,7 @@ impl Shape {
             ack_every: self.ack_every,
             max_reads: self.max_reads,
             retry_count: self.retry_count,
+            first_timeout: self.first_timeout,
             rnr_retry: self.rnr_retry,
             ack_timeout: AckTimeout::new(6),
             ..RequesterConfig::new(QpNum::new(7), self.mtu, Psn::new(self.first_psn))
