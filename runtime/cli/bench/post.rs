@@ -18,8 +18,9 @@ use crate::cli::progress::Progress;
 use crate::cli::table::{Table, count};
 use crate::cli::{CliError, Outcome, claim_output, write_output};
 
-/// Bytes that one round moves, at least; more than the caches of a core hold, and long enough to time.
-const ROUND_BYTES: u64 = 16 << 20;
+/// Bytes that one round moves, at least; more than caches hold, and so long that waking the worker that runs the
+/// kernel hardly counts.
+const ROUND_BYTES: u64 = 64 << 20;
 /// Messages of a round at most: small ones would take long to check.
 const ROUND_WQES_MAX: u64 = 1 << 17;
 /// Messages of a latency round.
