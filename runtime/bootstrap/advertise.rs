@@ -49,8 +49,8 @@ pub struct Advertised {
 impl Advertised {
     /// The address of one of several ranks on a host.
     ///
-    /// A port is found by its address alone, so ranks that meet over the loopback interface take one address of it
-    /// each: 127.0.0.1, 127.0.0.2, and so on. Elsewhere every rank is told its own.
+    /// Ranks that meet over the loopback interface take one address of it each: 127.0.0.1, 127.0.0.2, and so on, so
+    /// that all of them can use RoCEv2's own UDP port. Elsewhere a second rank behind one address takes another port.
     #[must_use]
     pub fn for_local_rank(self, local_rank: u32) -> Self {
         match self.address {

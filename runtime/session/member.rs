@@ -393,7 +393,7 @@ fn check_offer(
     }
     let address = offer.port.address();
     if let Some((other, _)) = ports.iter().find(|(_, taken)| *taken == address) {
-        return Err(violation("rank at its port's address (each rank needs one of its own)", *other));
+        return Err(violation("rank at its port's address (address and UDP port must differ)", *other));
     }
     ports.push((peer, address));
     Ok(())
