@@ -54,6 +54,7 @@ pub mod gpu;
 pub mod harness;
 pub mod ids;
 pub mod layout;
+pub mod membership;
 pub mod recovery;
 pub mod reference;
 pub mod session;
