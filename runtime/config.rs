@@ -168,6 +168,9 @@ pub struct Config {
     pub hidden: u32,
     /// Experts in the world; ranks need not hold the same number.
     pub num_experts: u32,
+    /// Places for experts at each rank, for replicas and for fewer members than ranks; by default what an equal share
+    /// of all ranks needs.
+    pub local_experts: Option<u32>,
     /// Most picks per token.
     pub max_topk: u32,
     /// How dispatched rows travel.
@@ -212,6 +215,7 @@ impl Default for Config {
             max_tokens: 128,
             hidden: 7168,
             num_experts: 256,
+            local_experts: None,
             max_topk: 8,
             dtype: WireDtype::Fp8,
             scales: ScaleKind::F32,
@@ -252,6 +256,9 @@ impl Config {
         in_range("num_experts", self.num_experts, 1, NUM_EXPERTS_MAX)?;
         in_range("max_topk", self.max_topk, 1, TOPK_MAX)?;
         at_most_field("max_topk", self.max_topk, "num_experts", self.num_experts)?;
+        if let Some(places) = self.local_experts {
+            in_range("local_experts", places, self.num_experts.div_ceil(self.num_ranks), self.num_experts)?;
+        }
         if self.dtype == WireDtype::Bf16 && self.scales != ScaleKind::F32 {
             let value = self.scales.name().into();
             let limit = Limit::OneOf(&["f32 (the default) where dtype is bf16"]);
@@ -393,10 +400,10 @@ impl ValidConfig {
         self.num_experts / self.num_ranks + u32::from(u32::from(rank.0) < extra)
     }
 
-    /// Most experts of any rank, at least 1.
+    /// Most experts of any rank, at least 1: its places.
     #[must_use]
     pub fn max_local_experts(&self) -> u32 {
-        self.num_experts.div_ceil(self.num_ranks)
+        self.local_experts.unwrap_or(self.num_experts.div_ceil(self.num_ranks))
     }
 
     /// The first global expert of `rank`; experts are contiguous per rank.
@@ -564,6 +571,18 @@ mod tests {
         let limit = Limit::AtMostField { field: "num_experts", max: 7 };
         assert_eq!(error, ConfigError { field: "max_topk", value: 8u32.into(), limit });
         accepted(|config| config.num_experts = 8);
+    }
+
+    #[test]
+    fn places_of_experts_hold_at_least_an_equal_share() {
+        let limit = Limit::Range { min: 32, max: 256 };
+        for value in [0, 31, 257] {
+            let error = refused(|config| config.local_experts = Some(value));
+            assert_eq!(error, ConfigError { field: "local_experts", value: value.into(), limit });
+        }
+        for value in [32, 256] {
+            assert_eq!(accepted(|config| config.local_experts = Some(value)).max_local_experts(), value);
+        }
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub enum Error {
     /// A handle belongs to another epoch or incarnation.
     #[error(transparent)]
     Stale(#[from] Stale),
+    /// The launch belongs to a step that waits for a switch of members or placement.
+    #[error(transparent)]
+    Gated(#[from] Gated),
     /// The GPU refused or failed a call.
     #[error(transparent)]
     Gpu(#[from] GpuError),
@@ -331,6 +334,14 @@ pub struct Stale {
     pub found: u64,
     /// The current one.
     pub current: u64,
+}
+
+/// A step that may not begin yet, because the group is switching before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("step {step} waits at the gate until its members and placement are agreed")]
+pub struct Gated {
+    /// The step.
+    pub step: u64,
 }
 
 /// A failed call to the operating system.

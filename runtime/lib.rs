@@ -55,6 +55,7 @@ pub mod harness;
 pub mod ids;
 pub mod layout;
 pub mod membership;
+pub mod placement;
 pub mod recovery;
 pub mod reference;
 pub mod session;

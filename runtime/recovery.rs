@@ -20,7 +20,6 @@
 //! - Blocks are given back only after 2RST completed: until then the device may still touch them.
 
 use core::sync::atomic::{Ordering, fence};
-use core::time::Duration;
 
 use ibex_abi::device_ctx::{DeviceFault, LaneHostWords, LaneState, LifeWords, PeerCtx, QpDeviceCtx, code};
 use ibex_abi::types::QpNum;
@@ -30,14 +29,16 @@ use crate::buffer::{LaneBuffers, bytes};
 use crate::error::{ConfigError, Error, Limit, Stale, Violation};
 use crate::ids::{Lane, Rank};
 use crate::layout::qp_slot;
-use crate::session::{Guard, Session};
+use crate::session::Session;
 
 mod control;
+mod fencing;
 mod identity;
 mod offer;
 mod queues;
 mod route;
 
+pub(crate) use fencing::Fences;
 pub use identity::HostId;
 pub use offer::{LaneOffer, Mappings, Offer, OfferError, QueueOffer};
 pub(crate) use queues::PeerQueues;
@@ -194,6 +195,8 @@ impl Session {
     /// # Errors
     /// `Protocol` if the slots are not connected; `Gpu` if the state cannot be written.
     pub fn activate(&self, peer: Rank) -> Result<(), Error> {
+        // Before any slot can be used: whoever masks meanwhile takes it out again.
+        let mut active = self.active.lock();
         if !self.queues.lock().controls[peer.index()].is_live() {
             return Err(not_offered(peer));
         }
@@ -205,7 +208,14 @@ impl Session {
                 self.gpu.store_u32(buffers.qp_ctx_addr(peer, channel) + STATE_OFF, code::QP_ACTIVE)?;
             }
         }
+        active.insert(peer);
         Ok(())
+    }
+
+    /// May kernels use the slots of this peer, as far as the host is concerned?
+    #[must_use]
+    pub fn is_active(&self, peer: Rank) -> bool {
+        self.active.lock().contains(peer)
     }
 
     /// Lets kernels reach this rank itself by local copies; no queue pair is involved.
@@ -264,6 +274,7 @@ impl Session {
     /// # Errors
     /// `Gpu` if the state cannot be written; no command is involved.
     pub fn mask(&self, peer: Rank) -> Result<(), Error> {
+        self.active.lock().remove(peer);
         for runtime in &self.lanes {
             let buffers = runtime.buffers.read();
             self.gpu.store_u32(buffers.suspect_addr(peer), 1)?;
@@ -273,33 +284,6 @@ impl Session {
         }
         // ORDER(9): mark -> read entered, the other side of the kernels' Dekker pair.
         fence(Ordering::SeqCst);
-        Ok(())
-    }
-
-    /// Masks `peer`'s slots and makes them empty: no device executes from them, the dead incarnation's keys are gone,
-    /// and every word that the peer has written or is owed is zero.
-    ///
-    /// # Errors
-    /// What the HCA refused, or `Protocol` if a half outlives every limit; the slots stay masked, and a retry goes on
-    /// where this stopped.
-    pub fn fence(&self, peer: Rank) -> Result<(), Error> {
-        self.mask(peer)?;
-        let entered = self.entered_halves()?;
-        {
-            let mut queues = self.queues.lock();
-            queues.sweep();
-            queues.fail_slots(peer)?;
-        }
-        // Without the lock: signs of life go on, and they may be sent by the thread that runs the half we wait for.
-        self.grace_period(&entered)?;
-        self.queues.lock().empty_slots(peer)?;
-        for runtime in &self.lanes {
-            // The dead incarnation's keys go with its queue pairs; nobody else's are touched.
-            runtime.buffers.write().renew_peer_keys(peer)?;
-            self.zero_words(&runtime.buffers.read(), peer)?;
-        }
-        // No context names the peer's memory any more.
-        self.reaches.lock()[peer.index()] = Reach::default();
         Ok(())
     }
 
@@ -342,42 +326,6 @@ impl Session {
             suspects: self.suspicion_row(buffers)?,
             ..LifeWords::default()
         })
-    }
-
-    /// Halves that have entered so far, per lane.
-    fn entered_halves(&self) -> Result<Vec<u64>, Error> {
-        self.lanes
-            .iter()
-            .map(|runtime| Ok(self.gpu.load_u64(runtime.buffers.read().host_words_addr() + ENTERED_OFF)?))
-            .collect()
-    }
-
-    /// Waits until every half that entered before the mark has left, send and receive alike. Bounded: a half ends by
-    /// its own deadlines.
-    fn grace_period(&self, entered: &[u64]) -> Result<(), Error> {
-        let cap = Duration::from_millis(u64::from(self.config.stall_ms()) * u64::from(self.config.num_ranks));
-        for (runtime, entered) in self.lanes.iter().zip(entered) {
-            if !runtime.is_guarded(Guard::Grace) {
-                continue;
-            }
-            let addr = runtime.buffers.read().host_words_addr() + LEFT_OFF;
-            // ORDER(10): everything a half did -> left. Acquire.
-            let mut left = self.gpu.load_u64(addr);
-            let all_left = self.gpu.wait_for(2 * cap, &mut || {
-                left = self.gpu.load_u64(addr);
-                !matches!(left, Ok(count) if count < *entered)
-            })?;
-            let left = left?;
-            if !all_left {
-                return Err(Error::Protocol(Violation {
-                    from: self.rank,
-                    check: "halves that left within twice the hard cap",
-                    found: left,
-                    expected: *entered,
-                }));
-            }
-        }
-        Ok(())
     }
 
     /// Zeroes what the pair has exchanged: signal, credit and life words, and our own side of them. After 2RST,
@@ -441,13 +389,14 @@ impl Session {
     pub fn start_at(&self, next: &[[u64; 2]]) -> Result<(), Error> {
         self.check_start(next)?;
         for (runtime, next) in self.lanes.iter().zip(next) {
+            runtime.start_at(*next);
             let state = LaneState { next: *next, credited: next.map(|n| n - 1), ..LaneState::default() };
             LaneBuffers::write(&*self.gpu, runtime.buffers.read().state_addr(), &state)?;
         }
         self.connect_self(next)
     }
 
-    fn check_start(&self, next: &[[u64; 2]]) -> Result<(), Error> {
+    pub(crate) fn check_start(&self, next: &[[u64; 2]]) -> Result<(), Error> {
         let refuse =
             |field, value: u64, limit| Err(Error::Config(ConfigError { field, value: value.into(), limit }));
         let lanes = self.lanes.len() as u64;
@@ -467,11 +416,6 @@ impl Session {
 
 /// Offset of `QpDeviceCtx::state`.
 const STATE_OFF: u64 = core::mem::offset_of!(QpDeviceCtx, state) as u64;
-/// Offset of `LaneHostWords::entered`.
-const ENTERED_OFF: u64 = core::mem::offset_of!(LaneHostWords, entered) as u64;
-/// Offset of `LaneHostWords::left`.
-const LEFT_OFF: u64 = core::mem::offset_of!(LaneHostWords, left) as u64;
-
 fn not_offered(peer: Rank) -> Error {
     Error::Protocol(Violation { from: peer, check: "queue pairs offered first", found: 0, expected: 1 })
 }

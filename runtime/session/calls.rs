@@ -9,6 +9,7 @@ use ibex_abi::device_ctx::{CombineArgs, DispatchArgs, ExpertArgs, LaneArgs, code
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
+use super::gate::StepHold;
 use super::order::Mark;
 use super::tensors::Tensors;
 use super::{COMBINE, DISPATCH, LaneRuntime, Session};
@@ -114,6 +115,8 @@ pub struct DispatchHandle {
     sent: Mark,
     call: DispatchCall,
     received: Mutex<bool>,
+    /// The step that this is part of; none in a capture, which launches nothing.
+    _step: Option<StepHold>,
 }
 
 /// One combine: what its receive half needs to know.
@@ -241,8 +244,8 @@ impl Session {
     ///
     /// # Errors
     /// `Config` for a bad lane, top-k, missing weights or a short tensor; `Stale` for tensors of another session;
-    /// `Exhausted` while the receive half of the step N before has not been launched, or all handles are held; nothing
-    /// is launched then.
+    /// `Exhausted` while the receive half of the step N before has not been launched, or all handles are held; `Gated`
+    /// if this would begin a step that waits for a switch. Nothing is launched then.
     pub fn dispatch(
         &self,
         lane: Lane,
@@ -253,6 +256,26 @@ impl Session {
         let runtime = self.lane(lane)?;
         self.check_tensors(t)?;
         self.check_dispatch(call)?;
+        if self.gpu.is_capturing(stream)? {
+            return self.launch_dispatch(runtime, stream, t, call);
+        }
+        let step = self.steps.enter()?;
+        match self.launch_dispatch(runtime, stream, t, call) {
+            Ok(handle) => Ok(DispatchHandle { _step: Some(step), ..handle }),
+            Err(error) => {
+                step.cancel();
+                Err(error)
+            }
+        }
+    }
+
+    fn launch_dispatch(
+        &self,
+        runtime: &LaneRuntime,
+        stream: &Stream,
+        t: &Tensors,
+        call: &DispatchCall,
+    ) -> Result<DispatchHandle, Error> {
         let mut order = self.order(runtime, stream)?;
         order.ring(DISPATCH).next_send()?;
         let index = runtime.handles.take()?;
@@ -275,13 +298,14 @@ impl Session {
         *index.last_use.lock() = Some(sent.clone());
         Ok(DispatchHandle {
             session: self.id,
-            lane,
+            lane: runtime.lane(),
             launch: args.nonce,
             index,
             ordinal,
             sent,
             call: *call,
             received: Mutex::new(both),
+            _step: None,
         })
     }
 

@@ -25,6 +25,10 @@ pub enum Guard {
     Doorbell = code::GUARD_DOORBELL,
     /// Fencing waits for the halves that have entered.
     Grace = code::GUARD_GRACE,
+    /// A member table applies from its first sequence number on, not earlier.
+    FromSeq = code::GUARD_FROM_SEQ,
+    /// A member table is overwritten only when no half uses it.
+    Table = code::GUARD_TABLE,
 }
 
 impl LaneRuntime {

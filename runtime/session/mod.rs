@@ -12,37 +12,45 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use ibex_abi::device_ctx::{LaneArgs, LaneState, Limits, MemberTable, UNPLACED};
+use ibex_abi::device_ctx::{LaneArgs, LaneState, Limits};
 use ibex_hca::Hca;
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard, RwLock};
-use zerocopy::{FromZeros, IntoBytes};
+use zerocopy::IntoBytes;
 
 use crate::buffer::{LaneBuffers, OwnedPd};
 use crate::config::ValidConfig;
 use crate::error::{ConfigError, Error, Exhausted, Limit, Resource};
 use crate::gpu::{Gpu, Graph, Stream};
-use crate::ids::{ExpertIdx, Lane, Rank};
+use crate::ids::{Epoch, Lane, Rank};
 use crate::layout::{Plan, qp_slot};
-use crate::recovery::{PeerQueues, Reach};
+use crate::membership::RankSet;
+use crate::placement::Placement;
+use crate::recovery::{Fences, PeerQueues, Reach};
 
 mod attendant;
 mod calls;
+mod gate;
 mod guards;
 mod host;
 mod member;
 mod order;
+mod switch;
 mod tensors;
 mod world;
 
 pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, TopkDtype};
+pub use gate::GateAck;
 pub use guards::Guard;
 pub use host::{Combined, Tokens};
 pub use member::{Member, MemberFabric, MemberOptions};
+pub use switch::Switch;
 pub use tensors::Tensors;
 pub use world::{DeviceWrapper, Replacement, World, WorldOptions};
 
 use calls::IndexPool;
+use gate::Steps;
 use order::LaneOrder;
+use switch::{Membership, Tables};
 
 /// Index of the dispatch operation in per-operation arrays.
 pub(crate) const DISPATCH: usize = 0;
@@ -56,6 +64,7 @@ const POLLS_PER_CQ_READ: u32 = 16;
 pub(crate) struct LaneRuntime {
     pub(crate) buffers: RwLock<LaneBuffers>,
     order: Mutex<LaneOrder>,
+    tables: Mutex<Tables>,
     handles: Arc<IndexPool>,
     tickets: Arc<IndexPool>,
     lane: Lane,
@@ -66,6 +75,14 @@ pub(crate) struct LaneRuntime {
 impl LaneRuntime {
     pub(crate) fn lane(&self) -> Lane {
         self.lane
+    }
+
+    /// Lets the next dispatch and combine draw these sequence numbers.
+    pub(crate) fn start_at(&self, next: [u64; 2]) {
+        let mut order = self.order.lock();
+        for op in [DISPATCH, COMBINE] {
+            order.ring_mut(op).start_at(next[op]);
+        }
     }
 
     fn args(&self, buffers: &LaneBuffers) -> LaneArgs {
@@ -101,6 +118,11 @@ pub struct Session {
     pub(crate) lanes: Vec<LaneRuntime>,
     /// By rank; dropped after everything above has stopped kernels from using them.
     pub(crate) reaches: Mutex<Vec<Reach>>,
+    /// Peers whose slots kernels may use, as far as the host is concerned.
+    pub(crate) active: Mutex<RankSet>,
+    pub(crate) fences: Mutex<Fences>,
+    membership: Mutex<Membership>,
+    steps: Steps,
     capture: Mutex<Option<Capture>>,
     nonce: AtomicU32,
     beat: AtomicU64,
@@ -133,6 +155,8 @@ impl Session {
             }));
         }
         check_grid(config, &*gpu)?;
+        let members = RankSet::first(config.num_ranks);
+        let placement = Placement::contiguous(config, 1, &members)?;
         let plan = Plan::new(config, rank);
         let pd = OwnedPd::new(&hca)?;
         let mut lanes = Vec::new();
@@ -141,6 +165,7 @@ impl Session {
             lanes.push(LaneRuntime {
                 buffers: RwLock::new(buffers),
                 order: Mutex::new(LaneOrder::new(config.ring)),
+                tables: Mutex::default(),
                 handles: IndexPool::new(plan.handles),
                 tickets: IndexPool::new(plan.handles),
                 lane: Lane(lane),
@@ -154,6 +179,10 @@ impl Session {
             queues: Mutex::new(queues),
             lanes,
             reaches: Mutex::new((0..config.num_ranks).map(|_| Reach::default()).collect()),
+            active: Mutex::default(),
+            fences: Mutex::default(),
+            membership: Membership::new(Epoch(1), members, placement),
+            steps: Steps::default(),
             capture: Mutex::new(None),
             nonce: AtomicU32::new(1),
             beat: AtomicU64::new(1),
@@ -171,17 +200,17 @@ impl Session {
 
     fn write_initial_state(&self) -> Result<(), Error> {
         let state = LaneState { next: [1, 1], ..LaneState::default() };
-        let table = self.first_table();
-        for runtime in &self.lanes {
-            let buffers = runtime.buffers.read();
-            LaneBuffers::write(&*self.gpu, buffers.state_addr(), &state)?;
-            let placement: Vec<u8> = self.placement().iter().flat_map(|w| w.to_le_bytes()).collect();
-            for index in 0..2 {
-                self.gpu.write(buffers.owner_of_addr(index), &placement)?;
-                let from_seq = if index == 0 { [0; 2] } else { [u64::MAX; 2] };
-                let table = MemberTable { from_seq, owner_of: buffers.owner_of_addr(index), ..table };
-                LaneBuffers::write(&*self.gpu, buffers.table_addr(index), &table)?;
-            }
+        // Everybody alive, experts contiguous per rank, from the first step on.
+        let everybody = Switch {
+            epoch: self.epoch(),
+            alive: self.alive(),
+            placement: self.placement(),
+            from_step: 0,
+            from_seq: vec![[0; 2]; self.lanes.len()],
+        };
+        for (runtime, from_seq) in self.lanes.iter().zip(&everybody.from_seq) {
+            LaneBuffers::write(&*self.gpu, runtime.buffers.read().state_addr(), &state)?;
+            self.write_first(runtime, &everybody, *from_seq)?;
         }
         let ms = |ms: u32| Duration::from_millis(ms.into());
         self.set_limits(ms(self.config.detect_ms), ms(self.config.stall_ms()))
@@ -210,28 +239,6 @@ impl Session {
             LaneBuffers::write(&*self.gpu, runtime.buffers.read().limits_addr(), &limits)?;
         }
         Ok(())
-    }
-
-    /// Everybody alive, experts contiguous per rank.
-    fn first_table(&self) -> MemberTable {
-        let mut table = MemberTable::new_zeroed();
-        table.epoch = 1;
-        table.placement_version = 1;
-        table.num_experts = self.config.num_experts;
-        for rank in 0..self.config.num_ranks as usize {
-            table.alive[rank / 64] |= 1 << (rank % 64);
-        }
-        table
-    }
-
-    fn placement(&self) -> Vec<u32> {
-        let entry = |expert: u32| {
-            // CAST: experts number at most 65535 by the limits of Config.
-            self.config
-                .owner_of(ExpertIdx(expert as u16))
-                .map_or(UNPLACED, |(rank, local)| u32::from(rank.0) << 16 | u32::from(local.0))
-        };
-        (0..self.config.num_experts).map(entry).collect()
     }
 
     /// This rank.
@@ -379,10 +386,11 @@ impl Session {
         Ok(SessionGraph { graph, session: self.id, steps })
     }
 
-    /// Replays a captured graph on `stream`.
+    /// Replays a captured graph on `stream`: a step by itself, unless a handle is open.
     ///
     /// # Errors
-    /// `Stale` for a graph of another session; `Exhausted` while a lane owes a receive half outside the graph.
+    /// `Stale` for a graph of another session; `Exhausted` while a lane owes a receive half outside the graph; `Gated`
+    /// while the step that this would begin waits for a switch.
     pub fn replay(&self, graph: &SessionGraph, stream: &Stream) -> Result<(), Error> {
         if graph.session != self.id {
             return Err(Error::Stale(crate::error::Stale {
@@ -392,12 +400,17 @@ impl Session {
             }));
         }
         self.check_nothing_owed()?;
-        self.gpu.replay(&graph.graph, stream)?;
+        let step = self.steps.enter()?;
+        if let Err(error) = self.gpu.replay(&graph.graph, stream) {
+            step.cancel();
+            return Err(error.into());
+        }
         for (runtime, steps) in self.lanes.iter().zip(&graph.steps) {
             let mut order = runtime.order.lock();
             for op in [DISPATCH, COMBINE] {
                 order.ring_mut(op).replayed(steps[op]);
             }
+            order.after_replay(&*self.gpu, stream)?;
         }
         Ok(())
     }

@@ -18,13 +18,15 @@ mod credit_model;
 #[derive(Clone, Debug)]
 pub(crate) struct RingOrder {
     ring: u64,
+    /// The sequence number of the first send.
+    first_seq: u64,
     sent: u64,
     unreceived: BTreeSet<u64>,
 }
 
 impl RingOrder {
     pub(crate) fn new(ring: u32) -> Self {
-        Self { ring: ring.into(), sent: 0, unreceived: BTreeSet::new() }
+        Self { ring: ring.into(), first_seq: 1, sent: 0, unreceived: BTreeSet::new() }
     }
 
     /// The ordinal that the next send would have, if the ring has room for it.
@@ -64,6 +66,17 @@ impl RingOrder {
     pub(crate) fn sent(&self) -> u64 {
         self.sent
     }
+
+    /// The sequence number that the next send will draw.
+    pub(crate) fn next_seq(&self) -> u64 {
+        self.first_seq.wrapping_add(self.sent)
+    }
+
+    /// Lets the next send draw `seq`.
+    pub(crate) fn start_at(&mut self, seq: u64) {
+        // Wraps if a lane that has sent is set back; the sum is what counts.
+        self.first_seq = seq.wrapping_sub(self.sent);
+    }
 }
 
 /// A point on a stream that later work may have to follow.
@@ -88,6 +101,11 @@ impl Mark {
         }
         Ok(gpu.wait(&self.event, stream)?)
     }
+
+    /// Has the stream passed this mark?
+    pub(crate) fn is_past(&self, gpu: &dyn Gpu) -> Result<bool, Error> {
+        Ok(gpu.query(&self.event)?)
+    }
 }
 
 /// The launch order of one lane.
@@ -97,6 +115,8 @@ pub(crate) struct LaneOrder {
     last_send: Option<Mark>,
     /// Receive halves by operation and ring slot.
     received: [Vec<Option<Mark>>; 2],
+    /// Graphs by the stream they were last replayed on.
+    replayed: Vec<Mark>,
 }
 
 impl LaneOrder {
@@ -106,6 +126,7 @@ impl LaneOrder {
             rings: [RingOrder::new(ring), RingOrder::new(ring)],
             last_send: None,
             received: [slots(), slots()],
+            replayed: Vec::new(),
         }
     }
 
@@ -115,6 +136,20 @@ impl LaneOrder {
 
     pub(crate) fn ring_mut(&mut self, op: usize) -> &mut RingOrder {
         &mut self.rings[op]
+    }
+
+    /// Notes a replay on `stream`.
+    pub(crate) fn after_replay(&mut self, gpu: &dyn Gpu, stream: &Stream) -> Result<(), Error> {
+        let mark = Mark::after(gpu, stream)?;
+        self.replayed.retain(|earlier| !earlier.stream.same_as(stream));
+        self.replayed.push(mark);
+        Ok(())
+    }
+
+    /// Marks behind everything that has been launched so far.
+    pub(crate) fn marks(&self) -> Vec<Mark> {
+        let received = self.received.iter().flatten().flatten();
+        self.last_send.iter().chain(received).chain(&self.replayed).cloned().collect()
     }
 
     fn slot(&self, op: usize, ordinal: u64) -> usize {

@@ -154,7 +154,8 @@ struct LifeWords {
 };
 static_assert(sizeof(LifeWords) == 128);
 
-/// Members and expert placement. Two exist; sequence s uses the newer one iff s >= its from_seq.
+/// Members and expert placement. Two exist; the newer one is the one with the larger from_seq, and sequence s uses it
+/// iff s >= its from_seq.
 struct alignas(64) MemberTable {
   uint32_t epoch, placement_version;
   uint32_t num_experts, reserved;
@@ -272,7 +273,7 @@ struct LaneArgs {
   QpDeviceCtx* qps;            ///< [num_ranks][num_channels]
   PeerCtx* peers;              ///< [num_ranks]
   uint32_t* suspects;          ///< [num_ranks], sticky; kernels set, the host clears
-  MemberTable* tables;         ///< [2], oldest first
+  MemberTable* tables;         ///< [2]; which one is newer, from_seq says
   LaneState* state;
   SendCursor* cursors;         ///< [num_ranks][num_channels]
   const Limits* limits;

@@ -8,13 +8,15 @@
 
 namespace ibex {
 
-/// Bits of `LaneArgs::guards_off`. The grace period of a fence is a guard of the host and has a bit of its own there.
+/// Bits of `LaneArgs::guards_off`. Those of the host, which has bits of its own there, are the grace period of a fence
+/// and the wait before a member table is overwritten.
 enum Guard : uint32_t {
   kGuardCredit = 1,       ///< a ring slot is rewritten at a peer only after that peer consumed it
   kGuardSourceRows = 2,   ///< a row is overwritten only after a CQE covers every WQE that names it
   kGuardGeneration = 4,   ///< signal words and headers are compared with the generation of the step
   kGuardLost = 8,         ///< a peer that cannot be served is told so
   kGuardDoorbell = 16,    ///< the doorbell is rung after the record
+  kGuardFromSeq = 64,     ///< the newer member table applies from its first sequence number on
 };
 
 #if defined(IBEX_CUDA)

@@ -7,6 +7,7 @@
 /// INVARIANT: `go_send` and `go_receive` are zero outside a half; a block never acts on an earlier launch's word.
 #pragma once
 #include "ibex/args.h"
+#include "ibex/guards.h"
 #include "ibex/layout.h"
 #include "ibex/warp.h"
 
@@ -44,9 +45,16 @@ IBEX_DEV bool is_alive(const MemberTable& table, uint32_t rank) {
   return (ld_relaxed_gpu(&table.alive[rank / 64]) >> (rank % 64) & 1) != 0;
 }
 
-/// The newer table applies from its from_seq on; a combine uses the table of its dispatch.
+/// The newer table, the one with the larger from_seq, applies from there on. A combine uses the table of its dispatch.
+///
+/// The host may be writing the older table for a later step: then its from_seq is the largest number first, and that
+/// step's last; either way the answer for a step that was launched before is the same.
 IBEX_DEV uint32_t table_for(const LaneArgs& a, uint32_t op, uint64_t seq) {
-  return seq >= ld_relaxed_gpu(&a.tables[1].from_seq[op]) ? 1u : 0u;
+  const uint64_t first0 = ld_relaxed_sys(&a.tables[0].from_seq[op]);
+  const uint64_t first1 = ld_relaxed_sys(&a.tables[1].from_seq[op]);
+  const uint32_t newer = first1 > first0 ? 1u : 0u;
+  if (!guarded(a, kGuardFromSeq)) return newer;
+  return seq >= (newer != 0 ? first1 : first0) ? newer : 1u - newer;
 }
 
 /// Announces the half to the host. Lane 0 of the leader only.

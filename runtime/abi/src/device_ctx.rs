@@ -99,6 +99,10 @@ pub mod code {
     pub const GUARD_DOORBELL: u32 = 16;
     /// Fencing waits for the halves that have entered; the host's guard, not the kernels'.
     pub const GUARD_GRACE: u32 = 32;
+    /// The newer member table applies from its first sequence number on.
+    pub const GUARD_FROM_SEQ: u32 = 64;
+    /// A member table is overwritten only when nothing uses it; the host's guard.
+    pub const GUARD_TABLE: u32 = 128;
 }
 
 /// Defines a structure together with the table of its field offsets, which the parity test reads.
@@ -352,7 +356,8 @@ device_struct! {
 }
 
 device_struct! {
-    /// Members and expert placement. Two exist; sequence s uses the newer one iff s >= its from_seq.
+    /// Members and expert placement. Two exist; the newer one is the one with the larger from_seq, and sequence s uses
+    /// it iff s >= its from_seq.
     #[repr(C, align(64))]
     pub struct MemberTable {
         /// Membership version.
