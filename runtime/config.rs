@@ -43,6 +43,14 @@ pub const DETECT_MS_MAX: u32 = 60_000;
 pub const STALL_MS_MAX: u32 = 3_600_000;
 /// `stall_ms` as a multiple of `detect_ms` where none is given.
 pub const STALL_PER_DETECT: u32 = 20;
+/// Shortest lease that a store grants (`ibex_metadata::limits::TTL_MIN`).
+pub const LEASE_TTL_MS_MIN: u32 = 50;
+/// Longest lease: a day.
+pub const LEASE_TTL_MS_MAX: u32 = 86_400_000;
+/// A lease as a multiple of `detect_ms` where none is given, and the shortest one that is accepted.
+pub const LEASE_PER_DETECT: u32 = 3;
+/// Longest time without a store: a day.
+pub const STORE_GRACE_MS_MAX: u32 = 86_400_000;
 /// Channels of a fp8 scale.
 pub const SCALE_BLOCK: u32 = 128;
 
@@ -201,6 +209,11 @@ pub struct Config {
     pub detect_ms: u32,
     /// How long a live peer may make no progress; by default 20 x `detect_ms`.
     pub stall_ms: Option<u32>,
+    /// How long a rank's name outlives its last renewal in the store: the backstop for idle ranks; by default
+    /// 3 x `detect_ms`, and at least what a store grants.
+    pub lease_ttl_ms: Option<u32>,
+    /// How long a rank goes on without the store, or without a quorum, before it stops.
+    pub store_grace_ms: u32,
     /// Send queue depth, as the logarithm of its WQEBBs.
     pub sq_depth_log: u32,
     /// Rows in the combine staging ring of one queue pair.
@@ -231,6 +244,8 @@ impl Default for Config {
             link: Link::Roce,
             detect_ms: 100,
             stall_ms: None,
+            lease_ttl_ms: None,
+            store_grace_ms: 30_000,
             sq_depth_log: 9,
             staging_rows: 32,
         }
@@ -286,6 +301,10 @@ impl Config {
 
     fn validate_time(&self) -> Result<(), ConfigError> {
         in_range("detect_ms", self.detect_ms, 1, DETECT_MS_MAX)?;
+        in_range("store_grace_ms", self.store_grace_ms, 1, STORE_GRACE_MS_MAX)?;
+        if let Some(lease_ttl_ms) = self.lease_ttl_ms {
+            in_range("lease_ttl_ms", lease_ttl_ms, self.shortest_lease_ms(), LEASE_TTL_MS_MAX)?;
+        }
         let Some(stall_ms) = self.stall_ms else {
             return Ok(());
         };
@@ -295,6 +314,14 @@ impl Config {
             return Err(ConfigError { field: "stall_ms", value: stall_ms.into(), limit });
         }
         Ok(())
+    }
+}
+
+impl Config {
+    /// A lease that a rank can always renew in time, and that a store grants.
+    const fn shortest_lease_ms(&self) -> u32 {
+        let renewed = self.detect_ms * LEASE_PER_DETECT;
+        if renewed > LEASE_TTL_MS_MIN { renewed } else { LEASE_TTL_MS_MIN }
     }
 }
 
@@ -391,6 +418,12 @@ impl ValidConfig {
     #[must_use]
     pub fn stall_ms(&self) -> u32 {
         self.config.stall_ms.unwrap_or(self.detect_ms * STALL_PER_DETECT)
+    }
+
+    /// The effective lease of a rank's name.
+    #[must_use]
+    pub fn lease_ttl_ms(&self) -> u32 {
+        self.config.lease_ttl_ms.unwrap_or(self.shortest_lease_ms())
     }
 
     /// Experts of one rank: the first `num_experts mod num_ranks` ranks hold one more than the rest.

@@ -261,9 +261,24 @@ pub enum Evidence {
     /// The peer itself said LOST, or skipped the step.
     #[error("the peer reported the step lost")]
     Reported,
-    /// Its lease ran out at the store.
+    /// A header or count of it contradicts the protocol.
+    #[error("it contradicted the protocol")]
+    Contradiction,
+    /// Rows sent to it could not be reused: nothing says that they arrived.
+    #[error("rows sent to it are not known to have arrived")]
+    SourceRows,
+    /// Its lease ran out at the store, while the store was up.
     #[error("its lease expired")]
     Lease,
+    /// Its process has ended.
+    #[error("its process has ended")]
+    Exit,
+    /// Another process holds its name.
+    #[error("another process has claimed its name")]
+    Superseded,
+    /// It was admitted, and could not be connected.
+    #[error("it could not be connected")]
+    Unconnected,
 }
 
 /// A peer's message that contradicts the protocol.

@@ -61,6 +61,11 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         config.stall_ms(),
         config.rc_timers().total_ns() / 1_000_000
     );
+    println!(
+        "            lease {} ms, without a store or a quorum {} ms",
+        config.lease_ttl_ms(),
+        config.store_grace_ms
+    );
     println!("buffers     {} per rank, ring {}", table::bytes(buffers), config.ring);
     println!("tensors     {} per rank", table::bytes(tensors));
     Ok(Outcome::Good)

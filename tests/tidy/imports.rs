@@ -55,7 +55,7 @@ const ROOMS: &[RoomRule] = &[
     RoomRule { paths: &["runtime/layout.rs", "runtime/layout"], may_use: &["ids", "error", "config"] },
     RoomRule {
         paths: &["runtime/membership.rs", "runtime/membership"],
-        may_use: &["ids", "error", "config", "layout"],
+        may_use: &["membership", "ids", "error", "config", "layout"],
     },
     RoomRule { paths: &["runtime/time.rs"], may_use: &[] },
     RoomRule { paths: &["runtime/gpu"], may_use: &["gpu", "time", "ids"] },
