@@ -11,6 +11,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::clock::{Clock, within};
 use crate::error::{Result, StoreError};
 use crate::ids::{Revision, Version};
+use crate::keeper::Keeper;
 use crate::lease::Leased;
 use crate::name::{Prefix, RecordName};
 use crate::open::open;
@@ -69,6 +70,29 @@ impl Blocking {
     /// As there.
     pub fn claim(&self, claim: &Claim) -> Result<Hold> {
         self.wait(self.store.claim(claim))
+    }
+
+    /// See [`Keeper::claim`]. What keeps the name runs on the store's thread.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn keep(&self, claim: &Claim, grace: Duration) -> Result<Keeper> {
+        self.wait(Keeper::claim(&self.store, claim, &self.clock, grace))
+    }
+
+    /// Waits for the loss of a kept name, at most this long; `None`: it is still kept.
+    #[must_use]
+    pub fn lost(&self, keeper: &Keeper, patience: Duration) -> Option<StoreError> {
+        let lost = within(patience, async { Ok(keeper.lost().await) });
+        self.runtime.block_on(lost).ok()
+    }
+
+    /// See [`Keeper::release`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn release_kept(&self, keeper: Keeper) -> Result<()> {
+        self.wait(keeper.release())
     }
 
     /// See [`Store::publish`].
@@ -210,6 +234,10 @@ mod tests {
         let event = watch.next(budget).unwrap().unwrap();
         assert!(matches!(event.change, Change::Put(_)));
         store.release(&hold).unwrap();
+        assert_eq!(store.get(&name), Err(StoreError::NotFound));
+        let keeper = store.keep(&claim, budget).unwrap();
+        assert_eq!(store.lost(&keeper, Duration::from_millis(1)), None);
+        store.release_kept(keeper).unwrap();
         assert_eq!(store.get(&name), Err(StoreError::NotFound));
     }
 }

@@ -3,10 +3,10 @@
 //! # Rooms
 //!
 //! Pure, without clock, socket, thread, file or environment: [`ids`], [`name`], [`limits`], [`error`],
-//! [`record`], [`change`], [`lease`], [`segments`], [`url`], and the rules of a store as a state machine
-//! (`table`). Shell: [`clock`] (the only file that reads one), [`local`] (`memory:` and `redb:`), `grpc`
-//! (`ibex://`, client and server), `redis` (`redis://`), `layered` (`layered+URL`), [`mod@open`],
-//! [`blocking`], [`scope`]. [`contract`] is what every backend is
+//! [`record`], [`change`], [`derived`], [`lease`], [`backoff`], [`segments`], [`url`], and the rules of a
+//! store as a state machine (`table`). Shell: [`clock`] (the only file that reads one), [`local`]
+//! (`memory:` and `redb:`), `grpc` (`ibex://`, client and server), `redis` (`redis://`), `layered`
+//! (`layered+URL`), [`mod@open`], [`blocking`], [`scope`], [`keeper`]. [`contract`] is what every backend is
 //! held to.
 //!
 //! # Who owns what
@@ -15,16 +15,19 @@
 //! device reads; what is *derived* from records is the runtime's, and [`change`] says when it must go.
 #![forbid(unsafe_code)]
 
+pub mod backoff;
 pub mod blocking;
 pub mod change;
 pub mod clock;
 pub mod contract;
+pub mod derived;
 pub mod error;
 #[cfg(feature = "grpc")]
 pub mod grpc;
 pub mod ids;
 #[cfg(feature = "redb")]
 mod journal;
+pub mod keeper;
 #[cfg(feature = "layered")]
 pub mod layered;
 pub mod lease;

@@ -1,6 +1,7 @@
 //! A store between a test and a store of this process, that can misbehave.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -24,12 +25,15 @@ pub(crate) struct Spy {
     pub(crate) mood: Mutex<Mood>,
     /// Batches need one of these each; none left: they wait.
     pub(crate) passes: Semaphore,
+    /// Renewals that it was asked for.
+    pub(crate) renewals: AtomicU64,
 }
 
 impl Spy {
     pub(crate) fn new(inner: LocalStore) -> Self {
         let passes = Semaphore::new(Semaphore::MAX_PERMITS);
-        Self { inner, asked: Mutex::default(), mood: Mutex::new(Mood::Good), passes }
+        let mood = Mutex::new(Mood::Good);
+        Self { inner, asked: Mutex::default(), mood, passes, renewals: AtomicU64::new(0) }
     }
 
     /// The batches since the last look, by the last parts of their names.
@@ -71,6 +75,10 @@ impl Store for Spy {
         self.inner.publish(hold, expect, record).await
     }
     async fn renew(&self, hold: &Hold) -> Result<()> {
+        self.renewals.fetch_add(1, Ordering::SeqCst);
+        if *self.mood.lock() == Mood::Away {
+            return Err(StoreError::Unavailable { retry_after: Duration::ZERO });
+        }
         self.inner.renew(hold).await
     }
     async fn release(&self, hold: &Hold) -> Result<()> {
