@@ -92,6 +92,18 @@ ibex_status ibex_pool_simulate(ibex_pool* pool, bool (*until)(void*), void* ctx)
   return pool->workers[0]->simulate(until, ctx);
 }
 
+ibex_status ibex_pool_kill(ibex_pool* pool, uint32_t device) {
+  if (pool->config.mode != IBEX_SIMULATION) return IBEX_BAD_CONFIG;
+  pool->workers[0]->kill(device);
+  return IBEX_OK;
+}
+
+ibex_status ibex_pool_freeze(ibex_pool* pool, uint32_t device, bool frozen) {
+  if (pool->config.mode != IBEX_SIMULATION) return IBEX_BAD_CONFIG;
+  pool->workers[0]->freeze(device, frozen);
+  return IBEX_OK;
+}
+
 uint64_t ibex_pool_now_ns(const ibex_pool* pool) {
   const auto& sim = pool->workers[0]->sim;
   return sim ? sim->now_ns() : ibex::host::monotonic_ns();

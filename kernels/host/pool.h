@@ -104,6 +104,13 @@ ibex_status ibex_pool_launch(ibex_pool* pool, const ibex_launch* launch);
 /// Simulation: runs on the calling thread until `until(ctx)` holds (IBEX_OK), or nothing can move any more.
 /// `until` is asked between steps. After IBEX_STUCK or IBEX_LIVELOCK a report of every fiber is on stderr.
 ibex_status ibex_pool_simulate(ibex_pool* pool, bool (*until)(void*), void* ctx);
+/// Simulation: ends a device at once, wherever its fibers stand. Its launches, queued or running, are abandoned:
+/// none of them touches memory again, and each `on_done` is called with `finished` false before this returns.
+/// On the thread that runs the simulation, never from a fiber.
+ibex_status ibex_pool_kill(ibex_pool* pool, uint32_t device);
+/// Simulation: from now on no fiber of the device runs (`frozen`), or they go on where they stood. As
+/// `ibex_pool_kill`.
+ibex_status ibex_pool_freeze(ibex_pool* pool, uint32_t device, bool frozen);
 /// Monotonic time, or the simulation's clock.
 uint64_t ibex_pool_now_ns(const ibex_pool* pool);
 /// Sums over the workers; exact when no worker runs.

@@ -55,6 +55,10 @@ void enter_fiber() {
 
 void Worker::make_ready(Fiber* f) {
   f->state = FiberState::ready;
+  if (sim && sim->is_frozen(f->block->grid->device)) {
+    sim->frozen.push_back(f);
+    return;
+  }
   if (sim) sim->ready.push_back(f);
   else push_back(ready_, f);
   ++num_ready;
@@ -248,7 +252,10 @@ void Worker::build(Grid* grid) {
   grid->fibers = std::make_unique<Fiber[]>(grid->num_fibers());
   grid->live = grid->num_fibers();
   // Here, so that no fiber has to make room: ThreadSanitizer would see it move what others wrote.
-  if (sim) sim->ready.reserve(live_ + grid->live);
+  if (sim) {
+    sim->ready.reserve(live_ + grid->live);
+    sim->frozen.reserve(live_ + grid->live);
+  }
   for (uint32_t b = 0; b < grid->num_blocks; ++b) {
     Block& block = grid->blocks[b];
     block.grid = grid;
@@ -284,13 +291,16 @@ void Worker::finish_grids() {
       grids_.erase(grids_.begin() + static_cast<ptrdiff_t>(i));
       break;
     }
-    {
-      std::lock_guard lock(mutex_);
-      admitted_ -= grid->num_fibers();
-      for (uint32_t i = 0; i < grid->num_fibers(); ++i) stacks_.give(grid->fibers[i].stack);
-    }
+    release_grid(grid);
     free_grid(grid, true);
   }
+}
+
+void Worker::release_grid(Grid* grid) {
+  std::lock_guard lock(mutex_);
+  admitted_ -= grid->num_fibers();
+  if (!grid->fibers) return;
+  for (uint32_t i = 0; i < grid->num_fibers(); ++i) stacks_.give(grid->fibers[i].stack);
 }
 
 void Worker::free_grid(Grid* grid, bool finished) {
@@ -402,7 +412,7 @@ ibex_status Worker::pass_time() {
     sim->event();
     return IBEX_OK;
   }
-  if (live_ > 0 && num_ready == 0) {
+  if (live_ > 0 && num_ready == 0 && sim->frozen.empty()) {
     dump("deadlock: every fiber waits at a barrier or collective");
     return IBEX_STUCK;
   }

@@ -101,6 +101,9 @@ struct Worker {
   // The worker's thread, main context.
   void run();
   ibex_status simulate(bool (*until)(void*), void* ctx);
+  // Simulation, main context or outside `simulate`: faults of one device (faults.cpp).
+  void kill(uint32_t device);
+  void freeze(uint32_t device, bool frozen);
 
   // A fiber's context (see fiber.h).
   void stall(Fiber* f, const void* address, uint64_t value);
@@ -124,6 +127,10 @@ struct Worker {
   void build(Grid* grid);
   char* take_arena();
   void finish_grids();
+  /// Gives a grid's stacks and its share of the worker back; it stays in nobody's list.
+  void release_grid(Grid* grid);
+  void unlink_inbox(uint32_t device, std::vector<Grid*>& killed);
+  void unlink_running(uint32_t device, std::vector<Grid*>& killed);
   /// Frees it and calls `on_done`.
   void free_grid(Grid* grid, bool finished);
   bool run_progress(uint64_t* deadline);

@@ -1,5 +1,7 @@
 #include "host/sim.h"
 
+#include <algorithm>
+
 #include "host/sched.h"
 
 namespace ibex::host {
@@ -53,6 +55,15 @@ uint32_t Sim::pick(const std::vector<Fiber*>& ready) {
     i = static_cast<uint32_t>(next() % ready.size());
   }
   return i;
+}
+
+bool Sim::is_frozen(uint32_t device) const {
+  return std::find(frozen_devices_.begin(), frozen_devices_.end(), device) != frozen_devices_.end();
+}
+
+void Sim::set_frozen(uint32_t device, bool frozen) {
+  std::erase(frozen_devices_, device);
+  if (frozen) frozen_devices_.push_back(device);
 }
 
 void Sim::event() {

@@ -43,6 +43,10 @@ class Sim {
 
   /// Fibers that may run, in no particular order.
   std::vector<Fiber*> ready;
+  /// Fibers of frozen devices that would otherwise be ready.
+  std::vector<Fiber*> frozen;
+  bool is_frozen(uint32_t device) const;
+  void set_frozen(uint32_t device, bool frozen);
   /// Stalls since the last event or main context; many of them ask for a look at whether all are quiet.
   uint32_t quiet_stalls = 0;
 
@@ -61,6 +65,7 @@ class Sim {
   uint32_t switch_log2_ = 0;
   uint32_t progress_log2_ = 0;
   uint32_t slow_device_ = 0;
+  std::vector<uint32_t> frozen_devices_;
 };
 
 }  // namespace ibex::host

@@ -72,6 +72,8 @@ struct Device {
     is_shared: bool,
     /// The last wait ended because a simulation could not move.
     stuck: AtomicBool,
+    /// Its kernels were ended from outside; none of them will ever report its end.
+    is_dead: AtomicBool,
 }
 
 /// What a [`Stream`] keeps.
@@ -126,6 +128,7 @@ impl HostGpu {
             allocations: Allocations::default(),
             is_shared,
             stuck: AtomicBool::new(false),
+            is_dead: AtomicBool::new(false),
         };
         Self { device: Arc::new(device), backing: Backing::default() }
     }
@@ -135,6 +138,26 @@ impl HostGpu {
     pub fn with_backing(mut self, backing: Backing) -> Self {
         self.backing = backing;
         self
+    }
+
+    /// Simulation: ends this GPU as if its process had died. Kernels stop where they stand and what is queued is
+    /// forgotten; its memory stays as it is until every handle is dropped, which waits for nothing.
+    ///
+    /// # Errors
+    /// `Pool` on a pool that runs in real time.
+    pub fn kill(&self) -> Result<(), GpuError> {
+        self.device.executor.kill()?;
+        self.device.is_dead.store(true, Ordering::Relaxed);
+        self.device.queues.lock().cancel_queued(self.device.executor.now_ns());
+        Ok(())
+    }
+
+    /// Simulation: stops this GPU's kernels where they stand, as SIGSTOP does, or lets them go on.
+    ///
+    /// # Errors
+    /// As [`HostGpu::kill`].
+    pub fn set_frozen(&self, frozen: bool) -> Result<(), GpuError> {
+        self.device.executor.freeze(frozen)
     }
 
     fn stream_idx(&self, stream: &Stream) -> Result<StreamIdx, GpuError> {
@@ -415,6 +438,7 @@ impl Device {
         self.queues.lock().cancel_queued(self.executor.now_ns());
         // A simulation that is stuck has said so already; its kernels stay where they stand.
         if self.stuck.load(Ordering::Relaxed)
+            || self.is_dead.load(Ordering::Relaxed)
             || std::thread::panicking()
             || self.queues.lock().num_running() == 0
         {

@@ -16,7 +16,7 @@ use core::ffi::{CStr, c_char, c_void};
 use core::fmt;
 use core::time::Duration;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 
 use parking_lot::Mutex;
 
@@ -220,6 +220,8 @@ pub struct Pool {
     config: PoolConfig,
     /// Held while a simulation runs; it has one scheduler.
     simulating: Mutex<()>,
+    /// The thread that holds `simulating`.
+    simulated_by: Mutex<Option<ThreadId>>,
     /// What the C side's `progress_ctx` points to; freed after the pool.
     _progress: Option<Box<Arc<dyn Progress>>>,
 }
@@ -262,8 +264,14 @@ impl Pool {
         if raw.0.is_null() {
             return Err(PoolError::NoMemory);
         }
-        let mut pool =
-            Self { raw, threads: Vec::new(), config, simulating: Mutex::new(()), _progress: progress };
+        let mut pool = Self {
+            raw,
+            threads: Vec::new(),
+            config,
+            simulating: Mutex::new(()),
+            simulated_by: Mutex::new(None),
+            _progress: progress,
+        };
         if mode == ffi::MODE_REAL_TIME {
             for worker in 0..workers {
                 pool.threads.push(spawn_worker(raw, worker)?);
@@ -322,12 +330,47 @@ impl Pool {
         let _running = self.simulating.try_lock().ok_or(PoolError::AlreadyRunning)?;
         let mut until = until;
         let context: *mut &mut dyn FnMut() -> bool = &mut until;
+        *self.simulated_by.lock() = Some(std::thread::current().id());
         // SAFETY: the pool is alive, one simulation runs at a time, and `context` is valid for the call.
-        match unsafe { ffi::ibex_pool_simulate(self.raw.0, call_until, context.cast()) } {
+        let status = unsafe { ffi::ibex_pool_simulate(self.raw.0, call_until, context.cast()) };
+        *self.simulated_by.lock() = None;
+        match status {
             ffi::OK => Ok(()),
             ffi::STUCK => Err(PoolError::Stuck),
             ffi::LIVELOCK => Err(PoolError::Livelock),
             ffi::SHUT_DOWN => Err(PoolError::ShutDown),
+            _ => Err(PoolError::NotSimulation),
+        }
+    }
+
+    /// Simulation: ends a device as if its process had died, wherever its kernels stand. What they stored stays
+    /// stored; nothing that was launched goes on, and each `done` is dropped uncalled before this returns.
+    ///
+    /// # Errors
+    /// `NotSimulation`; `AlreadyRunning` if another thread runs the simulation.
+    pub fn kill(&self, device: u32) -> Result<(), PoolError> {
+        // SAFETY: the pool is alive, and `between_steps` calls this where no fiber and no scheduler runs.
+        self.between_steps(|raw| unsafe { ffi::ibex_pool_kill(raw, device) })
+    }
+
+    /// Simulation: from now on none of a device's kernels moves, or they go on where they stood.
+    ///
+    /// # Errors
+    /// As [`Pool::kill`].
+    pub fn freeze(&self, device: u32, frozen: bool) -> Result<(), PoolError> {
+        // SAFETY: as in `kill`.
+        self.between_steps(|raw| unsafe { ffi::ibex_pool_freeze(raw, device, frozen) })
+    }
+
+    /// Changes what the scheduler owns: from within the simulation's own callbacks, which run between its steps, or
+    /// while none runs.
+    fn between_steps(&self, change: impl FnOnce(*mut ffi::Pool) -> u32) -> Result<(), PoolError> {
+        let idle = self.simulating.try_lock();
+        if idle.is_none() && *self.simulated_by.lock() != Some(std::thread::current().id()) {
+            return Err(PoolError::AlreadyRunning);
+        }
+        match change(self.raw.0) {
+            ffi::OK => Ok(()),
             _ => Err(PoolError::NotSimulation),
         }
     }

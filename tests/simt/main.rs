@@ -7,6 +7,7 @@
 
 mod buffers;
 mod collectives;
+mod faults;
 mod launches;
 #[path = "../rig/mod.rs"]
 mod rig;

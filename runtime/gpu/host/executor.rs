@@ -25,6 +25,12 @@ pub(super) trait Executor: Send + Sync {
     /// Runs kernels on the calling thread until `until` holds, if kernels only run that way (simulation).
     fn drive(&self, until: &mut dyn FnMut() -> bool) -> Result<Drive, GpuError>;
 
+    /// Ends everything that was started, in simulation; completions are dropped uncalled.
+    fn kill(&self) -> Result<(), GpuError>;
+
+    /// Stops everything that was started, in simulation, or lets it go on.
+    fn freeze(&self, frozen: bool) -> Result<(), GpuError>;
+
     /// The clock of the kernels.
     fn now_ns(&self) -> u64;
 }
@@ -86,6 +92,14 @@ impl Executor for PoolExecutor {
                 Ok(Drive::Reached)
             }
         }
+    }
+
+    fn kill(&self) -> Result<(), GpuError> {
+        Ok(self.pool.kill(self.device)?)
+    }
+
+    fn freeze(&self, frozen: bool) -> Result<(), GpuError> {
+        Ok(self.pool.freeze(self.device, frozen)?)
     }
 
     fn now_ns(&self) -> u64 {

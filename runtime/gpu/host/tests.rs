@@ -34,6 +34,15 @@ impl Executor for Script {
         Ok(Drive::Elsewhere)
     }
 
+    fn kill(&self) -> Result<(), GpuError> {
+        self.started.lock().clear();
+        Ok(())
+    }
+
+    fn freeze(&self, _frozen: bool) -> Result<(), GpuError> {
+        Ok(())
+    }
+
     fn now_ns(&self) -> u64 {
         self.now_ns.load(Ordering::Relaxed)
     }

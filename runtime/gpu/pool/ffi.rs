@@ -74,6 +74,8 @@ unsafe extern "C" {
         until: extern "C" fn(*mut c_void) -> bool,
         ctx: *mut c_void,
     ) -> u32;
+    pub(super) fn ibex_pool_kill(pool: *mut Pool, device: u32) -> u32;
+    pub(super) fn ibex_pool_freeze(pool: *mut Pool, device: u32, frozen: bool) -> u32;
     pub(super) fn ibex_pool_now_ns(pool: *const Pool) -> u64;
     pub(super) fn ibex_pool_get_stats(pool: *const Pool, stats: *mut PoolStats);
     pub(super) fn ibex_kernel_name(kernel_id: u32) -> *const c_char;
