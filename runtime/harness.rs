@@ -6,6 +6,7 @@
 pub mod fuzz;
 mod parallel;
 pub mod post;
+pub mod rejoin;
 
 pub use parallel::on_all_cores;
 

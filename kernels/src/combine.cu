@@ -290,8 +290,10 @@ IBEX_DEV bool send_half(const CombineArgs& c, BlockRange blocks) {
 template <CombineMode kMode>
 IBEX_DEV bool came_back(const CombineArgs& c, const HalfContext& h, uint32_t owner, uint32_t channel) {
   const LaneArgs& a = c.lane;
-  const bool lost = warp::one_lane([&] { return has_bit(c.handle.ctx->lost, owner); });
-  if (lost) return false;
+  if (guarded(a, kGuardMembership)) {
+    const bool lost = warp::one_lane([&] { return has_bit(c.handle.ctx->lost, owner); });
+    if (lost) return false;
+  }
   const uint32_t count = await_signal(a, h, c.verdicts, owner, channel);
   if (count == kCountLost) return false;
   const uint32_t q = qp_index(a.shape, owner, channel);

@@ -231,11 +231,11 @@ struct Placement {
   uint16_t owner, local_expert;
 };
 
-IBEX_DEV Placement place(const MemberTable& table, int32_t e) {
+IBEX_DEV Placement place(const LaneArgs& a, const MemberTable& table, int32_t e) {
   if (e < 0) return Placement{kNoOwner, 0};
   if (static_cast<uint32_t>(e) >= table.num_experts) return Placement{kLostOwner, 0};
   const uint32_t where = reinterpret_cast<const uint32_t*>(table.owner_of)[e];
-  if (where == kUnplaced || !is_member(table, where >> 16)) return Placement{kLostOwner, 0};
+  if (where == kUnplaced || !is_member(a, table, where >> 16)) return Placement{kLostOwner, 0};
   return Placement{static_cast<uint16_t>(where >> 16), static_cast<uint16_t>(where & 0xffffu)};
 }
 
@@ -246,7 +246,7 @@ IBEX_DEV void write_picks(const DispatchArgs& d, const HalfContext& h, const Top
   warp::lanes<uint32_t> owner, local_expert, index, flags;
   EACH_LANE(l) {
     expert[l] = l < ids.num_topk ? ids.at(token, l) : -1;
-    const Placement p = place(*h.table, expert[l]);
+    const Placement p = place(d.lane, *h.table, expert[l]);
     owner[l] = p.owner;
     local_expert[l] = p.local_expert;
     index[l] = 0;
@@ -326,7 +326,7 @@ IBEX_CALL uint32_t* fill_counts(const DispatchArgs& d, const HalfContext& h, uin
     EACH_LANE(l) {
       const uint32_t i = base + l;
       if (i < num_picks) {
-        const Placement p = place(*h.table, ids.at(i));
+        const Placement p = place(d.lane, *h.table, ids.at(i));
         if (p.owner == peer && !(duplicates && is_duplicate(ids, i / d.num_topk, i % d.num_topk))) {
           add_relaxed_gpu(&counts[p.local_expert], 1u);
         }

@@ -15,6 +15,8 @@ use ibex_abi::device_ctx::{LayoutRange, SourceInfo};
 
 use crate::config::{CombineMode, ValidConfig, WireDtype};
 use crate::ids::{ExpertIdx, LocalExpertIdx, Rank};
+use crate::membership::RankSet;
+use crate::placement::Placement;
 use crate::reference::inputs::RankInput;
 use crate::reference::numerics;
 
@@ -85,6 +87,8 @@ pub struct PackedRow {
 pub struct Step<'a> {
     config: &'a ValidConfig,
     inputs: &'a [RankInput],
+    /// Who serves an expert, where that is not what the configuration says.
+    placed: Option<(&'a Placement, RankSet)>,
     /// Per rank and token: payload and stored scales.
     travelling: Vec<Vec<(Vec<u8>, Vec<u8>)>>,
 }
@@ -103,13 +107,23 @@ impl<'a> Step<'a> {
         };
         let rows_of =
             |input: &RankInput| (0..input.num_tokens).map(|token| travel(input.row(token))).collect();
-        Self { config, inputs, travelling: inputs.iter().map(rows_of).collect() }
+        Self { config, inputs, placed: None, travelling: inputs.iter().map(rows_of).collect() }
+    }
+
+    /// The same step under the placement of a switch, whose members were `alive`.
+    #[must_use]
+    pub fn placed(mut self, placement: &'a Placement, alive: &RankSet) -> Self {
+        self.placed = Some((placement, *alive));
+        self
     }
 
     /// Who serves pick (`token`, `k`) of `source`; `None` if it is masked or names no expert.
     fn owner(&self, source: Rank, token: u32, k: usize) -> Option<(Rank, LocalExpertIdx)> {
-        let expert = u16::try_from(self.inputs[source.index()].picks(token)[k]).ok()?;
-        self.config.owner_of(ExpertIdx(expert))
+        let expert = ExpertIdx(u16::try_from(self.inputs[source.index()].picks(token)[k]).ok()?);
+        match &self.placed {
+            Some((placement, alive)) => placement.owner_for(source, expert, alive),
+            None => self.config.owner_of(expert),
+        }
     }
 
     /// The packed rows of `source` for one local expert of `rank`, in the order that the format fixes.

@@ -250,6 +250,7 @@ mod tests {
         let open = steps.enter().unwrap();
         steps.enter().unwrap().cancel();
         drop(open);
-        assert_eq!((steps.0.lock().begun, steps.0.lock().open), (1, 0));
+        let counts = steps.0.lock();
+        assert_eq!((counts.begun, counts.open), (1, 0));
     }
 }

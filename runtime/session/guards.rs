@@ -29,6 +29,9 @@ pub enum Guard {
     FromSeq = code::GUARD_FROM_SEQ,
     /// A member table is overwritten only when no half uses it.
     Table = code::GUARD_TABLE,
+    /// Masks, suspicions, signs of life and loss bits are looked at, and signs of life sent: what membership costs a
+    /// group in which nothing happens.
+    Membership = code::GUARD_MEMBERSHIP,
 }
 
 impl LaneRuntime {
@@ -43,6 +46,14 @@ impl Session {
     pub fn switch_guard_off(&self, guard: Guard) {
         for runtime in &self.lanes {
             runtime.guards_off.fetch_or(guard as u32, Ordering::Relaxed);
+        }
+    }
+
+    /// Runs later launches with `guard` again. For benches that compare both in one run.
+    #[doc(hidden)]
+    pub fn switch_guard_on(&self, guard: Guard) {
+        for runtime in &self.lanes {
+            runtime.guards_off.fetch_and(!(guard as u32), Ordering::Relaxed);
         }
     }
 }

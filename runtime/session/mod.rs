@@ -34,6 +34,7 @@ mod guards;
 mod host;
 mod member;
 mod order;
+mod regroup;
 mod switch;
 mod tensors;
 mod world;
@@ -43,6 +44,7 @@ pub use gate::GateAck;
 pub use guards::Guard;
 pub use host::{Combined, Tokens};
 pub use member::{Member, MemberFabric, MemberOptions};
+pub use regroup::Regroup;
 pub use switch::Switch;
 pub use tensors::Tensors;
 pub use world::{DeviceWrapper, Replacement, World, WorldOptions};
@@ -261,17 +263,28 @@ impl Session {
         self.gpu.stream()
     }
 
-    /// Allocates a set of caller tensors at full capacity, with the stand-in expert's ids filled in.
+    /// Allocates a set of caller tensors at full capacity, with the stand-in expert's ids of the present placement
+    /// filled in.
     ///
     /// # Errors
     /// What the GPU or the HCA refused.
     pub fn tensors(&self) -> Result<Tensors, Error> {
         let t = Tensors::new(&*self.gpu, &self.pd, &self.plan, self.id)?;
-        let first = self.config.first_expert(self.rank);
-        let ids: Vec<u8> =
-            (0..self.config.max_local_experts()).flat_map(|local| (first + local).to_le_bytes()).collect();
-        self.gpu.write(t.expert_ids.addr(), &ids)?;
+        self.place_experts(&t)?;
         Ok(t)
+    }
+
+    /// Tells the stand-in expert which experts stand at which place here, by the present placement. A queued
+    /// step sees it too: a place that one uses must keep its expert.
+    ///
+    /// # Errors
+    /// `Stale` for tensors of another session; `Gpu` if the ids cannot be written.
+    pub fn place_experts(&self, t: &Tensors) -> Result<(), Error> {
+        self.check_tensors(t)?;
+        for (local, expert) in self.placement().served_by(self.rank) {
+            self.gpu.store_u32(t.expert_ids.addr() + 4 * local.index() as u64, expert.0.into())?;
+        }
+        Ok(())
     }
 
     /// Bytes that this rank allocates and registers, at full ring depth and for the worst routing. Known before
@@ -429,6 +442,9 @@ impl Session {
     /// # Errors
     /// `Gpu` if the progress words cannot be read. A peer whose control queue is full or in error is skipped.
     pub fn send_sign_of_life(&self) -> Result<(), Error> {
+        if self.lanes.iter().any(|runtime| !runtime.is_guarded(Guard::Membership)) {
+            return Ok(());
+        }
         let beat = self.beat.fetch_add(1, Ordering::Relaxed);
         self.post_life(beat)
     }

@@ -45,18 +45,13 @@ pub struct Switch {
 }
 
 /// Which of a lane's two tables is the newer one, and what may still use the older.
+#[derive(Default)]
 pub(crate) struct Tables {
     newer: usize,
     /// First sequence number of a dispatch under the newer table.
     from_seq: u64,
     /// What had been launched under the older table when the newer one was written.
     older_until: Vec<Mark>,
-}
-
-impl Default for Tables {
-    fn default() -> Self {
-        Self { newer: 0, from_seq: 0, older_until: Vec::new() }
-    }
 }
 
 /// What a session was last told.
@@ -145,18 +140,35 @@ impl Session {
         Ok(())
     }
 
-    /// Starts a session that has launched nothing as a member, at the step and the sequence numbers of its group.
+    /// Starts a session on which nothing runs as a member, at the step and the sequence numbers of its group.
     ///
     /// # Errors
-    /// As [`Session::commit`] and [`Session::start_at`]; `Stale` if this session has launched something.
+    /// As [`Session::commit`] and [`Session::start_at`]; `Stale` while halves are queued here.
     pub fn start(&self, switch: &Switch) -> Result<(), Error> {
         self.check_members(&switch.alive)?;
+        self.check_idle()?;
         self.start_at(&switch.from_seq)?;
         for (runtime, from_seq) in self.lanes.iter().zip(&switch.from_seq) {
             self.write_first(runtime, switch, *from_seq)?;
         }
         self.steps.start_at(switch.from_step);
         self.note_switch(switch);
+        Ok(())
+    }
+
+    /// Refuses while anything that was launched here has not ended.
+    fn check_idle(&self) -> Result<(), Error> {
+        for runtime in &self.lanes {
+            for mark in runtime.order.lock().marks() {
+                if !mark.is_past(&*self.gpu)? {
+                    return Err(Error::Stale(Stale {
+                        what: "session (halves are queued)",
+                        found: 1,
+                        current: 0,
+                    }));
+                }
+            }
+        }
         Ok(())
     }
 

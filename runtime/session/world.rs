@@ -14,7 +14,7 @@ use ibex_hca::emulated::{
     Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, PathState, Placement, PortId,
 };
 use ibex_hca::{Hca, LinkLayer, Nanos};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::Session;
 use crate::config::{Config, Link, ValidConfig};
@@ -22,6 +22,7 @@ use crate::error::{ConfigError, Error, Limit, Violation};
 use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
 use crate::gpu::{Backing, Gpu, HostGpu};
 use crate::ids::Rank;
+use crate::membership::RankSet;
 
 /// How a [`World`] runs.
 #[derive(Clone, Debug)]
@@ -36,6 +37,9 @@ pub struct WorldOptions {
     pub placement: Placement,
     /// The first sequence number of every lane and operation, from 1.
     pub first_seq: u64,
+    /// The ranks that are members from the start; by default all. The others exist and wait for
+    /// [`World::regroup`].
+    pub members: Option<RankSet>,
     /// When the pages of GPU memory come.
     pub backing: Backing,
     /// What stands between a session and its device.
@@ -76,6 +80,7 @@ impl Default for WorldOptions {
             simulation: None,
             placement: Placement::InOrder,
             first_seq: 1,
+            members: None,
             backing: Backing::default(),
             devices: DeviceWrapper::default(),
         }
@@ -229,6 +234,7 @@ pub struct World {
     agents: Arc<Agents>,
     fabric: Arc<Fabric>,
     pool: Arc<Pool>,
+    pub(super) members: Mutex<RankSet>,
 }
 
 impl World {
@@ -267,21 +273,24 @@ impl World {
             sessions.push(Arc::new(Session::new(&config, Rank(rank as u16), gpu, hca)?));
         }
         *agents.sessions.write() = sessions.iter().map(Arc::downgrade).collect();
-        let world = Self { sessions, agents, fabric, pool };
+        let members = options.members.unwrap_or(RankSet::first(config.num_ranks));
+        let world = Self { sessions, agents, fabric, pool, members: Mutex::new(members) };
         let base_seq = vec![[options.first_seq; 2]; config.lanes as usize];
-        let ranks = || (0..config.num_ranks).map(|rank| Rank(rank as u16));
-        for rank in ranks() {
-            world.session(rank).start_at(&base_seq)?;
-            for peer in ranks().skip(rank.index() + 1) {
+        for rank in &world.sessions {
+            rank.start_at(&base_seq)?;
+        }
+        for rank in members.iter() {
+            for peer in members.iter().filter(|peer| *peer > rank) {
                 world.connect_pair(rank, peer, Replacement::default(), &base_seq)?;
                 world.activate_pair(rank, peer)?;
             }
         }
+        world.form(&config, members, base_seq)?;
         Ok(world)
     }
 
     /// Connects two ranks whose slots for each other are empty; they stay masked.
-    fn connect_pair(
+    pub(super) fn connect_pair(
         &self,
         one: Rank,
         other: Rank,
@@ -369,7 +378,7 @@ impl World {
         peers().try_for_each(|peer| self.activate_pair(rank, peer))
     }
 
-    fn replaceable(&self, rank: Rank) -> Result<&Arc<Session>, Error> {
+    pub(super) fn replaceable(&self, rank: Rank) -> Result<&Arc<Session>, Error> {
         self.sessions.get(rank.index()).ok_or_else(|| {
             Error::Config(ConfigError {
                 field: "rank",

@@ -12,6 +12,8 @@ use ibex::error::Error;
 use ibex::gpu::{GpuError, Stream};
 use ibex::harness::RigRank;
 use ibex::ids::{Lane, Rank};
+use ibex::membership::RankSet;
+use ibex::placement::Placement;
 use ibex::reference::check::Step;
 use ibex::reference::inputs::RankInput;
 use ibex::reference::rng::InputKey;
@@ -134,10 +136,18 @@ impl Sim {
 
     /// Puts new inputs into a set of tensors, with a number of tokens per rank that depends on the iteration.
     pub fn load(&mut self, set: usize, seed: u64, iteration: u64) {
+        self.load_members(set, seed, iteration, &RankSet::first(self.config.num_ranks));
+    }
+
+    /// The same, where ranks that are no members have no tokens.
+    pub fn load_members(&mut self, set: usize, seed: u64, iteration: u64, members: &RankSet) {
         let config = &self.config;
         let input = |rank: u32| {
             let key = InputKey { seed, iteration, rank: Rank(rank as u16) };
-            let tokens = config.max_tokens - (iteration as u32 + rank) % 3 % (config.max_tokens + 1);
+            let mut tokens = config.max_tokens - (iteration as u32 + rank) % 3 % (config.max_tokens + 1);
+            if !members.contains(key.rank) {
+                tokens = 0;
+            }
             RankInput::generate(config, Routing::Uniform, key, tokens)
         };
         self.inputs[set] = (0..config.num_ranks).map(input).collect();
@@ -285,6 +295,12 @@ impl Sim {
         (picks, self.at(rank, set).lost_topk(input.num_tokens).unwrap())
     }
 
+    /// The experts that each token of one rank asks for.
+    pub fn experts_of(&self, rank: usize, set: usize) -> Vec<Vec<i32>> {
+        let input = &self.inputs[set][rank];
+        input.topk_idx.chunks(input.num_topk as usize).map(<[i32]>::to_vec).collect()
+    }
+
     /// Masks one pick of every token of a set: nobody asks for it.
     pub fn mask_pick(&mut self, set: usize, k: u32) {
         for (sets, input) in self.ranks.iter().zip(&mut self.inputs[set]) {
@@ -292,6 +308,21 @@ impl Sim {
             input.topk_idx.iter_mut().skip(k as usize).step_by(num_topk as usize).for_each(|id| *id = -1);
             sets[set].load(input, TopkDtype::I32).unwrap();
         }
+    }
+
+    /// Both checks of one set on members that ran it under a placement; nothing of theirs may be lost.
+    pub fn check_placed(&self, set: usize, members: &RankSet, placement: &Placement) -> Flaws {
+        let step = Step::new(&self.config, &self.inputs[set]).placed(placement, members);
+        let alive: Vec<bool> =
+            (0..self.num_ranks() as u16).map(|rank| members.contains(Rank(rank))).collect();
+        let mut flaws = Flaws::default();
+        for rank in members.iter() {
+            let at = self.at(rank.index(), set);
+            let mut verdict = at.check_dispatch(&step).unwrap();
+            verdict += at.check_combine(&step, &self.inputs[set][rank.index()], &alive).unwrap();
+            flaws += Flaws { wrong: verdict.wrong, lost: verdict.lost, ..Flaws::default() };
+        }
+        flaws
     }
 
     /// Both checks of one set.

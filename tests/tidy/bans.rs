@@ -37,6 +37,7 @@ const PURE: &[&str] = &[
     "runtime/ids.rs",
     "runtime/layout.rs",
     "runtime/config.rs",
+    "runtime/placement.rs",
     "runtime/membership.rs",
     "runtime/membership",
     "runtime/metadata/src/backoff.rs",

@@ -57,9 +57,13 @@ const ROOMS: &[RoomRule] = &[
         paths: &["runtime/membership.rs", "runtime/membership"],
         may_use: &["membership", "ids", "error", "config", "layout"],
     },
+    RoomRule { paths: &["runtime/placement.rs"], may_use: &["ids", "error", "config", "membership"] },
     RoomRule { paths: &["runtime/time.rs"], may_use: &[] },
     RoomRule { paths: &["runtime/gpu"], may_use: &["gpu", "time", "ids"] },
-    RoomRule { paths: &["runtime/reference"], may_use: &["reference", "ids", "error", "config", "layout"] },
+    RoomRule {
+        paths: &["runtime/reference"],
+        may_use: &["reference", "ids", "error", "config", "layout", "membership", "placement"],
+    },
 ];
 
 /// The rule of the crate that a file belongs to.

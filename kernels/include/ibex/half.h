@@ -36,12 +36,14 @@ struct HalfContext {
 IBEX_DEV bool is_leader(BlockRange blocks) { return blocks.idx == 0 && warp::id() == warp::count() - 1; }
 
 /// For work that is done once per pick, and that no removal needs to end.
-IBEX_DEV bool is_member(const MemberTable& table, uint32_t rank) {
+IBEX_DEV bool is_member(const LaneArgs& a, const MemberTable& table, uint32_t rank) {
+  if (!guarded(a, kGuardMembership)) return true;
   return (peek_relaxed_gpu(&table.alive[rank / 64]) >> (rank % 64) & 1) != 0;
 }
 
 /// For a wait that a removal must end.
-IBEX_DEV bool is_alive(const MemberTable& table, uint32_t rank) {
+IBEX_DEV bool is_alive(const LaneArgs& a, const MemberTable& table, uint32_t rank) {
+  if (!guarded(a, kGuardMembership)) return true;
   return (ld_relaxed_gpu(&table.alive[rank / 64]) >> (rank % 64) & 1) != 0;
 }
 

@@ -195,7 +195,7 @@ IBEX_DEV void post_credits(SendJob& j) {
 /// May this QP be posted to at all? Lane 0 decides for the warp: a host may be changing the state.
 IBEX_DEV bool is_usable(SendJob& j) {
   const bool usable = warp::one_lane([&] {
-    if (!is_alive(*j.h.table, j.peer)) return false;
+    if (!is_alive(j.a, *j.h.table, j.peer)) return false;
     if (!j.rdma()) return true;
     return is_active(j.qp) && j.qp.syndrome == 0;
   });

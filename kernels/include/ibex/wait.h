@@ -19,7 +19,9 @@ IBEX_DEV const LifeWords* life_of(const LaneArgs& a, uint32_t peer) {
   return reinterpret_cast<const LifeWords*>(a.peers[peer].my_region + a.layout.life_off);
 }
 
-IBEX_DEV bool is_suspected(const LaneArgs& a, uint32_t peer) { return ld_relaxed_gpu(&a.suspects[peer]) != 0; }
+IBEX_DEV bool is_suspected(const LaneArgs& a, uint32_t peer) {
+  return guarded(a, kGuardMembership) && ld_relaxed_gpu(&a.suspects[peer]) != 0;
+}
 
 IBEX_DEV void set_bit(uint64_t* words, uint32_t bit) { or_relaxed_gpu(&words[bit / 64], uint64_t{1} << (bit % 64)); }
 
@@ -92,7 +94,8 @@ IBEX_DEV uint32_t tick(const LaneArgs& a, WaitClock& w, uint32_t peer, bool pass
   const uint64_t step = min_of(now - w.last_poll_ns, detect_ns / 8 + 1);
   w.last_poll_ns = now;
   w.polls += 1;
-  const uint64_t beat = peer == a.shape.rank ? now : ld_relaxed_sys(&life_of(a, peer)->beat);
+  const bool is_own = peer == a.shape.rank || !guarded(a, kGuardMembership);
+  const uint64_t beat = is_own ? now : ld_relaxed_sys(&life_of(a, peer)->beat);
   w.silent_ns = beat == w.beat ? w.silent_ns + step : 0;
   w.beat = beat;
   if (passed) w.stalled_ns += step;
@@ -176,7 +179,7 @@ IBEX_DEV uint32_t wait_for_signal(const LaneArgs& a, const HalfContext& h, uint6
   for (;;) {
     const uint64_t seen = ld_acquire_gpu(verdict);
     if (signal_generation(seen) == h.generation) return signal_count(seen);
-    if (!is_alive(*h.table, peer) || is_before_pair(a, h, peer)) {
+    if (!is_alive(a, *h.table, peer) || is_before_pair(a, h, peer)) {
       return settle_lost(a, h, verdict, seen, peer, kFaultNone, Evidence{});
     }
     // Only a member's context may be read: the host rewrites those of others.

@@ -103,6 +103,8 @@ pub mod code {
     pub const GUARD_FROM_SEQ: u32 = 64;
     /// A member table is overwritten only when nothing uses it; the host's guard.
     pub const GUARD_TABLE: u32 = 128;
+    /// Masks, suspicions, signs of life and loss bits are looked at.
+    pub const GUARD_MEMBERSHIP: u32 = 256;
 }
 
 /// Defines a structure together with the table of its field offsets, which the parity test reads.

@@ -1,4 +1,4 @@
-//! The benchmarks: `ep` (dispatch and combine, end to end) and `post` (work requests alone).
+//! The benchmarks: `ep` (dispatch and combine, end to end), `post` (work requests alone), `rejoin` (a replaced rank).
 //!
 //! Owns the samples of a run and its reports. Every number of a report comes from one run: what is
 //! compared was measured in the same process, between the same steps.
@@ -15,6 +15,7 @@ mod pcap;
 mod post;
 mod procs;
 mod rank;
+mod rejoin;
 mod report;
 pub(super) mod stats;
 
@@ -25,6 +26,8 @@ pub(super) enum Command {
     Ep(Box<ep::Args>),
     /// Work requests posted by the post kernel, against memcpy.
     Post(post::Args),
+    /// A rank replaced in place, against recreating all queue pairs.
+    Rejoin(rejoin::Args),
 }
 
 /// Runs a benchmark.
@@ -32,5 +35,6 @@ pub(super) fn run(command: Command) -> Result<Outcome, CliError> {
     match command {
         Command::Ep(args) => ep::run(*args),
         Command::Post(args) => post::run(&args),
+        Command::Rejoin(args) => rejoin::run(&args),
     }
 }

@@ -46,7 +46,7 @@ mod umem;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::{QpNum, QpState};
@@ -101,7 +101,8 @@ pub struct EmulatedConfig {
     pub link: LinkLayer,
     /// How it learns of work.
     pub doorbells: Doorbells,
-    /// Time that each command takes, in nanoseconds; the caller of the command sleeps.
+    /// Time that each command takes; its caller sleeps. Commands of one thread do not overlap, as through DevX, whose
+    /// calls return when the command has ended; those of several threads, and of several devices, do.
     pub command_latency: Nanos,
 }
 
@@ -123,6 +124,7 @@ struct QpTable {
 #[derive(Debug)]
 pub struct EmulatedHca {
     config: EmulatedConfig,
+    command_latency_ns: AtomicU64,
     caps: HcaCaps,
     port: PortInfo,
     fabric: Arc<Fabric>,
@@ -164,6 +166,7 @@ impl EmulatedHca {
             });
             Self {
                 config,
+                command_latency_ns: AtomicU64::new(config.command_latency.0),
                 station,
                 caps: default_caps(config.link),
                 port: *fabric_port.info(),
@@ -333,8 +336,13 @@ impl EmulatedHca {
         }
     }
 
+    /// Changes the time that each later command takes.
+    pub fn set_command_latency(&self, latency: Nanos) {
+        self.command_latency_ns.store(latency.0, Ordering::Relaxed);
+    }
+
     fn await_command_latency(&self) {
-        thread::sleep(self.config.command_latency);
+        thread::sleep(Nanos(self.command_latency_ns.load(Ordering::Relaxed)));
     }
 }
 
