@@ -9,6 +9,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::buffer::LaneBuffers;
 use crate::error::Error;
 use crate::ids::{Lane, QpSlot, Rank};
+use crate::membership::RankSet;
 use crate::session::Session;
 
 /// Counters of one lane, by peer. Units: nanoseconds, requests, bytes.
@@ -179,19 +180,23 @@ impl Session {
     /// # Errors
     /// `Gpu` if the words cannot be read.
     pub fn suspected_by(&self, peer: Rank) -> Result<Vec<Rank>, Error> {
-        let mut suspected = Vec::new();
+        Ok(self.suspicions_heard_from(peer)?.iter().collect())
+    }
+
+    /// Whom `peer` no longer waits for on some lane, by its last sign of life.
+    ///
+    /// # Errors
+    /// `Gpu` if the words cannot be read.
+    pub fn suspicions_heard_from(&self, peer: Rank) -> Result<RankSet, Error> {
+        let mut words = *RankSet::EMPTY.words();
         for runtime in &self.lanes {
             let life = runtime.buffers.read().region_addr(peer) + self.plan.layout.life_off;
             let row = life + core::mem::offset_of!(LifeWords, suspects) as u64;
-            for rank in self.ranks() {
-                let word = self.gpu.load_u64(row + rank.index() as u64 / 64 * 8)?;
-                if word >> (rank.index() % 64) & 1 != 0 && !suspected.contains(&rank) {
-                    suspected.push(rank);
-                }
+            for (at, word) in (row..).step_by(8).zip(&mut words) {
+                *word |= self.gpu.load_u64(at)?;
             }
         }
-        suspected.sort_unstable();
-        Ok(suspected)
+        Ok(RankSet::from_words(words))
     }
 
     /// One lane's suspicions as bits, which its sign of life carries.

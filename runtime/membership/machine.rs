@@ -66,6 +66,14 @@ pub enum Stop {
     /// Somebody broke the protocol in a way that nobody can repair.
     #[error(transparent)]
     Violation(Violation),
+    /// What had to be done was refused too often.
+    #[error("could not {doing}, tried {attempts} times")]
+    Failed {
+        /// What.
+        doing: &'static str,
+        /// How often.
+        attempts: u32,
+    },
     /// It left, as it wanted.
     #[error("this rank has left the group at epoch {epoch}")]
     Left {
@@ -270,6 +278,12 @@ impl Membership {
         self.suspects.keys().copied().collect()
     }
 
+    /// Why this rank no longer waits for a peer.
+    #[must_use]
+    pub fn evidence(&self, peer: Rank) -> Option<Evidence> {
+        self.suspects.get(&peer).map(|(_, evidence)| *evidence)
+    }
+
     /// The newest row of a peer.
     #[must_use]
     pub fn row(&self, peer: Rank) -> Option<&Row> {
@@ -376,6 +390,12 @@ impl Membership {
     /// This side is connected with this incarnation of `peer`.
     pub fn handle_connected(&mut self, now: u64, peer: Rank, instance: Instance) {
         self.link_connected(peer, instance);
+        self.settle(now);
+    }
+
+    /// The link to this incarnation of `peer` has to be made anew.
+    pub fn handle_disconnected(&mut self, now: u64, peer: Rank, instance: Instance) {
+        self.link_disconnected(peer, instance);
         self.settle(now);
     }
 

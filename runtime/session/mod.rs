@@ -32,6 +32,7 @@ mod calls;
 mod gate;
 mod guards;
 mod host;
+mod keeper;
 mod member;
 mod order;
 mod regroup;
@@ -43,6 +44,7 @@ pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halv
 pub use gate::GateAck;
 pub use guards::Guard;
 pub use host::{Combined, Tokens};
+pub use keeper::{Happening, Introduce, Keeper, KeeperEvent, KeeperOptions, MembershipView};
 pub use member::{Member, MemberFabric, MemberOptions};
 pub use regroup::Regroup;
 pub use switch::Switch;

@@ -2,7 +2,6 @@
 
 use super::{Action, Membership, Standing, Stop};
 use crate::ids::{Epoch, Rank};
-use crate::membership::RankSet;
 use crate::membership::view::{Instance, Link, Plan, RowAck, SlotState};
 
 /// How far the link to one incarnation of a peer is. Without an entry nothing of the peer is held.
@@ -72,6 +71,12 @@ impl Membership {
     pub(super) fn link_connected(&mut self, peer: Rank, instance: Instance) {
         if self.links.get(&peer) == Some(&LinkState::Connecting(instance)) {
             self.links.insert(peer, LinkState::Connected(instance));
+        }
+    }
+
+    pub(super) fn link_disconnected(&mut self, peer: Rank, instance: Instance) {
+        if self.links.get(&peer) == Some(&LinkState::Connected(instance)) {
+            self.links.insert(peer, LinkState::Connecting(instance));
         }
     }
 
@@ -179,20 +184,20 @@ impl Membership {
         self.actions.push_back(Action::CloseGate(plan));
     }
 
-    /// Who has left stays until everybody has passed the gate, so that what it sent last arrives.
+    /// Who has left stays until nobody holds anything of it, so that what it sent last arrives.
     pub(super) fn settle_leaving(&mut self) {
         if self.stopped.is_some() || self.standing != Standing::Leaving || self.owes_switch() {
             return;
         }
-        let Some(start) = &self.view.start else { return };
-        let epoch = start.epoch;
-        let others: RankSet = self.view.members().union(&start.plan.leave);
-        let has_passed =
-            |rank: Rank| rank == self.me || self.rows.get(&rank).is_some_and(|row| row.applied >= epoch);
-        let all_passed = others.iter().all(has_passed);
-        // Counted from when the slot was seen vacant; nobody waits for a rank that died meanwhile.
+        let epoch = self.view.start.as_ref().map_or(self.view.epoch, |start| start.epoch);
+        let vacated = self.view.slot(self.me).since;
+        let lets_go = |by: Rank| {
+            self.row_of(by).is_some_and(|row| row.seen >= vacated && !row.links.contains_key(&self.me))
+        };
+        let is_needed = !self.view.members().iter().all(lets_go);
+        // A bound all the same, counted from when the slot was seen vacant.
         let limit = self.since(self.me).saturating_add(self.config.store_grace_ns);
-        if all_passed || self.is_due(limit) {
+        if !is_needed || self.is_due(limit) {
             self.stop(Stop::Left { epoch });
         }
     }
