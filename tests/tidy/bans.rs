@@ -63,8 +63,8 @@ const PARSERS: &[&str] = &["runtime/abi/src", "runtime/roce/src", "runtime/metad
 /// steps emulated devices.
 const CLOCKS: &[&str] =
     &["runtime/time.rs", "runtime/hca/src/emulated/thread.rs", "runtime/metadata/src/clock.rs"];
-/// Where the environment may be read: one file, for what launchers say.
-const ENVIRONMENT: &[&str] = &["build.rs", "runtime/bootstrap/place.rs"];
+/// Where the environment may be read: one file, for what launchers say; a preloaded library has no other source.
+const ENVIRONMENT: &[&str] = &["build.rs", "runtime/bootstrap/place.rs", "ffi/preload/src/settings.rs"];
 /// Where the command talks to people.
 const COMMAND: &[&str] = &["runtime/main.rs", "runtime/cli", "build.rs"];
 /// The rules spell what they ban.

@@ -238,6 +238,7 @@ impl EmulatedHca {
         match op {
             Op::QueryHcaCap => self.query_caps(input, output),
             Op::QueryRoceAddress => self.query_roce_address(input, output),
+            Op::QueryHcaVportContext => self.query_vport(input, output),
             Op::AllocPd => objects.alloc_pd(output),
             Op::DeallocPd => self.dealloc_pd(objects, input),
             Op::CreateMkey => self.create_mkey(objects, input, output),

@@ -14,6 +14,10 @@ const ATOMIC: u64 = 3;
 const ROCE: u64 = 4;
 const GENERAL_2: u64 = 0x20;
 
+/// States of a port. SPEC: IBTA vol. 1 §14.2.5.6.
+const PORT_ACTIVE: u64 = 4;
+const PORT_LINK_UP: u64 = 5;
+
 impl EmulatedHca {
     pub(super) fn query_caps(&self, input: &[u8], output: &mut [u8]) -> Done {
         let group = prm::get(input, prm::query_hca_cap_in::OP_MOD) >> 1;
@@ -47,6 +51,36 @@ impl EmulatedHca {
             prm::set(entry, addr::SOURCE_MAC_31_0, u32::from_be_bytes([c, d, e, f]).into());
             // RoCE version 2 over IPv4.
             prm::set(entry, addr::ROCE_VERSION, 2);
+        }
+        Ok(Touched { kind: ObjectKind::Device, number: None })
+    }
+}
+
+impl EmulatedHca {
+    /// State of the port as an InfiniBand subnet manager would have set it.
+    pub(super) fn query_vport(&self, input: &[u8], output: &mut [u8]) -> Done {
+        use prm::{hca_vport_context as vport, query_hca_vport_context_in as query};
+        if self.port.link != LinkLayer::Ib || prm::get(input, query::OTHER_VPORT) != 0 {
+            return Err(refuse(Status::BadParam, CommandSyndrome::BadPort));
+        }
+        // A function with one port may leave its number out.
+        if prm::get(input, query::PORT_NUM) > u64::from(self.port.port_num) {
+            return Err(refuse(Status::BadParam, CommandSyndrome::BadPort));
+        }
+        let [.., a, b, c, d, e, f, g, h] = self.port.gid.0;
+        let guid = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+        let context = prm::part_mut(output, prm::query_hca_vport_context_out::HCA_VPORT_CONTEXT);
+        for (field, value) in [
+            (vport::PORT_PHYSICAL_STATE, PORT_LINK_UP),
+            (vport::PORT_STATE, PORT_ACTIVE),
+            (vport::VPORT_STATE, PORT_ACTIVE),
+            (vport::SYSTEM_IMAGE_GUID, guid),
+            (vport::PORT_GUID, guid),
+            (vport::NODE_GUID, guid),
+            (vport::LID, self.port.lid.0.into()),
+            (vport::SM_LID, self.port.lid.0.into()),
+        ] {
+            prm::set(context, field, value);
         }
         Ok(Touched { kind: ObjectKind::Device, number: None })
     }
