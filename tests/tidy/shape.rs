@@ -17,6 +17,7 @@ const SAFETY_LINES: usize = 6;
 const GENERATED: &[&str] = &[
     "ffi/mlx5dv-sys/src/bindings.rs",
     "runtime/metadata/src/grpc/generated.rs",
+    "runtime/metadata/src/grpc/express/generated.rs",
     "runtime/metadata/tests/generated",
     "tests/golden",
 ];

@@ -22,6 +22,10 @@ pub const HISTORY_LEN_MAX: usize = 4096;
 pub const WATCH_QUEUE_LEN: usize = 64;
 /// Bytes of one message between client and server: a full batch of ordinary records.
 pub const MESSAGE_LEN_MAX: usize = 64 << 20;
+/// Bytes of one value that lies in several cells: as much as a client of ModelExpress sends.
+pub const PARCEL_LEN_MAX: usize = 100 << 20;
+/// Bytes of one value under Mooncake's HTTP keys.
+pub const HTTP_VALUE_LEN_MAX: usize = 4 << 20;
 /// Shortest lease: below this the trip to a store is a large part of it.
 pub const TTL_MIN: Duration = Duration::from_millis(50);
 /// Longest lease.

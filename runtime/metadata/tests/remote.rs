@@ -5,7 +5,6 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -19,63 +18,9 @@ use ibex_metadata::name::{Prefix, RecordName};
 use ibex_metadata::store::{Change, Claim, Filter, Store};
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::runtime::Runtime;
-use tokio::sync::oneshot;
 
-/// Generous: the machine may be busy with other things.
-const BUDGET: Duration = Duration::from_secs(60);
-
-fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
-}
-
-fn scratch(ending: &str) -> PathBuf {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("remote-{}-{}{ending}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
-fn connect(target: Target) -> Connect {
-    Connect { target, ca_pem: None, domain: None, token: None, budget: BUDGET }
-}
-
-fn tcp(address: SocketAddr) -> Connect {
-    connect(Target::Tcp(address.to_string()))
-}
-
-/// A server on a runtime of its own, so that it can be ended like a process: at once, with all its tasks.
-struct Running {
-    runtime: Runtime,
-    address: Option<SocketAddr>,
-    metrics: Option<SocketAddr>,
-    stop: oneshot::Sender<()>,
-    ended: oneshot::Receiver<bool>,
-}
-
-impl Running {
-    fn start(config: ServerConfig, store: LocalStore, clock: Clock) -> Self {
-        // In a thread, because a test may already be inside a runtime.
-        let start = move || {
-            let runtime = runtime();
-            let server = runtime.block_on(Server::bind(config, Arc::new(store), clock)).unwrap();
-            let (address, metrics) = (server.address(), server.metrics_address());
-            let (stop, stopped) = oneshot::channel::<()>();
-            let (ending, ended) = oneshot::channel();
-            runtime.spawn(async move {
-                let result = server.serve(async { stopped.await.unwrap_or_default() }).await;
-                ending.send(result.is_ok())
-            });
-            Self { runtime, address, metrics, stop, ended }
-        };
-        std::thread::spawn(start).join().unwrap()
-    }
-
-    fn kill(self) {
-        let Self { runtime, stop, .. } = self;
-        std::thread::spawn(move || runtime.shutdown_timeout(BUDGET)).join().unwrap();
-        drop(stop);
-    }
-}
+mod served;
+use served::{Running, connect, http_get, loopback, memory, runtime, scratch, tcp};
 
 /// A server over a redb file, both driven by one clock that only the test moves.
 struct Remote {
@@ -157,14 +102,6 @@ fn claim(name: &str) -> Claim {
         ttl: Duration::from_secs(600),
         takeover: false,
     }
-}
-
-fn memory(config: ServerConfig) -> Running {
-    Running::start(config, LocalStore::memory(Clock::system()), Clock::system())
-}
-
-fn loopback() -> Option<SocketAddr> {
-    Some("127.0.0.1:0".parse().unwrap())
 }
 
 #[test]
@@ -288,16 +225,6 @@ fn a_server_that_does_not_answer_is_a_deadline_or_an_outage() {
         let listed = store.list(&Filter::under(Prefix::all())).await;
         assert!(listed.is_err_and(|error| error.is_transient()), "an outage is not an empty list");
     });
-}
-
-/// One HTTP/1.1 request over a plain socket.
-async fn http_get(address: SocketAddr, path: &str) -> String {
-    let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-    socket.write_all(request.as_bytes()).await.unwrap();
-    let mut reply = String::new();
-    socket.read_to_string(&mut reply).await.unwrap();
-    reply
 }
 
 #[test]

@@ -8,7 +8,7 @@ use crate::error::StoreError;
 use crate::store::Health;
 
 /// Operations, in the order of [`Op`].
-const OPS: [&str; 12] = [
+const OPS: [&str; 19] = [
     "claim",
     "publish",
     "renew",
@@ -21,6 +21,13 @@ const OPS: [&str; 12] = [
     "read_cell",
     "swap_cell",
     "health",
+    "express_publish",
+    "express_list",
+    "express_get",
+    "express_update",
+    "mooncake_get",
+    "mooncake_put",
+    "mooncake_delete",
 ];
 /// Outcomes, in the order of [`outcome_index`].
 const OUTCOMES: [&str; 13] = [
@@ -41,7 +48,7 @@ const OUTCOMES: [&str; 13] = [
 /// Upper ends of the latency buckets.
 const BUCKETS_US: [u64; 10] = [50, 100, 250, 500, 1_000, 2_500, 10_000, 50_000, 250_000, 1_000_000];
 
-/// One operation of the store.
+/// One operation of the store, or of a view of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Op {
     Claim,
@@ -56,6 +63,13 @@ pub(super) enum Op {
     ReadCell,
     SwapCell,
     Health,
+    ExpressPublish,
+    ExpressList,
+    ExpressGet,
+    ExpressUpdate,
+    MooncakeGet,
+    MooncakePut,
+    MooncakeDelete,
 }
 
 /// Counters of one server. Only grow, except for the number of open watches.

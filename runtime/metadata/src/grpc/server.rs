@@ -15,12 +15,15 @@ use tonic::transport::{Identity, ServerTlsConfig};
 use tonic_health::pb::health_server::{Health as HealthService, HealthServer};
 use tonic_health::server::HealthReporter;
 
+use super::express::{ExpressService, P2pServiceServer};
+use super::gate::Gate;
 use super::generated::store_server::StoreServer;
 use super::metrics::Metrics;
+use super::mooncake::{self, Mooncake};
 use super::service::StoreService;
 use super::{DESCRIPTORS, KEEPALIVE_PERIOD, KEEPALIVE_TIMEOUT, Secret};
 use crate::clock::{Clock, at_most};
-use crate::limits::MESSAGE_LEN_MAX;
+use crate::limits::{MESSAGE_LEN_MAX, PARCEL_LEN_MAX};
 use crate::store::Store;
 
 /// How long calls in progress may take after the server was told to stop.
@@ -183,24 +186,33 @@ impl Server {
     }
 
     fn routes(&self, stopped: &watch::Receiver<bool>, health: HealthServer<impl HealthService>) -> Routes {
-        let service = StoreServer::new(StoreService {
-            store: Arc::clone(&self.store),
+        let gate = Gate {
             token: self.config.token.clone(),
             metrics: Arc::clone(&self.metrics),
             clock: self.clock.clone(),
-            stopping: stopped.clone(),
-        })
-        .max_decoding_message_size(MESSAGE_LEN_MAX)
-        .max_encoding_message_size(MESSAGE_LEN_MAX);
-        let routes = Routes::new(service).add_service(health);
-        match tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()
-        {
-            Ok(reflection) => routes.add_service(reflection),
+        };
+        let store = || Arc::clone(&self.store);
+        let service = StoreService { store: store(), gate: gate.clone(), stopping: stopped.clone() };
+        let service = StoreServer::new(service)
+            .max_decoding_message_size(MESSAGE_LEN_MAX)
+            .max_encoding_message_size(MESSAGE_LEN_MAX);
+        let express = P2pServiceServer::new(ExpressService { store: store(), gate: gate.clone() })
+            .max_decoding_message_size(PARCEL_LEN_MAX)
+            .max_encoding_message_size(PARCEL_LEN_MAX);
+        let mut routes = Routes::new(service).add_service(express).add_service(health);
+        let http = mooncake::router(Mooncake { store: store(), gate });
+        let grpc = std::mem::take(routes.axum_router_mut());
+        *routes.axum_router_mut() = grpc.merge(http);
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        // Both versions of the protocol: many tools still ask by the older one.
+        match (reflection().build_v1(), reflection().build_v1alpha()) {
+            (Ok(v1), Ok(v1alpha)) => routes.add_service(v1).add_service(v1alpha),
             // The descriptors are compiled in and tested; without them only reflection is missing.
-            Err(_) => routes,
+            _ => routes,
         }
     }
 
@@ -259,6 +271,8 @@ fn plain_builder() -> tonic::transport::Server {
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .tcp_keepalive(Some(KEEPALIVE_PERIOD))
         .tcp_nodelay(true)
+        // Mooncake's clients speak HTTP/1.1, on the same port.
+        .accept_http1(true)
 }
 
 fn builder(tls: Option<&TlsFiles>) -> Result<tonic::transport::Server, ServerError> {

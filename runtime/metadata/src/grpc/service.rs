@@ -6,11 +6,11 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::gate::Gate;
 use super::generated as pb;
 use super::generated::store_server::Store as Service;
-use super::metrics::{Metrics, Op};
-use super::{RETRY, Secret, convert};
-use crate::clock::Clock;
+use super::metrics::Op;
+use super::{RETRY, convert};
 use crate::error::{Result, StoreError};
 use crate::ids::{Revision, Version};
 use crate::limits::WATCH_QUEUE_LEN;
@@ -21,9 +21,7 @@ use crate::store::{Ack, Claim, Filter, Hold, Store, Watch};
 #[derive(Debug, Clone)]
 pub(super) struct StoreService {
     pub(super) store: Arc<dyn Store>,
-    pub(super) token: Option<Secret>,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) clock: Clock,
+    pub(super) gate: Gate,
     /// Turns true when the server stops: open watches end then, or stopping would wait for them.
     pub(super) stopping: watch::Receiver<bool>,
 }
@@ -38,21 +36,14 @@ impl StoreService {
         request: Request<Q>,
         work: impl AsyncFnOnce(Q) -> Result<T>,
     ) -> Reply<T> {
-        let started = self.clock.now();
-        let result = match &self.token {
-            Some(token) if !token.matches(request.metadata()) => {
-                self.metrics.count_refused_token();
-                Err(StoreError::Unauthenticated)
-            }
-            _ => work(request.into_inner()).await,
-        };
-        self.metrics.count(op, self.clock.now().since(started), &result);
+        let (headers, _, message) = request.into_parts();
+        let result = self.gate.pass(op, &headers, work(message)).await;
         result.map(Response::new).map_err(|error| convert::status(&error))
     }
 
     /// Sends events on until the watch, the client or the server ends.
     async fn forward(self, mut watch: Watch, events: mpsc::Sender<core::result::Result<pb::Event, Status>>) {
-        self.metrics.watch_opened();
+        self.gate.metrics.watch_opened();
         let mut stopping = self.stopping.clone();
         loop {
             let item = tokio::select! {
@@ -69,7 +60,7 @@ impl StoreService {
                 break;
             }
         }
-        self.metrics.watch_closed();
+        self.gate.metrics.watch_closed();
     }
 }
 
@@ -116,10 +107,10 @@ impl Service for StoreService {
 
     async fn batch_get(&self, request: Request<pb::BatchGetRequest>) -> Reply<pb::BatchGetReply> {
         let work = async |batch: pb::BatchGetRequest| {
-            self.metrics.count_keys(batch.names.len());
+            self.gate.metrics.count_keys(batch.names.len());
             let names = batch.names.iter().map(|name| convert::name(name)).collect::<Result<Vec<_>>>()?;
             let outcomes = self.store.batch_get(&names).await?;
-            let now = self.clock.now();
+            let now = self.gate.clock.now();
             let outcomes = outcomes.into_iter().map(|outcome| {
                 convert::outcome(outcome.map(|lease| (Arc::clone(lease.unchecked()), lease.remaining(now))))
             });

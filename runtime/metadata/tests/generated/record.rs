@@ -66,8 +66,8 @@ pub struct SourceIdentity {
     pub dtype: ::prost::alloc::string::String,
     #[prost(string, tag = "9")]
     pub quantization: ::prost::alloc::string::String,
-    #[prost(map = "string, string", tag = "10")]
-    pub extra: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "10")]
+    pub extra: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,

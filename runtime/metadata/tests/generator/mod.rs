@@ -15,17 +15,23 @@ pub(crate) fn generate(scratch: &Path) -> Vec<Generated> {
     let compile =
         |file: &str| protox::compile([root.join("proto").join(file)], [root.join("proto")]).unwrap();
     let code = |file: &str, package: &str| {
-        let builder = tonic_prost_build::configure().build_transport(false).emit_rerun_if_changed(false);
+        // Sorted maps: the same value has the same bytes.
+        let builder = tonic_prost_build::configure().build_transport(false).btree_map(".");
+        let builder = builder.emit_rerun_if_changed(false);
         builder.out_dir(scratch).compile_fds(compile(file)).unwrap();
         std::fs::read(scratch.join(format!("{package}.rs"))).unwrap()
     };
     let mut compiler = protox::Compiler::new([root.join("proto")]).unwrap();
-    for file in ["store.proto", "record.proto"] {
+    for file in ["store.proto", "record.proto", "model_express.proto"] {
         compiler.open_file(file).unwrap();
     }
     let descriptors = compiler.include_imports(true).encode_file_descriptor_set();
     vec![
         Generated { path: "src/grpc/generated.rs", contents: code("store.proto", "ibex.store.v1") },
+        Generated {
+            path: "src/grpc/express/generated.rs",
+            contents: code("model_express.proto", "model_express.p2p"),
+        },
         Generated { path: "src/grpc/descriptors.bin", contents: descriptors },
         Generated { path: "tests/generated/record.rs", contents: code("record.proto", "ibex.metadata.v1") },
     ]
