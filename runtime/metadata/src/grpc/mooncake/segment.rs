@@ -151,7 +151,10 @@ pub(super) fn synthesised(record: &PeerRecord, session: &str, what: What) -> Opt
         }
         What::Segment => {
             let ready = record.buffers.iter().filter(|buffer| buffer.state == BufferState::Ready);
-            let buffer = |buffer: &Buffer| json!({ "addr": buffer.addr, "length": buffer.len, "name": buffer.location });
+            let buffer = |buffer: &Buffer| {
+                let (addr, length, name) = (buffer.addr, buffer.len, &buffer.location);
+                json!({ "addr": addr, "length": length, "name": name })
+            };
             json!({
                 "name": session,
                 "protocol": "tcp",
