@@ -241,8 +241,8 @@ pub(crate) fn say(why: &str) {
 fn make() -> Result<World, String> {
     let settings = Settings::from_env().map_err(|bad| bad.to_string())?;
     let fabric = Fabric::inproc(FabricConfig::default());
-    let config =
-        EmulatedConfig { link: settings.link, doorbells: settings.doorbells, ..EmulatedConfig::default() };
+    let (link, doorbells) = (settings.link, settings.doorbells);
+    let config = EmulatedConfig { link, doorbells, second_register: true, ..EmulatedConfig::default() };
     let made = (0..settings.num_devices).map(|idx| Device::new(idx, &fabric, config));
     let devices = made.collect::<Result<Vec<_>, _>>().map_err(|errno| format!("no device: {errno}"))?;
     let sysfs_root = choose_sysfs_root(&settings.dir).to_owned();

@@ -21,7 +21,7 @@ use ibex_hca::emulated::{
 use ibex_hca::host_memory::Registered;
 use ibex_hca::host_qp::{ConnectSpec, HostQp, HostQpSpec, Rts};
 use ibex_hca::shared_memory::SharedRegion;
-use ibex_hca::{Access, Hca, LinkLayer, Mkey, Nanos};
+use ibex_hca::{Access, Hca, Mkey, Nanos};
 
 /// Bytes of each buffer: far more than a last-level cache slice holds.
 const BUFFER: u64 = 64 << 20;
@@ -90,7 +90,7 @@ struct Bench {
 }
 
 fn devices(between: Between, doorbells: Doorbells) -> Result<[Arc<EmulatedHca>; 2], Box<dyn Error>> {
-    let config = EmulatedConfig { link: LinkLayer::Roce, doorbells, command_latency: Nanos(0) };
+    let config = EmulatedConfig { doorbells, ..EmulatedConfig::default() };
     if between == Between::Nothing {
         let fabric = Fabric::inproc(FabricConfig::default());
         return Ok([EmulatedHca::new(Arc::clone(&fabric), config)?, EmulatedHca::new(fabric, config)?]);

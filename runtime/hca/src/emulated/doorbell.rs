@@ -15,22 +15,33 @@ use ibex_abi::types::UarIdx;
 
 use super::memory::OwnPage;
 
-/// The two halves of the first BlueFlame register, which libmlx5 uses in turn.
-const REGISTERS: [u64; 2] = [UAR_BLUE_FLAME_OFFSET as u64, UAR_BLUE_FLAME_OFFSET as u64 + 0x100];
+/// The two halves of the first BlueFlame register, which libmlx5 uses in turn, and those of the second.
+const REGISTERS: [u64; 4] = {
+    let first = UAR_BLUE_FLAME_OFFSET as u64;
+    [first, first + 0x100, first + 0x200, first + 0x300]
+};
 
 /// One user access region.
 #[derive(Debug)]
 pub(super) struct Uar {
     pub(super) idx: UarIdx,
     page: OwnPage,
-    seen: [AtomicU64; 2],
+    /// Registers that are heard: those of the first pair, or of both.
+    heard: usize,
+    seen: [AtomicU64; REGISTERS.len()],
     /// As `seen`: the registers that arm a completion queue, arm an event queue, and update one.
     events_seen: [AtomicU64; 3],
 }
 
 impl Uar {
-    pub(super) fn new(idx: UarIdx) -> Self {
-        Self { idx, page: OwnPage::new(), seen: Default::default(), events_seen: Default::default() }
+    pub(super) fn new(idx: UarIdx, hears_second: bool) -> Self {
+        let heard = if hears_second { REGISTERS.len() } else { REGISTERS.len() / 2 };
+        Self { idx, page: OwnPage::new(), heard, seen: Default::default(), events_seen: Default::default() }
+    }
+
+    /// Registers that are heard, and what each held last.
+    fn registers(&self) -> impl Iterator<Item = (u64, &AtomicU64)> {
+        REGISTERS.into_iter().zip(&self.seen).take(self.heard)
     }
 
     /// Address of the register that drivers store to.
@@ -41,13 +52,12 @@ impl Uar {
     /// Whether a register changed since the last poll.
     pub(super) fn has_news(&self) -> bool {
         let page = self.page.span();
-        let mut pairs = REGISTERS.into_iter().zip(&self.seen);
-        pairs.any(|(at, seen)| page.load64(at, Ordering::Acquire) != seen.load(Ordering::Relaxed))
+        self.registers().any(|(at, seen)| page.load64(at, Ordering::Acquire) != seen.load(Ordering::Relaxed))
     }
 
     /// Calls `ring` for each register that changed since the last poll.
     pub(super) fn poll(&self, mut ring: impl FnMut(Doorbell)) {
-        for (offset, seen) in REGISTERS.into_iter().zip(&self.seen) {
+        for (offset, seen) in self.registers() {
             let value = self.page.span().load64(offset, Ordering::Acquire);
             if seen.load(Ordering::Relaxed) != value {
                 seen.store(value, Ordering::Relaxed);
@@ -70,6 +80,27 @@ impl Uar {
             if self.events_seen[seen].swap(value.into(), Ordering::Relaxed) != u64::from(value) {
                 take(value.to_ne_bytes(), arms);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_change_of_a_register_that_is_heard_is_told_once() {
+        for (hears_second, told) in [(false, 2), (true, 4)] {
+            let uar = Uar::new(UarIdx::new(1), hears_second);
+            for (idx, at) in REGISTERS.into_iter().enumerate() {
+                uar.page.span().store64(at, idx as u64 + 1, Ordering::Release);
+            }
+            assert!(uar.has_news());
+            let mut rings = 0;
+            uar.poll(|_| rings += 1);
+            assert_eq!(rings, told);
+            assert!(!uar.has_news());
+            uar.poll(|_| panic!("nothing changed"));
         }
     }
 }

@@ -104,12 +104,15 @@ pub struct EmulatedConfig {
     /// Time that each command takes; its caller sleeps. Commands of one thread do not overlap, as through DevX, whose
     /// calls return when the command has ended; those of several threads, and of several devices, do.
     pub command_latency: Nanos,
+    /// Whether the second register pair of each doorbell page is heard too, as by hardware. Our own drivers use the
+    /// first only, and who scans many pages looks at half as many words; libmlx5 uses both.
+    pub second_register: bool,
 }
 
 impl Default for EmulatedConfig {
     fn default() -> Self {
         let (link, doorbells) = (LinkLayer::Roce, Doorbells::Strict);
-        Self { link, doorbells, command_latency: Nanos(0) }
+        Self { link, doorbells, command_latency: Nanos(0), second_register: false }
     }
 }
 

@@ -11,7 +11,7 @@ use ibex_hca::emulated::{
 };
 use ibex_hca::host_memory::Registered;
 use ibex_hca::host_qp::{ConnectSpec, CqShape, HostQp, HostQpSpec, Rts};
-use ibex_hca::{Access, Hca, LinkLayer, Nanos};
+use ibex_hca::{Access, Hca, Nanos};
 
 pub const BUFFER: u64 = 64 << 10;
 
@@ -53,7 +53,7 @@ impl Default for Setup {
 }
 
 pub fn device(fabric: &Arc<Fabric>, doorbells: Doorbells) -> Arc<EmulatedHca> {
-    let config = EmulatedConfig { link: LinkLayer::Roce, doorbells, command_latency: Nanos(0) };
+    let config = EmulatedConfig { doorbells, ..EmulatedConfig::default() };
     EmulatedHca::new(Arc::clone(fabric), config).unwrap()
 }
 

@@ -171,7 +171,7 @@ impl EmulatedHca {
             }
             None => {
                 // CAST: fewer than OBJECTS_MAX.
-                let uar = Arc::new(Uar::new(uar_idx(pages.len() as u32 + 1)));
+                let uar = Arc::new(Uar::new(uar_idx(pages.len() as u32 + 1), self.config.second_register));
                 let mut grown = pages.to_vec();
                 grown.push(Arc::clone(&uar));
                 *pages = grown.into();
