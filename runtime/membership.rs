@@ -29,7 +29,7 @@ mod view;
 
 pub use board::{Board, BoardEvent};
 pub use codec::CellError;
-pub use config::MembershipConfig;
+pub use config::{MembershipConfig, MembershipGuard};
 pub use machine::{Action, Claimed, Membership, Standing, Stop};
 pub use propose::{is_quorum, propose};
 pub use rank_set::RankSet;

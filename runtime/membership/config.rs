@@ -6,6 +6,15 @@ use crate::config::ValidConfig;
 /// Evictions soon after a rank had come that cost it nothing; from the next one on it is held down.
 const FREE_EVICTIONS: u32 = 3;
 
+/// A rule that tests switch off, to see that they would miss it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MembershipGuard {
+    /// Only more than half of the members evict the others.
+    Quorum,
+    /// A suspicion holds until the incarnation that it is about is gone; otherwise for `detect_ns`.
+    StickySuspicion,
+}
+
 /// How long things may take, and who begins. All times are in nanoseconds of the caller's clock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MembershipConfig {
@@ -31,6 +40,8 @@ pub struct MembershipConfig {
     pub hold_down_ns: u64,
     /// The longest hold-down.
     pub hold_down_max_ns: u64,
+    /// Rules that are off; for tests.
+    pub guards_off: Vec<MembershipGuard>,
 }
 
 impl MembershipConfig {
@@ -51,6 +62,7 @@ impl MembershipConfig {
             flap_window_ns: 100 * detect_ns,
             hold_down_ns: detect_ns,
             hold_down_max_ns: 32 * detect_ns,
+            guards_off: Vec::new(),
         }
     }
 

@@ -7,10 +7,11 @@
 //! INVARIANT: after [`Stop`] nothing changes any more.
 
 use core::cell::Cell;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::view::{Instance, Link, Plan, Row, RowAck, SlotState, Start, View};
-use super::{MembershipConfig, RankSet};
+use super::{MembershipConfig, MembershipGuard, RankSet};
 use crate::error::{Evidence, Violation};
 use crate::ids::{Epoch, Rank};
 
@@ -147,6 +148,14 @@ struct Claim {
     is_alive: bool,
 }
 
+/// Why this rank no longer waits for an incarnation of a peer.
+#[derive(Clone, Copy, Debug)]
+struct Suspicion {
+    of: Instance,
+    evidence: Evidence,
+    since: u64,
+}
+
 /// Whether the store answers.
 #[derive(Clone, Copy, Debug)]
 enum StoreState {
@@ -170,7 +179,7 @@ pub struct Membership {
     rows: BTreeMap<Rank, Row>,
     claims: BTreeMap<Rank, Claim>,
     /// Sticky, per incarnation: until that incarnation is gone.
-    suspects: BTreeMap<Rank, (Instance, Evidence)>,
+    suspects: BTreeMap<Rank, Suspicion>,
     round: Round,
     links: BTreeMap<Rank, LinkState>,
     gate: Gate,
@@ -281,7 +290,7 @@ impl Membership {
     /// Why this rank no longer waits for a peer.
     #[must_use]
     pub fn evidence(&self, peer: Rank) -> Option<Evidence> {
-        self.suspects.get(&peer).map(|(_, evidence)| *evidence)
+        self.suspects.get(&peer).map(|suspicion| suspicion.evidence)
     }
 
     /// The newest row of a peer.
@@ -337,10 +346,10 @@ impl Membership {
 
     /// Another rank's row.
     pub fn handle_row(&mut self, now: u64, from: Rank, row: Row) {
-        if from != self.me {
+        if from != self.me && self.rows.get(&from) != Some(&row) {
             self.rows.insert(from, row);
+            self.settle(now);
         }
-        self.settle(now);
     }
 
     /// Who holds a name, and whether its lease runs.
@@ -363,8 +372,9 @@ impl Membership {
     /// By its sign of life, `peer` no longer waits for `suspects`. If it does not say so in its row, everybody is
     /// asked: it may be cut off from the store.
     pub fn handle_peer_suspicions(&mut self, now: u64, peer: Rank, suspects: RankSet) {
-        self.round.hear(now, peer, suspects.intersection(&self.view.members()));
-        self.settle(now);
+        if self.round.hear(now, peer, suspects.intersection(&self.view.members())) {
+            self.settle(now);
+        }
     }
 
     /// Where this rank's gate is: the answer to [`Action::CloseGate`]; again, once the counters are known.
@@ -401,8 +411,9 @@ impl Membership {
 
     /// A joining rank has what it needs.
     pub fn handle_ready(&mut self, now: u64, digest: u128) {
-        self.ready = Some(digest);
-        self.settle(now);
+        if self.ready.replace(digest) != Some(digest) {
+            self.settle(now);
+        }
     }
 
     /// This rank wants to leave.
@@ -413,8 +424,10 @@ impl Membership {
 
     /// This rank knows the placement of that version; the newest that everybody knows is switched to.
     pub fn handle_placement(&mut self, now: u64, version: u32) {
-        self.placement_version = self.placement_version.max(version);
-        self.settle(now);
+        if version > self.placement_version {
+            self.placement_version = version;
+            self.settle(now);
+        }
     }
 
     /// Time has passed.
@@ -426,6 +439,15 @@ impl Membership {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<u64> {
         self.wake.get()
+    }
+
+    /// Switches a rule off, as tests of the rule do.
+    pub fn turn_off(&mut self, guard: MembershipGuard) {
+        self.config.guards_off.push(guard);
+    }
+
+    fn has(&self, guard: MembershipGuard) -> bool {
+        !self.config.guards_off.contains(&guard)
     }
 
     /// The next thing to do.
@@ -553,22 +575,22 @@ impl Membership {
     }
 
     /// The row of a holder of a rank, this one included, if it comes from that holder.
-    fn row_of(&self, rank: Rank) -> Option<Row> {
+    fn row_of(&self, rank: Rank) -> Option<Cow<'_, Row>> {
         if rank == self.me {
-            return Some(self.own_row());
+            return Some(Cow::Owned(self.own_row()));
         }
         let holder = self.view.holder(rank)?;
-        self.rows.get(&rank).filter(|row| row.instance == holder).cloned()
+        self.rows.get(&rank).filter(|row| row.instance == holder).map(Cow::Borrowed)
     }
 
     /// Rows of all these ranks; none if one is missing.
-    fn rows_of(&self, ranks: RankSet) -> Option<BTreeMap<Rank, Row>> {
+    fn rows_of(&self, ranks: RankSet) -> Option<BTreeMap<Rank, Cow<'_, Row>>> {
         ranks.iter().map(|rank| Some((rank, self.row_of(rank)?))).collect()
     }
 }
 
 /// Which ranks are named by some row of `rows`.
-fn suspected_in(rows: &BTreeMap<Rank, Row>) -> BTreeSet<Rank> {
+fn suspected_in(rows: &BTreeMap<Rank, Cow<'_, Row>>) -> BTreeSet<Rank> {
     rows.values().flat_map(|row| row.suspects.iter()).collect()
 }
 

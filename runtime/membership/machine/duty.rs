@@ -163,8 +163,8 @@ impl Membership {
         let Some(rows) = self.rows_of(self.view.members()) else { return Ok(None) };
         let mut acks: Vec<(Rank, RowAck)> = Vec::new();
         for (rank, row) in rows {
-            let Some(ack) = row.ack.filter(|ack| ack.plan == plan.id) else { return Ok(None) };
-            acks.push((rank, ack));
+            let Some(ack) = row.ack.as_ref().filter(|ack| ack.plan == plan.id) else { return Ok(None) };
+            acks.push((rank, ack.clone()));
         }
         let Some(from_step) = acks.iter().map(|(_, ack)| ack.step).max() else { return Ok(None) };
         let mut counters = acks.into_iter().filter(|(_, ack)| ack.step == from_step);
@@ -301,7 +301,7 @@ impl Membership {
     }
 
     fn are_linked(&self, a: Rank, b: Rank) -> bool {
-        let says = |by: Rank, of: Rank| is_linked(self.row_of(by).as_ref(), of, self.view.holder(of));
+        let says = |by: Rank, of: Rank| is_linked(self.row_of(by).as_deref(), of, self.view.holder(of));
         says(a, b) && says(b, a)
     }
 

@@ -1,7 +1,7 @@
 //! What stands between this rank and its peers, and its gate: derived from the view, carried out by the owner.
 
 use super::{Action, Membership, Standing, Stop};
-use crate::ids::{Epoch, Rank};
+use crate::ids::Rank;
 use crate::membership::view::{Instance, Link, Plan, RowAck, SlotState};
 
 /// How far the link to one incarnation of a peer is. Without an entry nothing of the peer is held.
@@ -80,10 +80,10 @@ impl Membership {
         }
     }
 
-    /// Whether a switch that is agreed on has still to be done here.
+    /// Whether a switch that is agreed on has still to be done here. Who joins takes part from its own switch on.
     pub(super) fn owes_switch(&self) -> bool {
-        let is_owed = |epoch: Epoch| epoch > self.applied;
-        self.view.start.as_ref().is_some_and(|start| is_owed(start.epoch))
+        let takes_part = matches!(self.standing, Standing::Member | Standing::Leaving);
+        takes_part && self.view.start.as_ref().is_some_and(|start| start.epoch > self.applied)
     }
 
     /// Which incarnation of `peer` this rank should be linked with.

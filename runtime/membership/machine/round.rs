@@ -6,11 +6,11 @@
 
 use std::collections::BTreeMap;
 
-use super::{Membership, Standing, Stop, StoreState};
+use super::{Membership, Standing, Stop, StoreState, Suspicion};
 use crate::error::Evidence;
 use crate::ids::{Epoch, Rank};
 use crate::membership::view::{Instance, SlotState};
-use crate::membership::{RankSet, is_quorum, propose};
+use crate::membership::{MembershipGuard, RankSet, is_quorum, propose};
 
 /// The round of suspicions that is open, if any.
 #[derive(Debug, Default)]
@@ -46,16 +46,21 @@ impl Round {
 
     fn begin(&mut self, number: u32, now: u64) {
         self.number = number;
-        self.restart(now);
+        self.since = now;
     }
 
-    pub(super) fn hear(&mut self, now: u64, peer: Rank, suspects: RankSet) {
-        let is_known = self.heard.get(&peer).is_some_and(|heard| heard.suspects == suspects);
+    /// Whether that was news.
+    pub(super) fn hear(&mut self, now: u64, peer: Rank, suspects: RankSet) -> bool {
+        let known = self.heard.get(&peer).map_or(RankSet::EMPTY, |heard| heard.suspects);
+        if suspects == known {
+            return false;
+        }
         if suspects.is_empty() {
             self.heard.remove(&peer);
-        } else if !is_known {
+        } else {
             self.heard.insert(peer, Heard { suspects, since: now, is_asked: false });
         }
+        true
     }
 }
 
@@ -63,11 +68,11 @@ impl Membership {
     /// Notes evidence against an incarnation; whether it is news about the holder of the rank.
     pub(super) fn suspect(&mut self, peer: Rank, instance: Instance, evidence: Evidence) -> bool {
         let is_holder = self.view.holder(peer) == Some(instance);
-        let is_known = self.suspects.get(&peer).is_some_and(|(known, _)| *known == instance);
+        let is_known = self.suspects.get(&peer).is_some_and(|known| known.of == instance);
         if peer == self.me || !is_holder || is_known || self.stopped.is_some() {
             return false;
         }
-        self.suspects.insert(peer, (instance, evidence));
+        self.suspects.insert(peer, Suspicion { of: instance, evidence, since: self.now });
         let is_member = self.view.slot(peer).state == SlotState::Member;
         if is_member && self.standing == Standing::Member && self.round.epoch == self.view.epoch {
             self.round.begin(self.round.number + 1, self.now);
@@ -77,8 +82,12 @@ impl Membership {
 
     /// Forgets suspicions of those who are gone, and takes up what the store says of those who are not.
     pub(super) fn settle_suspects(&mut self) {
-        let view = &self.view;
-        self.suspects.retain(|peer, (instance, _)| view.holder(*peer) == Some(*instance));
+        let (view, now, detect_ns) = (&self.view, self.now, self.config.detect_ns);
+        let is_sticky = self.has(MembershipGuard::StickySuspicion);
+        self.suspects.retain(|peer, suspicion| {
+            let is_fresh = is_sticky || now < suspicion.since + detect_ns / 2;
+            view.holder(*peer) == Some(suspicion.of) && is_fresh
+        });
         for peer in view.members().iter() {
             let slot = self.view.slot(peer);
             let Some(claim) = self.claims.get(&peer).copied() else { continue };
@@ -120,7 +129,8 @@ impl Membership {
             self.round.unresolved_since = None;
             return;
         }
-        if is_quorum(&members, &proposal) && proposal.contains(self.me) {
+        let is_valid = is_quorum(&members, &proposal) || !self.has(MembershipGuard::Quorum);
+        if is_valid && proposal.contains(self.me) {
             self.round.unresolved_since = None;
             self.duties.eviction = Some(proposal);
             return;

@@ -94,7 +94,7 @@ struct LinkWork {
     stage: Stage,
     attempt: u32,
     /// After the fence: gone for good, or to be connected anew.
-    is_final: bool,
+    is_for_good: bool,
     /// This side could not connect.
     has_failed: bool,
     retry: Retry,
@@ -102,7 +102,7 @@ struct LinkWork {
 
 impl LinkWork {
     fn new(instance: Instance, stage: Stage) -> Self {
-        Self { instance, stage, attempt: 1, is_final: false, has_failed: false, retry: Retry::default() }
+        Self { instance, stage, attempt: 1, is_for_good: false, has_failed: false, retry: Retry::default() }
     }
 }
 
@@ -182,7 +182,7 @@ impl Links {
         if link.stage != Stage::Grace {
             link.stage = if has_left { Stage::Drain } else { Stage::Fail };
         }
-        (link.is_final, link.retry) = (true, Retry::default());
+        (link.is_for_good, link.retry) = (true, Retry::default());
     }
 
     fn withdraw(&mut self, peer: Rank) {
@@ -216,7 +216,7 @@ impl Links {
                 }
                 Err(refused) => self.refused(now_ns, peer, &mut link, refused, notes)?,
             }
-            if !matches!(done.last(), Some(Done::Fenced(gone, _)) if *gone == peer && link.is_final) {
+            if !matches!(done.last(), Some(Done::Fenced(gone, _)) if *gone == peer && link.is_for_good) {
                 self.work.insert(peer, link);
             } else {
                 notes.push(Happening::Fenced { peer, instance });
@@ -381,7 +381,7 @@ impl Links {
     }
 
     fn after_fence(&mut self, peer: Rank, link: &mut LinkWork) -> Option<Done> {
-        if link.is_final {
+        if link.is_for_good {
             return Some(Done::Fenced(peer, link.instance));
         }
         if link.attempt > ATTEMPTS_MAX {
