@@ -15,7 +15,10 @@ const MODULES: &[&str] = &[
     "test_mlx5_devx",
     "test_mlx5_cq",
     "test_mlx5_raw_wqe",
+    "test_mlx5_vfio",
 ];
+/// Where the shim's first device stands on the PCI bus, for tests that take it whole.
+const PCI_DEVICE: &str = "1be8:00:00.0";
 
 /// What became of one test.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,15 +63,20 @@ pub(crate) fn find() -> Option<Suite> {
 impl Suite {
     /// Runs every module in a process of its own, so that one that crashes takes no other with it.
     pub(crate) fn run(&self, link: &str) -> Vec<TestResult> {
-        MODULES.iter().flat_map(|module| self.run_module(module, link, &[])).collect()
+        MODULES.iter().flat_map(|module| self.run_module(module, link)).collect()
     }
 
-    fn run_module(&self, module: &str, link: &str, more: &[&str]) -> Vec<TestResult> {
+    fn run_module(&self, module: &str, link: &str) -> Vec<TestResult> {
         let mut command = under_shim(PYTHON, link);
         command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/preload/run.py"));
         // A stand-in for the system's `rdma`, which knows nothing of these devices.
         let path = format!("{}:{}", self.stand_ins().display(), std::env::var("PATH").unwrap());
-        let output = command.arg(&self.dir).arg(module).args(more).env("PATH", path).output().unwrap();
+        let output = command
+            .arg(&self.dir)
+            .args([module, "--pci-dev", PCI_DEVICE])
+            .env("PATH", path)
+            .output()
+            .unwrap();
         let text = text(&output);
         let mut results = parse(&text);
         if !output.status.success() {

@@ -4,6 +4,7 @@
 //!   program (python3-pyverbs, ibv_devinfo, hca::mlx5)
 //!      libibverbs, libmlx5: unmodified, from the distribution
 //!   ---- open, ioctl, mmap, close ...        interpose/   C functions that take the place of libc's
+//!      vfio/        a function with registers, command queue and interrupts, as VFIO hands it out
 //!      uverbs/      objects and handles of an open device, as the kernel's ib_uverbs and mlx5_ib keep them
 //!      world        the devices of this process, the thread that steps them, the thread that reads events
 //!   ---- trait Hca: PRM mailboxes, doorbell pages
@@ -26,9 +27,11 @@
 
 mod errno;
 mod interpose;
+mod mailbox;
 mod report;
 mod settings;
 mod sysfs;
 mod user;
 mod uverbs;
+mod vfio;
 mod world;

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use ibex_hca::LinkLayer;
@@ -24,6 +25,7 @@ pub(crate) fn make(root: &Path, devices: &[Device]) -> io::Result<()> {
     for device in devices {
         make_node(&verbs.join(device.node_name()), device)?;
         make_device(&root.join("class/infiniband").join(device.name()), device)?;
+        make_function(&root.join("bus/pci/devices").join(device.pci_name()), device)?;
     }
     Ok(())
 }
@@ -63,6 +65,14 @@ fn make_device(dir: &Path, device: &Device) -> io::Result<()> {
     fs::write(port_dir.join("pkeys/0"), "0xffff\n")?;
     fs::write(port_dir.join("link_layer"), layer)?;
     fs::write(port_dir.join("state"), "4: ACTIVE\n")
+}
+
+/// The PCI device, which VFIO's user-space driver looks for.
+fn make_function(dir: &Path, device: &Device) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    fs::write(dir.join("vendor"), "0x15b3\n")?;
+    fs::write(dir.join("device"), "0x1021\n")?;
+    symlink(format!("../../../../kernel/iommu_groups/{}", device.group()), dir.join("iommu_group"))
 }
 
 /// Bytes as sysfs writes identifiers: groups of four digits.

@@ -31,8 +31,15 @@ use crate::uverbs::events::{AsyncKind, EventFile};
 pub(crate) const FIRMWARE: &str = "22.44.0001";
 /// The same as a number: 16 bits each, the last one lowest.
 pub(crate) const FIRMWARE_CODE: u64 = 22 << 32 | 44 << 16 | 1;
+/// PCI domain of the devices.
+pub(crate) const PCI_DOMAIN: &str = "1be8";
+/// IOMMU group of the first device.
+const FIRST_GROUP: usize = 7144;
 /// Log2 of the entries of an event queue.
 const LOG_EQ: u8 = 12;
+/// What programs are told of, besides completions.
+const EVENTS: [EventType; 4] =
+    [EventType::CqError, EventType::QpFatal, EventType::QpRequestError, EventType::QpAccessError];
 /// Bytes that the event queue and its neighbours need.
 const REGION_LEN: u64 = 1 << 20;
 /// How long the event thread sleeps when nothing happened, in microseconds.
@@ -77,8 +84,7 @@ impl Device {
     fn new(idx: usize, fabric: &Arc<Fabric>, config: EmulatedConfig) -> Result<Self, Errno> {
         let hca = EmulatedHca::new(Arc::clone(fabric), config)?;
         let region = ControlRegion::host(&(Arc::clone(&hca) as Arc<dyn Hca>), REGION_LEN)?;
-        let all = EventType::ALL.into_iter().filter(|event| *event != EventType::Completion);
-        let eq = HostEq::create(&region, LOG_EQ, &all.collect::<Vec<_>>())?;
+        let eq = HostEq::create(&region, LOG_EQ, &EVENTS)?;
         let eqn = eq.eqn();
         Ok(Self { idx, hca, eq: Mutex::new(eq), eqn, listeners: Mutex::default(), pages: Mutex::default() })
     }
@@ -104,6 +110,16 @@ impl Device {
     /// The name of its character device.
     pub(crate) fn node_name(&self) -> String {
         format!("uverbs{}", self.idx)
+    }
+
+    /// Its name on the PCI bus, in a domain that no machine has.
+    pub(crate) fn pci_name(&self) -> String {
+        format!("{PCI_DOMAIN}:00:{:02x}.0", self.idx)
+    }
+
+    /// The number of its IOMMU group.
+    pub(crate) const fn group(&self) -> usize {
+        FIRST_GROUP + self.idx
     }
 
     /// Its globally unique identifier.
@@ -182,6 +198,8 @@ impl Device {
             Event::QpFatal(qpn) => tell_qp(qpn, AsyncKind::QpFatal),
             Event::QpRequestError(qpn) => tell_qp(qpn, AsyncKind::QpRequestError),
             Event::QpAccessError(qpn) => tell_qp(qpn, AsyncKind::QpAccessError),
+            // The port does not change, and the commands of this driver are calls.
+            Event::PortChange { .. } | Event::CommandsDone { .. } => {}
         }
     }
 
@@ -210,6 +228,16 @@ static EVENT_THREAD_WANTED: AtomicBool = AtomicBool::new(false);
 /// Chooses the directory of the sysfs tree, which does not exist yet.
 pub(crate) fn choose_sysfs_root(dir: &Path) -> &'static Path {
     SYSFS_ROOT.get_or_init(|| dir.join(format!("ibex-preload-{}", std::process::id())))
+}
+
+/// Where the tree has the PCI device that a path of the real sysfs would name; none if it is no device of ours.
+pub(crate) fn pci_path(path: &Path) -> Option<PathBuf> {
+    let rest = path.strip_prefix("/sys").ok()?;
+    let name = rest.strip_prefix("bus/pci/devices").ok()?.components().next()?;
+    if !name.as_os_str().to_str()?.starts_with(PCI_DOMAIN) {
+        return None;
+    }
+    get().map(|world| world.sysfs_root.join(rest))
 }
 
 /// Whether a path lies in the sysfs tree.
@@ -302,7 +330,7 @@ fn serve_events() {
 }
 
 /// Sleeps a little, or less if a signal comes.
-fn nap() {
+pub(crate) fn nap() {
     // SAFETY: takes a number and touches no memory.
     unsafe { libc::usleep(NAP_US) };
 }

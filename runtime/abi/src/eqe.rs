@@ -47,12 +47,23 @@ pub enum EventType {
     QpRequestError = 0x10,
     /// The remote end violated access rights.
     QpAccessError = 0x11,
+    /// A port went up or down.
+    PortChange = 0x09,
+    /// Commands in the command queue ended.
+    CommandsDone = 0x0a,
 }
 
 impl EventType {
     /// Every type that this crate knows.
-    pub const ALL: [Self; 5] =
-        [Self::Completion, Self::CqError, Self::QpFatal, Self::QpRequestError, Self::QpAccessError];
+    pub const ALL: [Self; 7] = [
+        Self::Completion,
+        Self::CqError,
+        Self::QpFatal,
+        Self::QpRequestError,
+        Self::QpAccessError,
+        Self::PortChange,
+        Self::CommandsDone,
+    ];
 
     /// Its bit in the first word of `create_eq_in::EVENT_BITMASK`.
     #[must_use]
@@ -66,7 +77,8 @@ impl EventType {
 ///
 /// ```text
 ///  00 rsvd  01 type  02 rsvd  03 sub_type  04 rsvd
-///  20 data: completion {38 cqn}, queue pair {34 kind, 38 qpn}, CQ error {20 cqn, 2b syndrome}
+///  20 data: completion {38 cqn}, queue pair {34 kind, 38 qpn}, CQ error {20 cqn, 2b syndrome},
+///     port {28 number:4}, commands {20 slots}
 ///  3c rsvd  3e signature  3f owner
 /// ```
 ///
@@ -117,7 +129,23 @@ pub enum Event {
     QpRequestError(QpNum),
     /// The remote end violated access rights.
     QpAccessError(QpNum),
+    /// A port went up or down.
+    PortChange {
+        /// Which, from 1.
+        port: u8,
+        /// It is up now.
+        is_up: bool,
+    },
+    /// Commands in the command queue ended: a bit for each slot.
+    CommandsDone {
+        /// Which.
+        slots: u32,
+    },
 }
+
+/// Details of [`EventType::PortChange`].
+const PORT_DOWN: u8 = 1;
+const PORT_ACTIVE: u8 = 4;
 
 /// Syndrome of [`Event::CqError`]: the ring was full.
 pub const CQ_OVERRUN: u8 = 1;
@@ -137,6 +165,8 @@ impl Event {
             Self::QpFatal(_) => EventType::QpFatal,
             Self::QpRequestError(_) => EventType::QpRequestError,
             Self::QpAccessError(_) => EventType::QpAccessError,
+            Self::PortChange { .. } => EventType::PortChange,
+            Self::CommandsDone { .. } => EventType::CommandsDone,
         }
     }
 }
@@ -158,6 +188,11 @@ impl Eqe {
             Event::QpFatal(qpn) | Event::QpRequestError(qpn) | Event::QpAccessError(qpn) => {
                 eqe.data[6] = U32::new(qpn.get());
             }
+            Event::PortChange { port, is_up } => {
+                eqe.sub_type = if is_up { PORT_ACTIVE } else { PORT_DOWN };
+                eqe.data[2] = U32::from_bytes([port << 4, 0, 0, 0]);
+            }
+            Event::CommandsDone { slots } => eqe.data[0] = U32::new(slots),
         }
         eqe
     }
@@ -179,6 +214,11 @@ impl Eqe {
             EventType::QpFatal => Event::QpFatal(qpn),
             EventType::QpRequestError => Event::QpRequestError(qpn),
             EventType::QpAccessError => Event::QpAccessError(qpn),
+            EventType::PortChange => {
+                let [port, ..] = self.data[2].to_bytes();
+                Event::PortChange { port: port >> 4, is_up: self.sub_type == PORT_ACTIVE }
+            }
+            EventType::CommandsDone => Event::CommandsDone { slots: self.data[0].get() },
         })
     }
 
@@ -286,6 +326,10 @@ mod tests {
         assert_eq!((error[1], &error[0x20..0x24], error[0x2b]), (4, &[0, 0, 0, 7][..], 1));
         assert_eq!(bytes(Event::QpRequestError(QpNum::new(1)))[1], 0x10);
         assert_eq!(bytes(Event::QpAccessError(QpNum::new(1)))[1], 0x11);
+        let port = bytes(Event::PortChange { port: 1, is_up: true });
+        assert_eq!((port[1], port[3], port[0x28]), (9, 4, 0x10));
+        let commands = bytes(Event::CommandsDone { slots: 1 });
+        assert_eq!((commands[1], &commands[0x20..0x24]), (0x0a, &[0, 0, 0, 1][..]));
     }
 
     #[test]
@@ -297,6 +341,9 @@ mod tests {
             Event::QpFatal(qpn),
             Event::QpRequestError(qpn),
             Event::QpAccessError(qpn),
+            Event::PortChange { port: 1, is_up: true },
+            Event::PortChange { port: 2, is_up: false },
+            Event::CommandsDone { slots: 0x8000_0001 },
         ] {
             assert_eq!(Eqe::new(event).event(), Ok(event));
         }

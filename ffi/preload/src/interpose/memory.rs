@@ -1,13 +1,13 @@
 //! `mmap` and `munmap`: doorbell pages.
 //!
-//! A mapping of an open device is the device's own page, at its own address; it is never unmapped, so that a late
+//! A mapping of an open verbs device is the device's own page, at its own address; it is never unmapped, so that a late
 //! doorbell is harmless.
 
 use std::os::fd::RawFd;
 
 use libc::{c_int, c_void, off_t, size_t};
 
-use super::{context, fail};
+use super::{Opened, fail, opened};
 use crate::errno::Errno;
 use crate::world;
 
@@ -24,7 +24,7 @@ unsafe extern "C" fn mmap(
     fd: RawFd,
     offset: off_t,
 ) -> *mut c_void {
-    let Some(context) = context(fd) else {
+    let Some(Opened::Verbs(context)) = opened(fd) else {
         // SAFETY: the system call that the caller asked for, with its arguments.
         let mapped = unsafe { libc::syscall(libc::SYS_mmap, addr, len, prot, flags, fd, offset) };
         // CAST: an address, or MAP_FAILED.

@@ -15,41 +15,58 @@ use parking_lot::RwLock;
 
 use crate::errno::Errno;
 use crate::uverbs::Context;
+use crate::vfio::{Container, Group, OpenFunction};
 
 mod files;
 mod ioctl;
 mod memory;
 mod net;
 
-/// Open devices, by the descriptor that the program has.
-static CONTEXTS: LazyLock<RwLock<HashMap<RawFd, Arc<Context>>>> = LazyLock::new(RwLock::default);
-/// How many there are, so that programs which have none pay nothing.
-static NUM_CONTEXTS: AtomicUsize = AtomicUsize::new(0);
+/// What a descriptor of ours stands for.
+#[derive(Debug, Clone)]
+enum Opened {
+    Verbs(Arc<Context>),
+    Container(Arc<Container>),
+    Group(Arc<Group>),
+    Function(Arc<OpenFunction>),
+}
 
-/// The open device behind a descriptor.
-fn context(fd: RawFd) -> Option<Arc<Context>> {
-    if NUM_CONTEXTS.load(Ordering::Acquire) == 0 {
+/// What is open, by the descriptor that the program has.
+static OPENED: LazyLock<RwLock<HashMap<RawFd, Opened>>> = LazyLock::new(RwLock::default);
+/// How much there is, so that programs which have nothing open pay nothing.
+static NUM_OPENED: AtomicUsize = AtomicUsize::new(0);
+
+/// What stands behind a descriptor, if it is ours.
+fn opened(fd: RawFd) -> Option<Opened> {
+    if NUM_OPENED.load(Ordering::Acquire) == 0 {
         return None;
     }
-    CONTEXTS.read().get(&fd).cloned()
+    OPENED.read().get(&fd).cloned()
 }
 
 /// All open devices.
 fn contexts() -> Vec<Arc<Context>> {
-    if NUM_CONTEXTS.load(Ordering::Acquire) == 0 {
+    if NUM_OPENED.load(Ordering::Acquire) == 0 {
         return Vec::new();
     }
-    CONTEXTS.read().values().cloned().collect()
+    let verbs = |opened: &Opened| match opened {
+        Opened::Verbs(context) => Some(Arc::clone(context)),
+        _ => None,
+    };
+    OPENED.read().values().filter_map(verbs).collect()
 }
 
-fn add_context(fd: RawFd, context: Context) {
-    CONTEXTS.write().insert(fd, Arc::new(context));
-    NUM_CONTEXTS.fetch_add(1, Ordering::AcqRel);
+fn add(fd: RawFd, what: Opened) {
+    OPENED.write().insert(fd, what);
+    NUM_OPENED.fetch_add(1, Ordering::AcqRel);
 }
 
-fn remove_context(fd: RawFd) -> Option<Arc<Context>> {
-    let removed = CONTEXTS.write().remove(&fd)?;
-    NUM_CONTEXTS.fetch_sub(1, Ordering::AcqRel);
+fn remove(fd: RawFd) -> Option<Opened> {
+    if NUM_OPENED.load(Ordering::Acquire) == 0 {
+        return None;
+    }
+    let removed = OPENED.write().remove(&fd)?;
+    NUM_OPENED.fetch_sub(1, Ordering::AcqRel);
     Some(removed)
 }
 

@@ -11,6 +11,7 @@ use zerocopy::IntoBytes;
 use super::attrs::Call;
 use super::{Context, Done, Object};
 use crate::errno::Errno;
+use crate::mailbox;
 use crate::user::{self, PAGE};
 
 /// Every method and attribute of this driver has this bit.
@@ -54,7 +55,7 @@ impl Context {
         match call.method {
             CREATE => {
                 let (input, output) = self.run(call, CMD_IN, CMD_OUT, force_umems)?;
-                let destroy = destroyer(&input, &output).ok_or(Errno::NOTSUPP)?;
+                let destroy = mailbox::destroyer(&input, &output).ok_or(Errno::NOTSUPP)?;
                 call.set_number(HANDLE, self.add(Object::Devx { destroy }).into())
             }
             DESTROY => {
@@ -165,24 +166,4 @@ fn force_umems(mailbox: &mut [u8]) {
             prm::set(mailbox, *field, 1);
         }
     }
-}
-
-/// The mailbox that destroys what `input` created.
-fn destroyer(input: &[u8], output: &[u8]) -> Option<[u8; 16]> {
-    let op = match prm::op_of(input).ok()? {
-        Op::AllocPd => Op::DeallocPd,
-        Op::AllocUar => Op::DeallocUar,
-        Op::CreateUmem => Op::DestroyUmem,
-        Op::CreateMkey => Op::DestroyMkey,
-        Op::CreateEq => Op::DestroyEq,
-        Op::CreateCq => Op::DestroyCq,
-        Op::CreateQp => Op::DestroyQp,
-        _ => return None,
-    };
-    // Every reply that names a new object names it here, and so does the command that destroys it.
-    let number = prm::try_get(output, prm::create_qp_out::QPN)?;
-    let mut mailbox = [0; 16];
-    prm::set(&mut mailbox, prm::cmd_in::OPCODE, op.code().into());
-    prm::set(&mut mailbox, prm::destroy_qp_in::QPN, number);
-    Some(mailbox)
 }

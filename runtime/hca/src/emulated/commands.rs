@@ -22,6 +22,7 @@ use crate::CommandError;
 
 mod caps;
 mod events;
+mod function;
 mod memory;
 mod qp;
 mod queues;
@@ -239,6 +240,16 @@ impl EmulatedHca {
             Op::QueryHcaCap => self.query_caps(input, output),
             Op::QueryRoceAddress => self.query_roce_address(input, output),
             Op::QueryHcaVportContext => self.query_vport(input, output),
+            Op::EnableHca | Op::DisableHca | Op::InitHca | Op::TeardownHca | Op::SetHcaCap => {
+                self.change_function()
+            }
+            Op::QueryIssi => self.query_issi(output),
+            Op::SetIssi => self.set_issi(input),
+            // No pages are wanted: the number in the reply is zero.
+            Op::QueryPages => self.change_function(),
+            Op::ManagePages => self.manage_pages(input),
+            Op::AccessReg => self.access_register(input, output),
+            Op::MadIfc => self.mad_ifc(input, output),
             Op::AllocPd => objects.alloc_pd(output),
             Op::DeallocPd => self.dealloc_pd(objects, input),
             Op::CreateMkey => self.create_mkey(objects, input, output),

@@ -127,14 +127,22 @@ impl EmulatedHca {
             AsyncEvent::Completion { cqn } => Event::Completion(cqn),
         };
         // Completions go to the queue that their own queue names, and to no other.
-        if self.has_event_queues() && !matches!(event, AsyncEvent::Completion { .. }) {
-            for eq in self.event_table.lock().eqs.values() {
-                if eq.layout.events & told.event_type().bit() != 0 {
-                    self.count_pushed(eq.push(told));
-                }
-            }
+        if !matches!(event, AsyncEvent::Completion { .. }) {
+            self.tell(told);
         }
         self.queue_event(event);
+    }
+
+    /// Writes an event to the event queues that want its type.
+    pub(super) fn tell(&self, event: Event) {
+        if !self.has_event_queues() {
+            return;
+        }
+        for eq in self.event_table.lock().eqs.values() {
+            if eq.layout.events & event.event_type().bit() != 0 {
+                self.count_pushed(eq.push(event));
+            }
+        }
     }
 
     /// Tells the event queue of `cq`, if a driver made it, of a completion; false if none did.

@@ -15,8 +15,8 @@ const ROCE: u64 = 4;
 const GENERAL_2: u64 = 0x20;
 
 /// States of a port. SPEC: IBTA vol. 1 §14.2.5.6.
-const PORT_ACTIVE: u64 = 4;
-const PORT_LINK_UP: u64 = 5;
+pub(super) const PORT_ACTIVE: u64 = 4;
+pub(super) const PORT_LINK_UP: u64 = 5;
 
 impl EmulatedHca {
     pub(super) fn query_caps(&self, input: &[u8], output: &mut [u8]) -> Done {
