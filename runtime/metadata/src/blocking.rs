@@ -9,13 +9,17 @@ use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::clock::{Clock, within};
+use crate::drain::{self, Deregistration, Pinned, Quarantine, Stage};
 use crate::error::{Result, StoreError};
-use crate::ids::{Revision, Version};
+use crate::ids::{Revision, Stamp, Version};
 use crate::keeper::Keeper;
 use crate::lease::Leased;
 use crate::name::{Prefix, RecordName};
 use crate::open::open;
+use crate::publisher::Publisher;
 use crate::record::PeerRecord;
+use crate::refresh::{Observer, Reader, Refresher};
+use crate::scope::{Guard, ResolveScope};
 use crate::store::{
     Ack, Cell, Claim, Event, Filter, Health, Hold, Page, ReaderState, Snapshot, Store, Watch,
 };
@@ -93,6 +97,51 @@ impl Blocking {
     /// As there.
     pub fn release_kept(&self, keeper: Keeper) -> Result<()> {
         self.wait(keeper.release())
+    }
+
+    /// Resolves a name for a request. See [`ResolveScope::resolve`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resolve<'s>(&self, scope: &'s ResolveScope<'_>, name: &RecordName) -> Result<Guard<'s>> {
+        self.wait(scope.resolve(name))
+    }
+
+    /// Publishes a change of a record. See [`Publisher::update`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn update(&self, publisher: &Publisher, change: impl FnOnce(&mut PeerRecord)) -> Result<Stamp> {
+        self.wait(publisher.update(change))
+    }
+
+    /// Keeps what is known of peers fresh, on the store's thread. See [`Refresher::spawn`].
+    #[must_use]
+    pub fn refresh(&self, prefix: Prefix, observer: Arc<dyn Observer>, reader: Option<Reader>) -> Refresher {
+        let _inside = self.runtime.enter();
+        Refresher::spawn(&self.store, &self.clock, prefix, observer, reader)
+    }
+
+    /// Begins to take buffers back, on the store's thread. See [`drain::deregister`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn deregister(
+        &self,
+        publisher: &Arc<Publisher>,
+        buffers: Vec<Box<dyn Pinned>>,
+        quarantine: &Arc<Quarantine>,
+        budget: Duration,
+    ) -> Result<Deregistration, (StoreError, Vec<Box<dyn Pinned>>)> {
+        let begun = drain::deregister(publisher, buffers, quarantine, &self.clock, budget);
+        self.runtime.block_on(begun)
+    }
+
+    /// The end of a deregistration, or how far it is after so long.
+    #[must_use]
+    pub fn deregistered(&self, deregistration: &Deregistration, patience: Duration) -> Stage {
+        let done = within(patience, async { Ok(deregistration.done().await) });
+        self.runtime.block_on(done).unwrap_or_else(|_| deregistration.stage())
     }
 
     /// See [`Store::publish`].

@@ -264,7 +264,8 @@ impl<T> Registry<T> {
         };
         let verdict = change::judge(&peer.origin, &origin);
         match verdict {
-            Verdict::Same => {}
+            // The same content; the next look at this very snapshot then costs no digest.
+            Verdict::Same => peer.snapshot = Arc::clone(snapshot),
             Verdict::Stale => self.counters.stale_snapshots += 1,
             Verdict::ConcurrentPublisher => self.counters.concurrent_publishers += 1,
             Verdict::Replaced | Verdict::Updated { .. } => {

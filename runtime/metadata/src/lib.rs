@@ -6,8 +6,8 @@
 //! [`record`], [`change`], [`derived`], [`lease`], [`backoff`], [`segments`], [`url`], and the rules of a
 //! store as a state machine (`table`). Shell: [`clock`] (the only file that reads one), [`local`]
 //! (`memory:` and `redb:`), `grpc` (`ibex://`, client and server), `redis` (`redis://`), `layered`
-//! (`layered+URL`), [`mod@open`], [`blocking`], [`scope`], [`keeper`]. [`contract`] is what every backend is
-//! held to.
+//! (`layered+URL`), [`mod@open`], [`blocking`], [`scope`], [`keeper`], [`publisher`],
+//! [`refresh`], [`drain`]. [`contract`] is what every backend is held to.
 //!
 //! # Who owns what
 //!
@@ -21,6 +21,7 @@ pub mod change;
 pub mod clock;
 pub mod contract;
 pub mod derived;
+pub mod drain;
 pub mod error;
 #[cfg(feature = "grpc")]
 pub mod grpc;
@@ -35,9 +36,11 @@ pub mod limits;
 pub mod local;
 pub mod name;
 pub mod open;
+pub mod publisher;
 pub mod record;
 #[cfg(feature = "redis")]
 pub mod redis;
+pub mod refresh;
 pub mod scope;
 pub mod segments;
 pub mod store;

@@ -148,6 +148,13 @@ impl Guard<'_> {
         self.leased.check(self.scope.request.clock.now()).map(Arc::as_ref)
     }
 
+    /// The record and its lease, for whoever checks the lease by itself, before each post and after each
+    /// completion.
+    #[must_use]
+    pub const fn leased(&self) -> &Leased<Arc<Snapshot>> {
+        &self.leased
+    }
+
     /// Which snapshot this is; work that is derived from it carries the stamp.
     #[must_use]
     pub fn stamp(&self) -> Stamp {

@@ -1,5 +1,7 @@
 //! A store between a test and a store of this process, that can misbehave.
 
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
