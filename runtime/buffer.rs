@@ -19,7 +19,7 @@ use ibex_abi::device_ctx::{
     MemberTable, PeerCtx, PeerTelemetry, QpDeviceCtx, SendCursor,
 };
 use ibex_abi::types::{Iova, Pd};
-use ibex_hca::{Access, Hca, MemoryRegion, Mkey, destroyed};
+use ibex_hca::{Access, Hca, HcaError, MemoryRegion, Mkey, destroyed};
 use zerocopy::IntoBytes;
 
 use crate::error::Error;
@@ -34,7 +34,7 @@ pub(crate) struct OwnedPd {
 }
 
 impl OwnedPd {
-    pub(crate) fn new(hca: &Arc<dyn Hca>) -> Result<Arc<Self>, Error> {
+    pub(crate) fn new(hca: &Arc<dyn Hca>) -> Result<Arc<Self>, HcaError> {
         Ok(Arc::new(Self { pd: hca.alloc_pd()?, hca: Arc::clone(hca) }))
     }
 

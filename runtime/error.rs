@@ -14,6 +14,7 @@ use ibex_metadata::error::StoreError;
 use crate::bootstrap::BootstrapError;
 use crate::gpu::GpuError;
 use crate::ids::{Epoch, QpSlot, Rank};
+use crate::transfer::TransferError;
 
 /// Anything that Ibex can refuse or report.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,9 @@ pub enum Error {
     /// The metadata store refused or failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A host-driven transfer was refused, failed, or is not to be trusted.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
     /// A call to the operating system failed.
     #[error(transparent)]
     Os(#[from] OsError),

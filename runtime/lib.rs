@@ -61,6 +61,7 @@ pub mod reference;
 pub mod session;
 pub mod telemetry;
 pub mod time;
+pub mod transfer;
 
 pub use config::Config;
 pub use error::Error;

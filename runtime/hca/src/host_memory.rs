@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use ibex_abi::types::{Iova, Pd};
+use parking_lot::Mutex;
 
 use crate::{Access, Hca, HcaError, MemoryRegion, Mkey};
 
@@ -193,6 +194,8 @@ pub struct Registered {
     /// `None` once leaked, because the device would not give the key back.
     memory: Option<HostMemory>,
     key: Mkey,
+    /// The device has given the key back.
+    revoked: Mutex<bool>,
 }
 
 impl Registered {
@@ -206,7 +209,21 @@ impl Registered {
         // SAFETY: the allocation is accessed by atomics only and lives until `drop`, which deregisters
         // it first.
         let key = unsafe { hca.register(pd, memory.region(), iova, access) }?;
-        Ok(Self { hca: Arc::clone(hca), memory: Some(memory), key })
+        Ok(Self { hca: Arc::clone(hca), memory: Some(memory), key, revoked: Mutex::new(false) })
+    }
+
+    /// Gives the key back before the memory: when this returns no device touches the memory through it any
+    /// more. A second call does nothing.
+    ///
+    /// # Errors
+    /// The device's refusal; the key is then as good as before, and this may be tried again.
+    pub fn revoke(&self) -> Result<(), HcaError> {
+        let mut revoked = self.revoked.lock();
+        if !*revoked {
+            self.hca.deregister(self.key)?;
+            *revoked = true;
+        }
+        Ok(())
     }
 
     /// The key.
@@ -231,7 +248,7 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        if self.hca.deregister(self.key).is_err() {
+        if self.revoke().is_err() {
             // The device may still write there: better lost than reused.
             std::mem::forget(self.memory.take());
         }

@@ -1,0 +1,240 @@
+//! Records that change while requests wait or are posted: each row of the change table, on real keys.
+
+use ibex::transfer::{Request, TransferError, Verb};
+use ibex_hca::Access;
+use ibex_metadata::derived::Kind;
+use ibex_metadata::record::BufferState;
+
+use crate::rig::{End, LEN, Over, PATIENCE, Rig, Server, devices, name, open, outcomes, with_guard, write};
+
+#[test]
+fn bytes_go_both_ways_over_every_fabric() {
+    for over in [Over::Inproc, Over::Shm, Over::Udp] {
+        println!("over {over:?}");
+        let rig = Rig::new(&open("memory:"), over);
+        let (here, there) = (rig.near.region(), rig.far.region());
+        rig.far.offer(&there);
+        here.view().write(0, b"to be written");
+        there.view().write(4096, b"to be read");
+        with_guard(&rig.near, "far", |guard| {
+            let segment = rig.near.requester.open(guard, there.id()).unwrap();
+            let read = Request {
+                verb: Verb::Read,
+                local: &here,
+                local_offset: 8192,
+                segment: &segment,
+                remote_offset: 4096,
+                len: 10,
+            };
+            let work = [write(&here, &segment, 0, 13), read];
+            let batch = rig.near.requester.submit(guard, &work, PATIENCE).unwrap();
+            assert!(!batch.is_done());
+            while !batch.is_done() {
+                rig.step();
+                rig.near.requester.progress();
+            }
+            assert_eq!(outcomes(batch.wait()), [Ok(13), Ok(10)]);
+        });
+        assert_eq!(there.view().to_vec(0, 13), b"to be written");
+        assert_eq!(here.view().to_vec(8192, 10), b"to be read");
+        assert_eq!(rig.refusals(), 0);
+    }
+}
+
+/// Four requests fit the queue; the others wait while the record changes, and must find the new key.
+#[test]
+fn waiting_requests_are_posted_with_the_new_key_only() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let (here, before) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&before);
+    here.view().fill(7);
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, before.id()).unwrap();
+        let work: Vec<_> = (0..16).map(|i| write(&here, &segment, i * 64, 64)).collect();
+        let batch = rig.near.requester.submit(guard, &work, PATIENCE).unwrap();
+        assert_eq!(rig.near.requester.counters().posted, 4, "the device stands still");
+
+        let after = rig.far.requester.register_as(before.id(), LEN, Access::ALL).unwrap();
+        let links = rig.near.requester.counters().links;
+        rig.far.offer(&after);
+        rig.near.look("far");
+        rig.settle();
+        assert_eq!(outcomes(batch.wait()), vec![Ok(64); 16]);
+
+        let counters = rig.near.requester.counters();
+        assert_eq!((counters.posted, counters.re_resolved), (16, 12));
+        assert_eq!(counters.links, links, "changed buffers keep queue pairs");
+        assert_eq!(counters.derived.retired.of(Kind::Rkey), 1);
+        assert_eq!(counters.derived.retired.of(Kind::QueuePair), 0);
+        assert_eq!(before.view().to_vec(0, 1024), [[7; 256], [0; 256], [0; 256], [0; 256]].concat());
+        assert_eq!(after.view().to_vec(0, 1024), [[0; 256], [7; 256], [7; 256], [7; 256]].concat());
+        assert_eq!(rig.refusals(), 0, "no request came with a key that was gone");
+    });
+}
+
+#[test]
+fn a_draining_buffer_takes_nothing_new_and_finishes_what_was_posted() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let work: Vec<_> = (0..6).map(|i| write(&here, &segment, i * 64, 64)).collect();
+        let batch = rig.near.requester.submit(guard, &work, PATIENCE).unwrap();
+        rig.far.publish(|record| record.buffers[0].state = BufferState::Draining);
+        rig.near.look("far");
+        rig.settle();
+        let gone = Err(TransferError::NotOffered { buffer: there.id() });
+        let good = Ok(64);
+        assert_eq!(outcomes(batch.wait()), [&good, &good, &good, &good, &gone, &gone].map(Clone::clone));
+        let late = rig.near.requester.submit(guard, &work, PATIENCE).map(|_| ());
+        assert!(matches!(late, Err(TransferError::Outdated { .. })), "{late:?}");
+    });
+    with_guard(&rig.near, "far", |guard| {
+        let refused = rig.near.requester.open(guard, there.id()).map(|_| ());
+        assert_eq!(refused, Err(TransferError::NotOffered { buffer: there.id() }));
+    });
+    assert_eq!(rig.refusals(), 0);
+}
+
+#[test]
+fn a_changed_path_retires_the_queue_pair_and_waiting_requests_take_the_new_one() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let work: Vec<_> = (0..6).map(|i| write(&here, &segment, i * 64, 64)).collect();
+        let batch = rig.near.requester.submit(guard, &work, PATIENCE).unwrap();
+        // The port got another name: everything over it is made anew, by both.
+        rig.far.publish(|record| record.devices[0].name = "hca0-renamed".into());
+        rig.near.publish(|record| record.devices[0].name = "hca0-renamed".into());
+        rig.meet();
+        let retired = rig.near.requester.counters().derived.retired;
+        assert_eq!((retired.of(Kind::QueuePair), retired.of(Kind::Rkey)), (1, 0), "keys stay");
+        rig.settle();
+        let path = Err(TransferError::PathRetired { name: name("far") });
+        let ends = outcomes(batch.wait());
+        assert_eq!(ends[..4], [const { () }; 4].map(|()| path.clone()));
+        assert_eq!(ends[4..], [Ok(64), Ok(64)]);
+    });
+    assert_eq!(rig.refusals(), 0);
+}
+
+#[test]
+fn a_neighbours_queue_pair_and_a_rank_of_somebody_disturb_nothing() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let there = rig.far.region();
+    rig.far.offer(&there);
+    let segment = with_guard(&rig.near, "far", |guard| rig.near.requester.open(guard, there.id()).unwrap());
+    rig.far.publish(|record| record.world_hint = 77);
+    rig.near.look("far");
+    let another = rig.far.region();
+    rig.far.offer(&another);
+    rig.near.look("far");
+    assert_eq!(rig.near.requester.counters().derived.retired.total(), 0);
+    with_guard(&rig.near, "far", |guard| {
+        let again = rig.near.requester.open(guard, there.id()).unwrap();
+        assert_eq!(again.handle(), segment.handle());
+    });
+}
+
+/// The replacement has the same name, device, addresses and buffer identity; on a fresh device even the queue pair
+/// numbers and keys come out the same. Only the instance tells.
+#[test]
+fn a_replacement_with_the_same_everything_retires_all_within_one_refresh() {
+    let mut urls = vec!["memory:".to_owned()];
+    let dir =
+        std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("transfer-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    urls.push(format!("redb:{}", dir.join("store.redb").display()));
+    let server = Server::start();
+    urls.push(server.url.clone());
+    for url in urls {
+        println!("{}", url.split(':').next().unwrap());
+        replaced(&open(&url));
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+pub(crate) fn replaced(store: &ibex_metadata::blocking::Blocking) {
+    let rig = Rig::new(store, Over::Inproc);
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    let Rig { near, far } = rig;
+    with_guard(&near, "far", |guard| {
+        let segment = near.requester.open(guard, there.id()).unwrap();
+        let work: Vec<_> = (0..6).map(|i| write(&here, &segment, i * 64, 64)).collect();
+        let batch = near.requester.submit(guard, &work, PATIENCE).unwrap();
+        let linked = near.requester.counters();
+
+        // It crashes, and comes back under its name.
+        let old = fresh_record(store, &name("far"));
+        let next = End::new(store, &far.device, "far", 3, 1);
+        let fresh = store.get(&name("far")).unwrap();
+        assert_eq!(fresh.unchecked().encoded.len(), 0, "the record starts empty");
+        let fenced = store.update(&far.publisher, |record| record.rank = Some(1));
+        assert!(matches!(fenced, Err(ibex_metadata::error::StoreError::Fenced { .. })), "{fenced:?}");
+
+        near.look("far");
+        let counters = near.requester.counters();
+        assert_eq!(counters.derived.replaced, 1);
+        assert_eq!(counters.derived.retired.total(), 2, "the queue pair and the key, in one refresh");
+        assert_eq!(counters.links, linked.links, "an empty record offers nothing to connect to");
+
+        // The same content as before, to the byte but for the instance.
+        let publish = |record: &mut ibex_metadata::record::PeerRecord| {
+            let identity = record.identity;
+            *record = ibex_metadata::record::PeerRecord { identity, ..old.clone() };
+        };
+        store.update(&next.publisher, publish).unwrap();
+        near.look("far");
+        assert_eq!(near.requester.counters().derived.replaced, 1, "once is enough");
+        near.requester.progress();
+        let replaced = Err(TransferError::PeerReplaced { name: name("far") });
+        assert_eq!(outcomes(batch.wait()), vec![replaced; 6]);
+        let refused = near.requester.submit(guard, &work, PATIENCE).map(|_| ());
+        assert!(matches!(refused, Err(TransferError::Outdated { .. })), "{refused:?}");
+        assert_eq!(there.view().to_vec(0, 512), [0; 512]);
+        assert_eq!(near.requester.counters().posted, 4, "nothing was posted for the new one");
+        drop(next);
+    });
+}
+
+fn fresh_record(
+    store: &ibex_metadata::blocking::Blocking,
+    name: &ibex_metadata::name::RecordName,
+) -> ibex_metadata::record::PeerRecord {
+    store.get(name).unwrap().unchecked().record.clone()
+}
+
+#[test]
+fn a_dead_peers_name_works_again_with_the_replacement() {
+    let store = open("memory:");
+    let [one, other] = devices(Over::Inproc);
+    let near = End::new(&store, &one, "near", 1, 0);
+    let far = End::new(&store, &other, "far", 2, 1);
+    near.publish(|_| {});
+    far.publish(|_| {});
+    near.look("far");
+    far.look("near");
+    let before = near.requester.adverts();
+    drop(far);
+    let far = End::new(&store, &other, "far", 3, 1);
+    far.publish(|_| {});
+    near.look("far");
+    assert!(near.requester.adverts() > before, "a new number for the new peer");
+    near.publish(|_| {});
+    let rig = Rig { near, far };
+    rig.meet();
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    here.view().write(0, b"hello");
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let batch = rig.near.requester.submit(guard, &[write(&here, &segment, 0, 5)], PATIENCE).unwrap();
+        rig.settle();
+        assert_eq!(outcomes(batch.wait()), [Ok(5)]);
+    });
+    assert_eq!(there.view().to_vec(0, 5), b"hello");
+}
