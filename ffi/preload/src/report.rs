@@ -3,9 +3,13 @@
 //! One line per fact: `DEVICE KEY VALUE` for counters, `DEVICE command OP OBJECT NUMBER STATUS` for commands, so that a
 //! shell can read it.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Write as _;
+use std::sync::OnceLock;
 
 use ibex_hca::emulated::{CommandRecord, EmulatedHca};
+use parking_lot::Mutex;
 
 use crate::world;
 
@@ -22,6 +26,27 @@ pub(crate) fn at_exit() {
     }
     // SAFETY: a function without arguments that stays loaded, as this library is never unloaded.
     unsafe { libc::atexit(close) };
+}
+
+/// The file of mailboxes, if one is wanted and could be opened; it is opened once, and added to.
+fn mailboxes() -> Option<&'static Mutex<File>> {
+    static FILE: OnceLock<Option<Mutex<File>>> = OnceLock::new();
+    let open = || {
+        let path = world::existing()?.settings.mailboxes.as_ref()?;
+        let opened = File::options().create(true).append(true).open(path);
+        opened.map(Mutex::new).map_err(|error| world::say(&format!("{}: {error}", path.display()))).ok()
+    };
+    FILE.get_or_init(open).as_ref()
+}
+
+/// Adds a mailbox and its reply to the file of mailboxes: `DEVICE in HEX out HEX`.
+pub(crate) fn keep_mailbox(device: &str, input: &[u8], output: &[u8]) {
+    let Some(file) = mailboxes() else { return };
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let line = format!("{device} in {} out {}\n", hex(input), hex(output));
+    if let Err(error) = file.lock().write_all(line.as_bytes()) {
+        world::say(&format!("a mailbox was not recorded: {error}"));
+    }
 }
 
 fn report() -> String {

@@ -7,6 +7,7 @@
 //! | `IBEX_PRELOAD_DOORBELLS` | `record` | `record`, or `strict`: a WQE runs only once a doorbell covers it |
 //! | `IBEX_PRELOAD_DIR` | the system's directory for temporary files | where the sysfs tree is made |
 //! | `IBEX_PRELOAD_REPORT` | none | file that gets the devices' counters and commands when the process ends |
+//!//! | `IBEX_PRELOAD_MAILBOXES` | none | file to which every mailbox of the program is added, with its reply |
 //!
 //! A strict device remembers the last value of each doorbell register only. libmlx5 lets queue pairs of one context
 //! share registers, so doorbells may be lost there, which is why `record` is the default; `hca::mlx5` gives each queue
@@ -30,6 +31,7 @@ pub(crate) struct Settings {
     pub(crate) doorbells: Doorbells,
     pub(crate) dir: PathBuf,
     pub(crate) report: Option<PathBuf>,
+    pub(crate) mailboxes: Option<PathBuf>,
 }
 
 /// A variable has a value that means nothing.
@@ -67,6 +69,7 @@ impl Settings {
             doorbells: if strict == Some(1) { Doorbells::Strict } else { Doorbells::Record },
             dir: variable("IBEX_PRELOAD_DIR").map_or_else(env::temp_dir, PathBuf::from),
             report: variable("IBEX_PRELOAD_REPORT").map(PathBuf::from),
+            mailboxes: variable("IBEX_PRELOAD_MAILBOXES").map(PathBuf::from),
         })
     }
 }

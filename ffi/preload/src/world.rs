@@ -19,10 +19,11 @@ use ibex_abi::types::{CqNum, Eqn, Gid, Mac, QpNum};
 use ibex_hca::control_region::ControlRegion;
 use ibex_hca::emulated::{Backoff, DeviceThread, EmulatedConfig, EmulatedHca, Fabric, FabricConfig};
 use ibex_hca::host_eq::HostEq;
-use ibex_hca::{Hca, PortInfo};
+use ibex_hca::{CommandError, Hca, PortInfo};
 use parking_lot::Mutex;
 
 use crate::errno::Errno;
+use crate::report;
 use crate::settings::Settings;
 use crate::sysfs;
 use crate::uverbs::events::{AsyncKind, EventFile};
@@ -95,6 +96,13 @@ impl Device {
 
     pub(crate) fn port(&self) -> PortInfo {
         self.hca.port()
+    }
+
+    /// Runs a mailbox of the program's, and keeps a record of it if one is wanted.
+    pub(crate) fn exec(&self, input: &[u8], output: &mut [u8]) -> Result<(), CommandError> {
+        let done = self.hca.exec(input, output);
+        report::keep_mailbox(&self.name(), input, output);
+        done
     }
 
     /// The event queue that completion queues name.
@@ -280,7 +288,7 @@ fn make() -> Result<World, String> {
     let stepper = DeviceThread::spawn(stepped, Backoff::default()).map_err(no_thread)?;
     let events = std::thread::Builder::new().name("ibex-events".into()).spawn(serve_events);
     let event_thread = events.map_err(no_thread)?.thread().clone();
-    crate::report::at_exit();
+    report::at_exit();
     Ok(World { settings, devices, sysfs_root, _stepper: stepper, event_thread })
 }
 

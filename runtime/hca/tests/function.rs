@@ -85,11 +85,13 @@ fn a_port_that_is_asked_to_go_up_says_so_to_the_event_queue_that_wants_to_know()
     let port = (paos(prm::paos_reg::LOCAL_PORT), 1);
     let status = run(&*device, Op::AccessReg, 32, &[register, port], 32).unwrap();
     assert_eq!(wants.poll(), Ok(None), "reading changes nothing");
+    assert_eq!(device.events_written(wants.eqn()), Some(0));
     assert_eq!(prm::get(&status, paos(prm::paos_reg::OPER_STATUS)), 1);
     let up = [register, port, (paos(prm::paos_reg::ASE), 1), (paos(prm::paos_reg::ADMIN_STATUS), 1)];
     run(&*device, Op::AccessReg, 32, &up, 32).unwrap();
     assert_eq!(wants.poll(), Ok(Some(Event::PortChange { port: 1, is_up: true })));
     assert_eq!(other.poll(), Ok(None));
+    assert_eq!([wants.eqn(), other.eqn()].map(|eqn| device.events_written(eqn)), [Some(1), Some(0)]);
     device.tell_commands_done(1);
     assert_eq!((wants.poll(), other.poll()), (Ok(None), Ok(None)), "neither asked for that");
 }

@@ -142,7 +142,7 @@ impl Context {
             prm::set(&mut input, field, value);
         }
         let mut output = [0; prm::create_cq_out::LEN];
-        self.hca().exec(&input, &mut output)?;
+        self.device.exec(&input, &mut output)?;
         // CAST: a 24-bit field.
         Ok(CqNum::new(prm::get(&output, prm::create_cq_out::CQN) as u32))
     }
@@ -192,7 +192,7 @@ impl Context {
         let mut input = [0; prm::destroy_cq_in::LEN];
         prm::set(&mut input, prm::destroy_cq_in::OPCODE, Op::DestroyCq.code().into());
         prm::set(&mut input, prm::destroy_cq_in::CQN, cq.num.into());
-        self.hca().exec(&input, &mut [0; 16])?;
+        self.device.exec(&input, &mut [0; 16])?;
         self.device.forget_cq(cq.num);
         self.drop_umems(&cq.umems);
         Ok(())

@@ -82,7 +82,7 @@ impl Context {
         let mut mailbox = call.input(input)?;
         prepare(&mut mailbox);
         let mut reply = vec![0; call.room(output)];
-        let done = self.hca().exec(&mailbox, &mut reply);
+        let done = self.device.exec(&mailbox, &mut reply);
         call.set_output(output, &reply)?;
         done.map_err(|_| Errno::REMOTE_IO)?;
         Ok((mailbox, reply))

@@ -178,7 +178,7 @@ impl Context {
             Object::Qp(qp) => self.end_qp(qp),
             Object::Umem(umem) => Ok(hca.destroy_umem(*umem)?),
             Object::Uar(page) => Ok(hca.free_doorbell(*page)?),
-            Object::Devx { destroy } => Ok(hca.exec(destroy, &mut [0; 16])?),
+            Object::Devx { destroy } => Ok(self.device.exec(destroy, &mut [0; 16])?),
         }
     }
 

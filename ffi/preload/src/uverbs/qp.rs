@@ -219,7 +219,7 @@ impl Context {
             ],
         )?;
         let mut output = [0; prm::create_qp_out::LEN];
-        self.hca().exec(&input, &mut output)?;
+        self.device.exec(&input, &mut output)?;
         // CAST: a 24-bit field.
         Ok(QpNum::new(prm::get(&output, prm::create_qp_out::QPN) as u32))
     }
@@ -246,7 +246,7 @@ impl Context {
         let mut input = [0; prm::qp_2rst_in::LEN];
         prm::set(&mut input, prm::qp_2rst_in::OPCODE, op.code().into());
         prm::set(&mut input, prm::qp_2rst_in::QPN, num.into());
-        Ok(self.hca().exec(&input, &mut [0; 16])?)
+        Ok(self.device.exec(&input, &mut [0; 16])?)
     }
 
     pub(super) fn modify_qp(&self, call: &Call) -> Done {
@@ -306,7 +306,7 @@ impl Context {
             ],
         )?;
         self.fill_context(prm::part_mut(&mut input, prm::rst2init_qp_in::QPC), attr)?;
-        Ok(self.hca().exec(&input, &mut [0; 16])?)
+        Ok(self.device.exec(&input, &mut [0; 16])?)
     }
 
     /// Puts the given attributes where a queue pair's context has them.
@@ -405,7 +405,7 @@ impl Context {
         prm::set(&mut input, cmd::OPCODE, Op::QueryQp.code().into());
         prm::set(&mut input, cmd::QPN, num.into());
         let mut output = [0; reply::LEN];
-        self.hca().exec(&input, &mut output)?;
+        self.device.exec(&input, &mut output)?;
         let context = prm::part(&output, reply::QPC);
         let get = |field| prm::get(context, field);
         // CAST: fields of at most 8 bits.

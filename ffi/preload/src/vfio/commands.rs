@@ -159,10 +159,3 @@ fn page_list(command: &[u8]) -> Option<(usize, u64)> {
     // CAST: fields of 5 bits.
     Some((start, 1 << log_page as u32))
 }
-
-/// The first page of a command's list, after [`translate`].
-pub(super) fn first_page(command: &[u8]) -> Option<u64> {
-    let (start, _) = page_list(command)?;
-    let entry = command.get(start..)?.first_chunk()?;
-    Some(u64::from_be_bytes(*entry) & !MTT_FLAGS)
-}

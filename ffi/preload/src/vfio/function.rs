@@ -12,20 +12,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use ibex_abi::eqe::{
-    EQE, EQE_OWNER_WORD_OFFSET, UAR_CQ_ARM_OFFSET, UAR_EQ_ARM_OFFSET, UAR_EQ_UPDATE_OFFSET, eqe_owner,
-};
+use ibex_abi::eqe::{UAR_CQ_ARM_OFFSET, UAR_EQ_ARM_OFFSET, UAR_EQ_UPDATE_OFFSET};
 use ibex_abi::prm::{self, Op, Status};
+use ibex_abi::types::Eqn;
 use ibex_hca::emulated::EmulatedHca;
 use ibex_hca::{DoorbellPage, Hca};
 use parking_lot::Mutex;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::bar::{BAR_LEN, Bar, CONFIG_LEN, CONFIG_OFFSET, FIRST_UAR, LOG_SLOTS, LOG_STRIDE};
-use super::commands::{Slot, Undelivered, first_page, translate};
+use super::commands::{Slot, Undelivered, translate};
 use super::{Container, give, request, take};
 use crate::errno::Errno;
-use crate::user::{self, PAGE};
+use crate::user::PAGE;
 use crate::world::Device;
 use crate::{mailbox, world};
 
@@ -182,14 +181,12 @@ struct Uar {
     carried: [u64; REGISTERS.len()],
 }
 
-/// An event queue of the program, and how far its entries have raised interrupts.
+/// An event queue of the program, and how many of its entries have raised interrupts.
 #[derive(Debug)]
 struct WatchedEq {
-    eqn: u64,
+    eqn: Eqn,
     vector: usize,
-    ring: u64,
-    log_size: u8,
-    next: u32,
+    raised: u32,
 }
 
 /// The thread's own state.
@@ -235,7 +232,7 @@ impl Hardware {
     fn reset(&mut self) {
         for destroy in std::mem::take(&mut self.made).iter().rev() {
             // What is refused is still in use by what could not be destroyed before it.
-            let _ = self.hca().exec(destroy, &mut [0; 16]);
+            let _ = self.shared.device.exec(destroy, &mut [0; 16]);
         }
         for page in std::mem::take(&mut self.unused) {
             let _ = self.hca().free_doorbell(page);
@@ -266,7 +263,7 @@ impl Hardware {
         match prm::op_of(&command) {
             Ok(Op::AllocUar) => self.alloc_uar(&mut reply),
             // A refusal stands in the reply.
-            _ => drop(self.hca().exec(&command, &mut reply)),
+            _ => drop(self.shared.device.exec(&command, &mut reply)),
         }
         if matches!(prm::status_of(&reply), Ok((Status::Ok, _))) {
             self.note(&command, &reply);
@@ -305,18 +302,14 @@ impl Hardware {
         match prm::op_of(command) {
             Ok(Op::CreateEq) => {
                 use prm::{create_eq_in as cmd, create_eq_out as out, eqc};
-                let context = prm::part(command, cmd::EQ_CONTEXT_ENTRY);
                 // CAST: fields of at most 8 bits.
-                let (vector, log_size) =
-                    (prm::get(context, eqc::INTR) as usize, prm::get(context, eqc::LOG_EQ_SIZE) as u8);
-                let eqn = prm::get(reply, out::EQ_NUMBER);
-                if let Some(ring) = first_page(command) {
-                    self.eqs.push(WatchedEq { eqn, vector, ring, log_size, next: 0 });
-                }
+                let vector = prm::get(prm::part(command, cmd::EQ_CONTEXT_ENTRY), eqc::INTR) as usize;
+                let eqn = Eqn::new(prm::get(reply, out::EQ_NUMBER) as u32);
+                self.eqs.push(WatchedEq { eqn, vector, raised: 0 });
             }
             Ok(Op::DestroyEq) => {
                 let eqn = prm::get(command, prm::destroy_eq_in::EQ_NUMBER);
-                self.eqs.retain(|eq| eq.eqn != eqn);
+                self.eqs.retain(|eq| u64::from(eq.eqn) != eqn);
             }
             Ok(Op::DeallocUar) => {
                 let idx = prm::get(command, prm::dealloc_uar_in::UAR);
@@ -343,13 +336,12 @@ impl Hardware {
 
     /// Raises an interrupt for every event queue that has new entries.
     fn raise_interrupts(&mut self) {
+        let hca = self.hca();
         for eq in &mut self.eqs {
-            let before = eq.next;
-            while eq.has_next() {
-                eq.next = eq.next.wrapping_add(1);
-            }
+            let written = hca.events_written(eq.eqn).unwrap_or(eq.raised);
+            let is_new = std::mem::replace(&mut eq.raised, written) != written;
             let vectors = self.shared.vectors.lock();
-            if let Some(fd) = vectors.get(eq.vector).filter(|fd| before != eq.next && **fd >= 0) {
+            if let Some(fd) = vectors.get(eq.vector).filter(|fd| is_new && **fd >= 0) {
                 let one = 1_u64.to_ne_bytes();
                 // SAFETY: 8 readable bytes; a descriptor that the program has closed is an error, and nothing happens.
                 unsafe { libc::write(*fd, one.as_ptr().cast(), one.len()) };
@@ -369,17 +361,5 @@ fn carry(addr: u64, value: u64, is_half: bool) {
     } else {
         // SAFETY: as above.
         unsafe { AtomicU64::from_ptr(register) }.store(value, Ordering::Release);
-    }
-}
-
-impl WatchedEq {
-    /// Whether the device has written the entry at `next`.
-    fn has_next(&self) -> bool {
-        let slot = u64::from(self.next & ((1 << self.log_size) - 1));
-        let at = self.ring + slot * EQE as u64 + EQE_OWNER_WORD_OFFSET as u64;
-        // SAFETY: inside the queue's ring, which the program keeps mapped until the queue is destroyed.
-        let word = unsafe { user::read(at, 4) };
-        let owner = word.ok().and_then(|word| word.last().copied());
-        owner.is_some_and(|owner| (owner & 1 == 1) == eqe_owner(self.next, self.log_size))
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use ibex_abi::eqe::{CQ_OVERRUN, CqArm, EQE, EQE_OWNER_WORD_OFFSET, EqDoorbell, Eqe, Event, eqe_owner};
-use ibex_abi::types::UarIdx;
+use ibex_abi::types::{Eqn, UarIdx};
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
@@ -131,6 +131,14 @@ impl EmulatedHca {
             self.tell(told);
         }
         self.queue_event(event);
+    }
+
+    /// Entries that the device has written to an event queue, modulo 2^32; `None` if there is no such queue.
+    ///
+    /// It stands for the queue's interrupt: whoever plays the part of an interrupt controller looks for changes.
+    #[must_use]
+    pub fn events_written(&self, eqn: Eqn) -> Option<u32> {
+        self.event_table.lock().eqs.get(&eqn.get()).map(|eq| eq.state().producer)
     }
 
     /// Writes an event to the event queues that want its type.
