@@ -18,6 +18,7 @@ mod rank;
 mod rejoin;
 mod report;
 pub(super) mod stats;
+mod store;
 
 /// The benchmarks.
 #[derive(Subcommand)]
@@ -26,6 +27,8 @@ pub(super) enum Command {
     Ep(Box<ep::Args>),
     /// Work requests posted by the post kernel, against memcpy.
     Post(post::Args),
+    /// Reading, publishing and noticing records, against the least that it could cost.
+    Store(store::Args),
     /// A rank replaced in place, against recreating all queue pairs.
     Rejoin(rejoin::Args),
 }
@@ -35,6 +38,7 @@ pub(super) fn run(command: Command) -> Result<Outcome, CliError> {
     match command {
         Command::Ep(args) => ep::run(*args),
         Command::Post(args) => post::run(&args),
+        Command::Store(args) => store::run(&args),
         Command::Rejoin(args) => rejoin::run(&args),
     }
 }

@@ -2,8 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
-use std::io::Write;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -13,8 +13,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ibex_metadata::clock::Clock;
 use ibex_metadata::contract::{self, Subject};
+use ibex_metadata::ids::{InstanceId, Version};
+use ibex_metadata::name::RecordName;
+use ibex_metadata::record::{Identity, PeerRecord};
 use ibex_metadata::redis::RedisStore;
-use ibex_metadata::store::Store;
+use ibex_metadata::store::{Claim, Store};
 use parking_lot::Mutex;
 
 /// Generous: the machine may be busy with other things.
@@ -118,4 +121,60 @@ fn redis_keeps_the_contract() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let starting = |name: &str| println!("case {name}");
     runtime.block_on(contract::run("", starting, Redis::new));
+}
+
+/// Sends one command without arguments over a connection of its own and answers what came back.
+fn bare(port: u16, command: &str, last: &str) -> String {
+    let mut socket = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    socket.write_all(command.as_bytes()).unwrap();
+    let mut reply = Vec::new();
+    while !String::from_utf8_lossy(&reply).contains(last) {
+        let mut part = [0; 4096];
+        let len = socket.read(&mut part).unwrap();
+        assert!(len > 0, "redis hung up");
+        reply.extend_from_slice(&part[..len]);
+    }
+    String::from_utf8(reply).unwrap()
+}
+
+/// How often Redis carried a command out, by its own statistics.
+fn calls(statistics: &str, command: &str) -> u64 {
+    let start = format!("cmdstat_{command}:calls=");
+    let line = statistics.lines().find_map(|line| line.strip_prefix(&start));
+    line.map_or(0, |rest| rest.split(',').next().unwrap().parse().unwrap())
+}
+
+#[test]
+fn a_batch_of_1024_names_is_one_round_trip() {
+    const KEYS: usize = 1024;
+    if !have_redis() {
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let redis = Redis::new().await;
+        let store = redis.store(Clock::system());
+        let mut names: Vec<RecordName> = Vec::new();
+        for index in 0..KEYS {
+            let name = RecordName::new("c", "g", &format!("n{index}")).unwrap();
+            names.push(name.clone());
+            // Every other one: absence is an answer of the same round trip.
+            if index % 2 == 0 {
+                let (instance, ttl) = (InstanceId::new(1).unwrap(), Duration::from_secs(600));
+                let hold = store.claim(&Claim { name, instance, ttl, takeover: false }).await.unwrap();
+                let record = PeerRecord::empty(&hold.name, Identity::Instance(instance));
+                store.publish(&hold, Version(0), &record).await.unwrap();
+            }
+        }
+        // Once before, so that neither connecting nor loading a script is counted.
+        store.batch_get(&names).await.unwrap();
+        bare(redis.port, "CONFIG RESETSTAT\r\n", "+OK\r\n");
+        let outcomes = store.batch_get(&names).await.unwrap();
+        let statistics = bare(redis.port, "INFO commandstats\r\n", "cmdstat_");
+        assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), KEYS / 2);
+        assert_eq!(calls(&statistics, "evalsha"), 1, "{statistics}");
+        assert_eq!(calls(&statistics, "eval") + calls(&statistics, "script|load"), 0, "{statistics}");
+        // Whatever else was carried out was so inside that script, which asks the time once.
+        assert_eq!(calls(&statistics, "time"), 1, "{statistics}");
+    });
 }
