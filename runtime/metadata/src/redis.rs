@@ -35,8 +35,10 @@ const PREFIX: &str = "{ibex}:";
 /// Operations that may run twice. A connection that was lost while nobody used it is noticed by the first
 /// operation after that; these are then tried once more, on a new one.
 const REPEATABLE: [&str; 6] = ["get", "list", "readers", "readcell", "health", "renew"];
-/// How often a watch looks for changes.
+/// How often a watch looks whether leases ran out; of changes Redis tells it at once.
 const LOOK_PERIOD: Duration = Duration::from_millis(20);
+/// How long a watch that finds nothing waits at least.
+const MIN_WAIT: Duration = Duration::from_micros(500);
 /// When to ask again after an outage.
 const RETRY: Duration = Duration::from_millis(200);
 const CORRUPT: StoreError = StoreError::Corrupt(Corruption::Row);
@@ -353,6 +355,28 @@ struct RedisWatch {
     ready: VecDeque<Event>,
 }
 
+impl RedisWatch {
+    /// Waits on the watch's own connection until the log has another entry, at most one period: leases run
+    /// out without one.
+    async fn wait(&mut self) -> Result<()> {
+        let mut read = redis::cmd("XREAD");
+        let period = millis(LOOK_PERIOD);
+        read.arg("COUNT").arg(1).arg("BLOCK").arg(period).arg("STREAMS");
+        read.arg(format!("{PREFIX}log")).arg(format!("{}-0", self.at));
+        let reply = async {
+            let reply: Result<Value, RedisError> = read.query_async(&mut self.connection).await;
+            reply.map(drop).map_err(|error| failed(&error))
+        };
+        let asked_at = self.store.clock.now();
+        within(self.store.budget, reply).await?;
+        // A position that the log never reached would be answered at once, and for ever.
+        if self.store.clock.now().since(asked_at) < MIN_WAIT {
+            pause(MIN_WAIT).await;
+        }
+        Ok(())
+    }
+}
+
 #[async_trait]
 impl WatchSource for RedisWatch {
     async fn next(&mut self) -> Result<Event> {
@@ -362,7 +386,7 @@ impl WatchSource for RedisWatch {
             }
             let events = self.store.events(&mut self.connection, self.at).await?;
             if events.is_empty() {
-                pause(LOOK_PERIOD).await;
+                self.wait().await?;
                 continue;
             }
             self.at = events.last().map_or(self.at, |event| event.revision);
