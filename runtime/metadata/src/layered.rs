@@ -8,8 +8,8 @@
 //! clock on every look, which takes longer than looking.
 //!
 //! INVARIANTS: a name is fetched by one caller at a time, others wait for that answer; an answer that a
-//! change may have overtaken is given out but not kept; what is in the map in front is, or a moment ago was, in the cache, and
-//! goes with it; failures and absence are never kept.
+//! change may have overtaken is given out but not kept; what is in the map in front was in the cache, and is
+//! dropped with it; failures and absence are never kept.
 
 use core::time::Duration;
 use std::collections::HashMap;
