@@ -14,6 +14,7 @@ use ibex_metadata::error::StoreError;
 use crate::bootstrap::BootstrapError;
 use crate::gpu::GpuError;
 use crate::ids::{Epoch, QpSlot, Rank};
+use crate::membership::Stop;
 use crate::transfer::TransferError;
 
 /// Anything that Ibex can refuse or report.
@@ -62,6 +63,9 @@ pub enum Error {
     /// A host-driven transfer was refused, failed, or is not to be trusted.
     #[error(transparent)]
     Transfer(#[from] TransferError),
+    /// The group is lost to this rank.
+    #[error(transparent)]
+    Membership(#[from] Stop),
     /// A call to the operating system failed.
     #[error(transparent)]
     Os(#[from] OsError),

@@ -40,6 +40,7 @@ mod route;
 
 pub(crate) use fencing::Fences;
 pub use identity::HostId;
+pub(crate) use identity::draw_instance;
 pub use offer::{LaneOffer, Mappings, Offer, OfferError, QueueOffer};
 pub(crate) use queues::PeerQueues;
 pub(crate) use route::Reach;

@@ -11,6 +11,8 @@ use std::sync::OnceLock;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use crate::membership::Instance;
+
 /// A kernel, a network and a process namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HostId {
@@ -73,6 +75,12 @@ pub(crate) fn process_id() -> u64 {
     static CURRENT: OnceLock<u64> = OnceLock::new();
     // CAST: half of the drawn bits.
     *CURRENT.get_or_init(|| random() as u64)
+}
+
+/// An incarnation that no other process draws.
+pub(crate) fn draw_instance() -> Instance {
+    // 0 is nobody.
+    Instance(random() | 1)
 }
 
 /// Bits that no other process draws. Without a source of randomness the process number and an address have to do.

@@ -155,6 +155,13 @@ impl Session {
         self.steps.0.lock().gate.is_some()
     }
 
+    /// May the next step begin? The gate is open, or further on.
+    #[must_use]
+    pub fn may_begin_step(&self) -> bool {
+        let counts = self.steps.0.lock();
+        counts.gate.is_none_or(|gate| counts.begun < gate)
+    }
+
     /// Has every step before the gate been launched, and may its table be written?
     ///
     /// Halves of those steps may still be queued or running: they keep the present table. What is waited for is the

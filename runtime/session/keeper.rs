@@ -22,7 +22,8 @@ use super::{Session, Switch};
 use crate::error::{Error, Evidence};
 use crate::ids::{Epoch, Rank};
 use crate::membership::{
-    Action, Board, BoardEvent, Instance, Membership, Plan, RankSet, Row, Slot, Standing, Start, Stop, View,
+    Action, Board, BoardEvent, Instance, Membership, Plan, RankSet, Row, Slot, SlotState, Standing, Start,
+    Stop, View,
 };
 use crate::placement::Placement;
 use crate::telemetry::{Fault, FaultKind};
@@ -163,6 +164,27 @@ impl Keeper {
     #[must_use]
     pub fn is_serving(&self) -> bool {
         self.has_started && self.stopped.is_none()
+    }
+
+    /// Why the group is lost to this rank; none while it is not.
+    #[must_use]
+    pub fn stopped(&self) -> Option<Stop> {
+        self.stopped
+    }
+
+    /// Whether the group has admitted this rank, and it is connected with everybody who is in or comes in with it. A
+    /// group that forms has everybody who begins it.
+    #[must_use]
+    pub fn is_linked(&self) -> bool {
+        let is_admitted = matches!(self.membership.standing(), Standing::Joining | Standing::Member);
+        let (view, me) = (self.membership.view(), self.session.rank());
+        let begins = |peer| view.epoch == Epoch(0) && self.membership.config().initial.contains(peer);
+        let mut others = (0..).map(Rank).zip(&view.slots).filter(|(peer, _)| *peer != me);
+        is_admitted
+            && others.all(|(peer, slot)| match slot.state {
+                SlotState::Vacant => !begins(peer),
+                _ => self.links.connected(peer) == Some(slot.instance),
+            })
     }
 
     /// What has happened since this was last asked.

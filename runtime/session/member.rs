@@ -1,10 +1,6 @@
 //! One rank in a process of its own: what [`World`](super::World) is for all ranks of one process.
 //!
-//! A [`Member`] owns its device, the fabric's local end, one GPU made of the CPU with its worker, one session, and its
-//! place at the rendezvous. Ranks meet through queue pairs and, on one host, through mapped memory.
-//!
-//! A thread of its own, the *attendant*, sends the signs of life and serves the device while no kernel runs: peers may
-//! still be sending. While kernels run their worker steps the device, and the attendant stays out of the way.
+//! A [`Member`] owns its [`Node`], which is device, GPU and session, and its place at the rendezvous. Ranks meet through queue pairs and, on one host, through mapped memory.
 //!
 //! ```text
 //!  join      rendezvous -> fabric, device, session -> everybody's hello -> admit ports
@@ -15,24 +11,20 @@
 //! INVARIANT: kernels post to a peer only after that peer's queue pairs are connected too.
 
 use core::time::Duration;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use ibex_hca::emulated::switch::FaultPlan;
-use ibex_hca::emulated::{Capture, Doorbells, EmulatedConfig, EmulatedHca, Fabric, ShmConfig, UdpConfig};
-use ibex_hca::{Hca, HcaError, LinkLayer, Nanos};
+use ibex_hca::emulated::{Doorbells, EmulatedHca, Fabric};
 
 use super::Session;
-use super::attendant::Attendant;
+use super::node::{Node, check_host, parts};
 use crate::bootstrap::{Advertised, Bootstrap, BootstrapError, Place, TcpBootstrap, advertise};
-use crate::config::{Config, Link, ValidConfig};
+use crate::config::{Config, ValidConfig};
 use crate::error::{Error, Violation};
-use crate::gpu::pool::{Pool, PoolConfig, Progress};
-use crate::gpu::{Gpu, HostGpu};
+use crate::gpu::pool::Pool;
 use crate::ids::Rank;
 use crate::recovery::{HostId, Offer};
-use crate::time::unix_ns;
 
 /// What lies between the devices of ranks that are processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,13 +128,7 @@ impl Default for MemberOptions {
 /// # }
 /// ```
 pub struct Member {
-    // In this order: queue pairs go while the device runs, the device while its fabric does.
-    session: Arc<Session>,
-    attendant: Attendant,
-    device: Arc<EmulatedHca>,
-    fabric: Arc<Fabric>,
-    pool: Arc<Pool>,
-    capture: Option<Arc<Capture>>,
+    node: Node,
     bootstrap: Arc<dyn Bootstrap>,
     advertised: Option<Advertised>,
     timeout: Duration,
@@ -178,53 +164,36 @@ impl Member {
         options: &MemberOptions,
     ) -> Result<Self, Error> {
         let rank = bootstrap.rank();
-        let fabric = make_fabric(options, rank, config.num_ranks, advertised)?;
-        let link = match config.link {
-            Link::Ib => LinkLayer::Ib,
-            Link::Roce => LinkLayer::Roce,
-        };
-        let device_config =
-            EmulatedConfig { link, doorbells: options.doorbells, ..EmulatedConfig::default() };
-        let device = EmulatedHca::new(Arc::clone(&fabric), device_config)?;
-        let attendant = Attendant::new(&device, &fabric, config.detect_ms);
-        let progress: Arc<dyn Progress> = attendant.progress();
-        let pool_config = PoolConfig::real_time(options.workers).with_progress(progress);
-        let pool = Arc::new(Pool::new(pool_config).map_err(crate::gpu::GpuError::from)?);
-        let capture = options.capture.as_deref().map(|path| capture(path, &fabric, &pool)).transpose()?;
         let group = Group {
             bootstrap: &*bootstrap,
             config,
             timeout: options.timeout,
             needs_one_host: options.fabric == MemberFabric::Shm,
         };
-        group.exchange_hellos(&fabric, &device)?;
-        let gpu: Arc<dyn Gpu> = Arc::new(HostGpu::shared(Arc::clone(&pool), 0));
-        let hca = Arc::clone(&device) as Arc<dyn Hca>;
-        let session = Arc::new(Session::new(config, rank, gpu, hca)?);
-        let attendant = attendant.start(&session, &pool)?;
-        group.connect(&session, options.first_seq)?;
-        let timeout = options.timeout;
-        Ok(Self { session, attendant, device, fabric, pool, capture, bootstrap, advertised, timeout })
+        let meet = |fabric: &Fabric, device: &EmulatedHca| group.exchange_hellos(fabric, device);
+        let node = Node::new(config, rank, options, advertised, meet)?;
+        group.connect(node.session(), options.first_seq)?;
+        Ok(Self { node, bootstrap, advertised, timeout: options.timeout })
     }
 
     /// This rank's session.
     pub fn session(&self) -> &Arc<Session> {
-        &self.session
+        self.node.session()
     }
 
     /// The emulated device.
     pub fn device(&self) -> &Arc<EmulatedHca> {
-        &self.device
+        self.node.device()
     }
 
     /// The local end of what lies between devices.
     pub fn fabric(&self) -> &Arc<Fabric> {
-        &self.fabric
+        self.node.fabric()
     }
 
     /// The pool that runs this rank's kernels.
     pub fn pool(&self) -> &Arc<Pool> {
-        &self.pool
+        self.node.pool()
     }
 
     /// The rendezvous, for what the caller wants to exchange.
@@ -242,12 +211,12 @@ impl Member {
     /// # Errors
     /// `Os` if writing failed, now or earlier.
     pub fn flush_capture(&self) -> Result<Option<u64>, Error> {
-        Ok(self.capture.as_ref().map(|capture| capture.flush()).transpose()?)
+        self.node.flush_capture()
     }
 
     /// Stops or resumes the signs of life, as if this host were stopped.
     pub fn set_silent(&self, silent: bool) {
-        self.attendant.set_silent(silent);
+        self.node.set_silent(silent);
     }
 
     /// Leaves in peace: returns once every rank has said that it is done, so that nobody misses this one.
@@ -259,47 +228,6 @@ impl Member {
     pub fn leave(self) -> Result<(), Error> {
         Ok(self.bootstrap.barrier("ibex/leave", self.timeout)?)
     }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        // Otherwise a sign of life under way could be the last to hold the session, and drop it in the wrong place.
-        self.attendant.forget_session();
-    }
-}
-
-fn make_fabric(
-    options: &MemberOptions,
-    rank: Rank,
-    num_ranks: u32,
-    advertised: Option<Advertised>,
-) -> Result<Arc<Fabric>, HcaError> {
-    match options.fabric {
-        MemberFabric::Shm => {
-            // CAST: at most 512 ranks.
-            let peers_max = num_ranks as u16;
-            Fabric::shm(ShmConfig { first_port: rank.0, peers_max, ..ShmConfig::default() })
-        }
-        MemberFabric::Udp => {
-            let ip = advertised.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |a| a.address);
-            let config = UdpConfig { node: rank.0, faults: options.faults.clone(), ..UdpConfig::new(ip) };
-            match Fabric::udp(config.clone()) {
-                // Another job has RoCEv2's port; peers are told which one it is instead.
-                Err(HcaError::Os { errno: libc::EADDRINUSE, .. }) => {
-                    Fabric::udp(UdpConfig { bind: SocketAddr::new(ip, 0), ..config })
-                }
-                made => made,
-            }
-        }
-    }
-}
-
-/// Has what the fabric's ports send and receive written to a file, stamped with the time of day.
-fn capture(path: &Path, fabric: &Fabric, pool: &Pool) -> Result<Arc<Capture>, HcaError> {
-    let epoch = Nanos(unix_ns().saturating_sub(pool.now_ns()));
-    let capture = Arc::new(Capture::create(path, epoch)?);
-    fabric.capture_to(&capture);
-    Ok(capture)
 }
 
 /// A group that comes together.
@@ -372,13 +300,6 @@ impl Group<'_> {
     }
 }
 
-/// Refuses a rank whose memory is out of reach.
-fn check_host(from: Rank, host: &[u8]) -> Result<(), BootstrapError> {
-    let host = host.try_into().map_err(|_| BootstrapError::Blob { from, what: "a host" })?;
-    let (theirs, ours) = (HostId::from_bytes(host), HostId::current());
-    if theirs == ours { Ok(()) } else { Err(BootstrapError::OtherHost { from, theirs, ours }) }
-}
-
 /// An offer is from whom it says, and from a port of its own.
 fn check_offer(
     peer: Rank,
@@ -397,45 +318,4 @@ fn check_offer(
     }
     ports.push((peer, address));
     Ok(())
-}
-
-/// Byte strings behind each other, each behind its length.
-mod parts {
-    /// Joins them.
-    pub(super) fn join(parts: &[Vec<u8>]) -> Vec<u8> {
-        let mut blob = Vec::new();
-        for part in parts {
-            // CAST: the rendezvous takes at most a mebibyte in all.
-            blob.extend((part.len() as u32).to_le_bytes());
-            blob.extend(part);
-        }
-        blob
-    }
-
-    /// Splits what a peer joined; none if it is something else.
-    pub(super) fn split(mut blob: &[u8]) -> Option<Vec<Vec<u8>>> {
-        let mut parts = Vec::new();
-        while !blob.is_empty() {
-            let (len, rest) = blob.split_first_chunk::<4>()?;
-            let (part, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
-            parts.push(part.to_vec());
-            blob = rest;
-        }
-        Some(parts)
-    }
-
-    #[cfg(test)]
-    mod tests {
-        use super::*;
-
-        #[test]
-        fn parts_survive_and_broken_ones_are_found() {
-            let parts = vec![vec![1, 2, 3], vec![], vec![4]];
-            let blob = join(&parts);
-            assert_eq!(split(&blob), Some(parts));
-            assert_eq!(split(&[]), Some(vec![]));
-            assert_eq!(split(&blob[..blob.len() - 1]), None);
-            assert_eq!(split(&[0xff; 6]), None);
-        }
-    }
 }
