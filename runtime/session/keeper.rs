@@ -455,6 +455,7 @@ impl Keeper {
 
     /// Goes on with what takes time; whether anything has come of it.
     fn work(&mut self, now_ns: u64) -> bool {
+        self.follow_gate();
         let mut did_work = self.finish_ack(now_ns);
         let mut notes = Vec::new();
         let done = self.links.work(now_ns, &self.session, self.membership.view(), &mut notes);
@@ -485,6 +486,27 @@ impl Keeper {
                 self.suspect(now_ns, peer, instance, Evidence::Unconnected, None);
             }
         }
+    }
+
+    /// Lets this rank run up to the first step of the switch as soon as every member has said where its gate is.
+    ///
+    /// Not only with the commit: who is ahead has a step open, and may need those behind to launch it before it can
+    /// say what its counters will read. Steps that are acknowledged never shrink, so all members find the same one.
+    fn follow_gate(&self) {
+        let view = self.membership.view();
+        let Some(plan) = view.plan.filter(|_| self.has_started && self.session.is_gate_closed()) else {
+            return;
+        };
+        let mut from_step = self.session.next_step();
+        for peer in view.members().iter().filter(|peer| *peer != self.session.rank()) {
+            let row = self.membership.row(peer).filter(|row| view.holder(peer) == Some(row.instance));
+            let Some(ack) = row.and_then(|row| row.ack.as_ref()).filter(|ack| ack.plan == plan.id) else {
+                return;
+            };
+            from_step = from_step.max(ack.step);
+        }
+        // A gate that is open by now needs no move.
+        let _ = self.session.move_gate(from_step);
     }
 
     /// Completes an acknowledgement once the counters at the gate are known.
