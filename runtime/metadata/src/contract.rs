@@ -131,6 +131,8 @@ cases! {
         a_repeated_claim_gives_the_same_hold
         a_crashed_owner_claims_again_and_starts_empty
         fences_grow_over_release_and_expiry
+        a_hold_is_good_for_its_owner_alone
+        readers_stay_registered_over_a_takeover
         lease_lengths_are_bounded;
     publishing:
         versions_follow_one_another

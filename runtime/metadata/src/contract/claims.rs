@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::{Case, LONG, claim, instance, ready};
 use crate::error::StoreError;
-use crate::ids::{Stamp, Version};
+use crate::ids::{LeaseId, Stamp, Version};
 use crate::limits::{TTL_MAX, TTL_MIN};
 use crate::record::{Identity, PeerRecord};
-use crate::store::{Claim, Hold};
+use crate::store::{Ack, Claim, Hold};
 
 pub(super) async fn a_free_name_is_claimed_with_an_empty_record(case: &Case<'_>) {
     let hold = case.claimed("a").await;
@@ -83,6 +83,30 @@ pub(super) async fn a_crashed_owner_claims_again_and_starts_empty(case: &Case<'_
     assert_eq!(guard.unchecked().encoded, [] as [u8; 0], "no buffer of the dead process is inherited");
     let late = case.store.publish(&crashed, Version(1), &ready(&crashed)).await;
     assert_eq!(late, Err(StoreError::Fenced { current: back.fence }));
+}
+
+pub(super) async fn a_hold_is_good_for_its_owner_alone(case: &Case<'_>) {
+    let hold = case.claimed("a").await;
+    let expired = StoreError::LeaseExpired { fence: hold.fence };
+    let forged = Hold { instance: instance(2), ..hold.clone() };
+    assert_eq!(case.store.renew(&forged).await, Err(expired.clone()));
+    assert_eq!(case.store.publish(&forged, Version(0), &ready(&forged)).await, Err(expired.clone()));
+    assert_eq!(case.store.release(&forged).await, Err(expired.clone()));
+    let lease = LeaseId(hold.lease.0 + 1);
+    assert_eq!(case.store.renew(&Hold { lease, ..hold.clone() }).await, Err(expired));
+    assert_eq!(case.store.renew(&hold).await, Ok(()), "the owner's still is");
+}
+
+pub(super) async fn readers_stay_registered_over_a_takeover(case: &Case<'_>) {
+    let hold = case.published("a").await;
+    let (reader, stamp) = (instance(7), Stamp::new(hold.fence, Version(1)));
+    let ack = Ack { name: hold.name.clone(), reader, stamp, ttl: LONG };
+    assert_eq!(case.store.ack(&ack).await, Ok(()));
+    let takeover = Claim { takeover: true, ..claim(&hold.name, 2, LONG) };
+    case.store.claim(&takeover).await.expect("takeover is allowed");
+    // Whoever used the old owner's buffers may do so still: the new one must be able to wait for it.
+    let readers = case.store.readers(&hold.name).await.expect("the name exists");
+    assert_eq!(readers.iter().map(|seen| (seen.reader, seen.stamp)).collect::<Vec<_>>(), [(reader, stamp)]);
 }
 
 pub(super) async fn fences_grow_over_release_and_expiry(case: &Case<'_>) {
