@@ -3,20 +3,26 @@
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
 use std::io::{BufRead, BufReader, Read};
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use ibex_metadata::blocking::Blocking;
 use ibex_metadata::clock::Clock;
+use ibex_metadata::contract::{OutagePlan, Subject, long_outage};
 use ibex_metadata::error::StoreError;
 use ibex_metadata::ids::{InstanceId, Version};
 use ibex_metadata::name::RecordName;
+use ibex_metadata::open::open;
 use ibex_metadata::record::{Identity, PeerRecord, RecordState, Tcp, Way};
-use ibex_metadata::store::{Claim, Hold};
+use ibex_metadata::store::{Claim, Hold, Store};
 use ibex_metadata::url::StoreUrl;
+use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Nothing here takes seconds; a busy machine may.
@@ -163,6 +169,63 @@ fn a_killed_store_comes_back_with_everything_it_acknowledged() {
     }
 }
 
+/// A server process that is killed and started again, on its file and its port.
+struct Process {
+    address: SocketAddr,
+    file: PathBuf,
+    served: Mutex<Option<Served>>,
+}
+
+#[async_trait]
+impl Subject for Process {
+    async fn client(&self, skew_ns: i64) -> Arc<dyn Store> {
+        let url = StoreUrl::parse(&format!("ibex://{}?timeout-ms=60000", self.address)).unwrap();
+        open(&url, self.clock(skew_ns)).unwrap()
+    }
+
+    fn clock(&self, skew_ns: i64) -> Clock {
+        Clock::system().skewed(skew_ns)
+    }
+
+    fn short_ttl(&self) -> Duration {
+        Duration::from_secs(2)
+    }
+
+    fn address(&self) -> Option<SocketAddr> {
+        Some(self.address)
+    }
+
+    async fn pass(&self, duration: Duration) {
+        tokio::time::sleep(duration).await;
+    }
+
+    async fn kill(&self) -> bool {
+        let served = self.served.lock().take().unwrap();
+        served.signal(Signal::KILL);
+        true
+    }
+
+    async fn start(&self) {
+        let (url, listen) = (format!("redb:{}", self.file.display()), self.address.to_string());
+        *self.served.lock() = Some(Served::start(&["--store", &url, "--listen", &listen]));
+    }
+}
+
+#[test]
+fn a_long_outage_loses_nothing_and_expires_nobody() {
+    let full = std::env::var_os("IBEX_FULL").is_some_and(|value| value == "1");
+    let plan = if full { OutagePlan::FULL } else { OutagePlan::SHORT };
+    println!("ibex: {plan:?}");
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let process = Process { address, file: scratch(".redb"), served: Mutex::default() };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let report = runtime.block_on(async {
+        process.start().await;
+        long_outage(&process, plan).await
+    });
+    println!("ibex: {report:?}");
+}
+
 #[test]
 fn a_stopped_store_takes_nobodys_lease() {
     let served = Served::start(&["--listen", "127.0.0.1:0"]);
@@ -218,7 +281,8 @@ fn bad_input_is_refused_with_exit_code_2() {
     let taken = taken.local_addr().unwrap().to_string();
     let cases: &[(&[&str], &str)] = &[
         (&["serve", "--store", "mysql://x"], "mysql"),
-        (&["serve", "--store", "etcd://x"], "not supported"),
+        (&["serve", "--store", "etcd://x"], "etcd://HOST:PORT"),
+        (&["serve", "--store", "etcd://127.0.0.1:1"], "not supported"),
         (&["serve", "--listen", "nowhere"], "--listen"),
         (&["serve", "--listen", &taken], &taken),
         (&["serve", "--tls-cert", "x.pem"], "--tls-key"),
@@ -239,6 +303,11 @@ fn bad_input_is_refused_with_exit_code_2() {
         assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
         assert_eq!(said.trim().lines().count(), 1, "{args:?}: {said}");
         assert!(said.contains(named), "{args:?}: {said}");
+    }
+    if !cfg!(feature = "k8s") {
+        let left_out = ibex(&["store", "ls", "--store", "k8s://default"]);
+        assert_eq!(left_out.status.code(), Some(2));
+        assert!(text(&left_out.stderr).contains("cargo feature k8s"), "{}", text(&left_out.stderr));
     }
     let nobody = ibex(&["store", "ls", "--store", "ibex://127.0.0.1:1"]);
     assert_eq!(nobody.status.code(), Some(1), "a store that is away is a failure, not a refusal");

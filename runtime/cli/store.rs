@@ -19,7 +19,7 @@ use ibex_metadata::name::{Prefix, RecordName};
 use ibex_metadata::open::{read_file, read_token};
 use ibex_metadata::record::PeerRecord;
 use ibex_metadata::store::{Change, Event, Filter, Snapshot};
-use ibex_metadata::url::{StoreUrl, TIMEOUT_DEFAULT};
+use ibex_metadata::url::StoreUrl;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::table::Table;
@@ -70,7 +70,7 @@ pub(super) struct Serve {
 /// Which store to look into.
 #[derive(clap::Args)]
 struct Source {
-    /// redb:PATH, ibex://HOST:PORT or ibex+unix:PATH.
+    /// redb:PATH, ibex://HOST:PORT, ibex+unix:PATH, redis://HOST:PORT, etcd://HOST:PORT or k8s://NAMESPACE.
     #[arg(long, value_name = "URL")]
     store: String,
 }
@@ -188,10 +188,7 @@ impl Source {
     fn open(&self) -> Result<Blocking, CliError> {
         let url = StoreUrl::parse(&self.store)?;
         // A remote store has a budget of its own, from the URL; this one bounds the rest.
-        let budget = match &url {
-            StoreUrl::Ibex(ibex) => ibex.timeout * 2,
-            _ => TIMEOUT_DEFAULT,
-        };
+        let budget = url.timeout() * 2;
         Ok(Blocking::open(&url, Clock::system(), budget)?)
     }
 }

@@ -113,9 +113,28 @@ pub async fn within<T>(
 }
 
 /// Suspends the task for a real duration: a pause between attempts, never part of a rule.
-#[cfg(any(feature = "layered", feature = "redis"))]
 pub(crate) async fn pause(duration: Duration) {
     tokio::time::sleep(duration).await;
+}
+
+/// Something to do again and again, at a pace of real time that no work in between slows down.
+#[cfg(feature = "k8s")]
+pub(crate) struct Ticker(tokio::time::Interval);
+
+#[cfg(feature = "k8s")]
+impl Ticker {
+    /// The first tick comes after one period. Must be called inside tokio.
+    pub(crate) fn every(period: Duration) -> Self {
+        let mut interval = tokio::time::interval(period);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        interval.reset();
+        Self(interval)
+    }
+
+    /// Waits for the next tick.
+    pub(crate) async fn tick(&mut self) {
+        self.0.tick().await;
+    }
 }
 
 /// Waits for something to end, but no longer than this.

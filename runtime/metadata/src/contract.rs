@@ -8,6 +8,8 @@ mod batches;
 mod cells;
 mod claims;
 mod leases;
+#[cfg(feature = "layered")]
+mod long_outage;
 mod outages;
 mod publishing;
 pub mod samples;
@@ -15,11 +17,15 @@ mod watches;
 
 use core::time::Duration;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio::task::JoinSet;
 
+#[cfg(feature = "layered")]
+pub use self::long_outage::{OutagePlan, OutageReport, long_outage};
 use crate::clock::Clock;
 use crate::ids::{InstanceId, Version};
 use crate::name::RecordName;
@@ -40,6 +46,16 @@ pub trait Subject: Send + Sync {
 
     /// The lease that cases let run out. Long enough that a slow machine does not lose it by accident.
     fn short_ttl(&self) -> Duration;
+
+    /// How late the store may notice that a lease ran out: until then its owner may still write.
+    fn lag(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// Where the store listens, if on TCP.
+    fn address(&self) -> Option<SocketAddr> {
+        None
+    }
 
     /// Lets time pass for the store and for all clients.
     async fn pass(&self, duration: Duration);
@@ -86,7 +102,7 @@ impl Case<'_> {
     }
 
     async fn let_expire(&self, ttl: Duration) {
-        self.subject.pass(ttl + ttl / 8).await;
+        self.subject.pass(ttl + ttl / 8 + self.subject.lag()).await;
     }
 }
 
@@ -173,7 +189,14 @@ cases! {
         a_restart_loses_nothing_and_expires_nobody;
 }
 
-/// Runs the cases whose names contain `only`, each against a subject of its own if `fresh` makes one.
+/// Runs one case against a subject of its own.
+async fn run_one<S: Subject>(name: &str, subject: S) {
+    let store = subject.client(0).await;
+    let cluster = name.chars().take(crate::limits::NAME_PART_LEN_MAX).collect();
+    case(name, &Case { subject: &subject, store, cluster }).await;
+}
+
+/// Runs the cases whose names contain `only`, each against a subject of its own, which `fresh` makes.
 /// `starting` is told each name first, so that a failure has one.
 pub async fn run<S, F>(only: &str, starting: impl Fn(&str), fresh: impl Fn() -> F)
 where
@@ -182,9 +205,33 @@ where
 {
     for name in CASES.iter().filter(|name| name.contains(only)) {
         starting(name);
-        let subject = fresh().await;
-        let store = subject.client(0).await;
-        let cluster = name.chars().take(crate::limits::NAME_PART_LEN_MAX).collect();
-        case(name, &Case { subject: &subject, store, cluster }).await;
+        run_one(name, fresh().await).await;
+    }
+}
+
+/// Runs all cases, some at a time: for stores whose leases run out in real time.
+///
+/// # Panics
+/// When a case fails, with its name.
+pub async fn run_at_once<S, F>(at_once: usize, fresh: impl Fn() -> F)
+where
+    S: Subject + 'static,
+    F: Future<Output = S>,
+{
+    let mut names = CASES.iter();
+    let mut running = JoinSet::new();
+    loop {
+        while running.len() < at_once
+            && let Some(name) = names.next()
+        {
+            let subject = fresh().await;
+            running.spawn(async move {
+                // In a task of its own, so that a failure finds its name here.
+                (name, tokio::spawn(run_one(name, subject)).await)
+            });
+        }
+        let Some(ended) = running.join_next().await else { return };
+        let (name, result) = ended.expect("the task only waits");
+        assert!(result.is_ok(), "case {name}: {result:?}");
     }
 }

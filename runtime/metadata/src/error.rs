@@ -180,6 +180,18 @@ closed_list! {
         Schema = 2 => "a record of a newer schema",
         /// An operation that the server does not know.
         Operation = 3 => "this operation",
+        /// `redb:`, left out of this build.
+        Redb = 4 => "redb: in a build without the cargo feature redb",
+        /// `ibex://` and `ibex+unix:`, left out of this build.
+        Grpc = 5 => "ibex:// in a build without the cargo feature grpc",
+        /// `redis://` and `rediss://`, left out of this build.
+        Redis = 6 => "redis:// in a build without the cargo feature redis",
+        /// `etcd://`, left out of this build.
+        Etcd = 7 => "etcd:// in a build without the cargo feature etcd",
+        /// `k8s://`, left out of this build.
+        K8s = 8 => "k8s:// in a build without the cargo feature k8s",
+        /// `layered+`, left out of this build.
+        Layered = 9 => "layered+ in a build without the cargo feature layered",
     }
 }
 

@@ -23,8 +23,6 @@ mod server;
 mod service;
 mod views;
 
-use core::time::Duration;
-
 pub use self::client::{Connect, RemoteStore, Target};
 pub use self::host::{HostError, host};
 pub use self::metrics::Metrics;
@@ -33,9 +31,3 @@ pub use self::server::{Server, ServerConfig, ServerError, TlsFiles};
 
 /// The schema of the service and of records, as reflection shows it.
 const DESCRIPTORS: &[u8] = include_bytes!("grpc/descriptors.bin");
-/// How often both ends ask an idle connection whether the other end is still there.
-const KEEPALIVE_PERIOD: Duration = Duration::from_secs(10);
-/// How long the answer may take.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// When a client should ask again after an outage, unless the server said something else.
-const RETRY: Duration = Duration::from_millis(200);

@@ -5,9 +5,9 @@
 //! Pure, without clock, socket, thread, file or environment: [`ids`], [`name`], [`limits`], [`error`],
 //! [`record`], [`change`], [`derived`], [`lease`], [`backoff`], [`segments`], [`url`], and the rules of a
 //! store as a state machine (`table`). Shell: [`clock`] (the only file that reads one), [`local`]
-//! (`memory:` and `redb:`), `grpc` (`ibex://`, client and server), `redis` (`redis://`), `layered`
-//! (`layered+URL`), [`mod@open`], [`blocking`], [`scope`], [`keeper`], [`publisher`],
-//! [`refresh`], [`drain`]. [`contract`] is what every backend is held to.
+//! (`memory:` and `redb:`), `grpc` (`ibex://`, client and server), `redis` (`redis://`), `etcd` (`etcd://`),
+//! `k8s` (`k8s://`), `layered` (`layered+URL`), [`mod@open`], [`blocking`], [`scope`], [`keeper`],
+//! [`publisher`], [`refresh`], [`drain`]. [`contract`] is what every backend is held to.
 //!
 //! # Who owns what
 //!
@@ -18,16 +18,22 @@
 pub mod backoff;
 pub mod blocking;
 pub mod change;
+#[cfg(any(feature = "grpc", feature = "etcd"))]
+mod channel;
 pub mod clock;
 pub mod contract;
 pub mod derived;
 pub mod drain;
 pub mod error;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 #[cfg(feature = "grpc")]
 pub mod grpc;
 pub mod ids;
 #[cfg(feature = "redb")]
 mod journal;
+#[cfg(feature = "k8s")]
+pub mod k8s;
 pub mod keeper;
 #[cfg(feature = "layered")]
 pub mod layered;

@@ -1,29 +1,33 @@
 //! From a URL to a store.
 
-#[cfg(feature = "grpc")]
 use std::path::Path;
+#[cfg(feature = "etcd")]
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::clock::Clock;
-#[cfg(feature = "grpc")]
-use crate::error::InputError;
-use crate::error::{Feature, Result, StoreError};
+use crate::error::{Feature, InputError, Result, StoreError};
+#[cfg(feature = "etcd")]
+use crate::etcd::{EtcdConnect, EtcdStore, Login};
 #[cfg(feature = "grpc")]
 use crate::grpc::{Connect, RemoteStore, Secret, Target};
+#[cfg(feature = "k8s")]
+use crate::k8s::{K8sConnect, K8sStore};
 #[cfg(feature = "layered")]
 use crate::layered::Layered;
 use crate::local::LocalStore;
 #[cfg(feature = "redis")]
 use crate::redis::RedisStore;
 use crate::store::Store;
+#[cfg(feature = "etcd")]
+use crate::url::EtcdUrl;
 use crate::url::StoreUrl;
 #[cfg(feature = "redis")]
 use crate::url::TIMEOUT_DEFAULT;
 #[cfg(feature = "grpc")]
 use crate::url::{Address, IbexUrl};
 
-/// Bytes of a certificate or token file.
-#[cfg(feature = "grpc")]
+/// Bytes of a certificate, token or password file.
 const FILE_LEN_MAX: u64 = 1 << 20;
 
 /// Opens the store that a URL names. A remote store is not contacted yet. Must be called inside tokio.
@@ -38,7 +42,17 @@ pub fn open(url: &StoreUrl, clock: Clock) -> Result<Arc<dyn Store>> {
         #[cfg(feature = "grpc")]
         StoreUrl::Ibex(url) => Ok(Arc::new(RemoteStore::new(&connect(url)?, clock)?)),
         #[cfg(feature = "redis")]
-        StoreUrl::Redis(url) => Ok(Arc::new(RedisStore::new(url, clock, TIMEOUT_DEFAULT)?)),
+        StoreUrl::Redis(url) => {
+            let ca_pem = url.ca.as_deref().map(|path| read_file("ca", path)).transpose()?;
+            Ok(Arc::new(RedisStore::new(&url.url, ca_pem, clock, TIMEOUT_DEFAULT)?))
+        }
+        #[cfg(feature = "etcd")]
+        StoreUrl::Etcd(url) => Ok(Arc::new(EtcdStore::new(&etcd(url)?, clock)?)),
+        #[cfg(feature = "k8s")]
+        StoreUrl::K8s(url) => {
+            let (namespace, server) = (url.namespace.clone(), url.server.clone());
+            Ok(Arc::new(K8sStore::new(&K8sConnect { namespace, server, budget: url.timeout }, clock)?))
+        }
         #[cfg(feature = "layered")]
         StoreUrl::Layered(behind) => Ok(Arc::new(Layered::new(open(behind, clock.clone())?, clock))),
         _ => Err(StoreError::Unsupported(Feature::Backend)),
@@ -56,6 +70,23 @@ pub fn open_local(url: &StoreUrl, clock: &Clock) -> Result<Option<LocalStore>> {
         StoreUrl::Redb(path) => Ok(Some(LocalStore::redb(path, clock.clone())?)),
         _ => Ok(None),
     }
+}
+
+#[cfg(feature = "etcd")]
+fn etcd(url: &EtcdUrl) -> Result<EtcdConnect> {
+    let login = |(user, file): &(String, PathBuf)| -> Result<Login> {
+        let bytes = read_file("password-file", file)?;
+        let refusal = |_| InputError::new("password-file", &file.display().to_string(), "a file of text");
+        let password = String::from_utf8(bytes).map_err(refusal)?.trim_end().to_owned();
+        Ok(Login { user: user.clone(), password })
+    };
+    Ok(EtcdConnect {
+        authority: url.authority.clone(),
+        ca_pem: url.ca.as_deref().map(|path| read_file("ca", path)).transpose()?,
+        domain: url.domain.clone(),
+        login: url.login.as_ref().map(login).transpose()?,
+        budget: url.timeout,
+    })
 }
 
 #[cfg(feature = "grpc")]
@@ -83,7 +114,6 @@ pub fn read_token(path: &Path) -> Result<Secret, InputError> {
 ///
 /// # Errors
 /// [`InputError`] naming the field and the path.
-#[cfg(feature = "grpc")]
 pub fn read_file(field: &'static str, path: &Path) -> Result<Vec<u8>, InputError> {
     let refusal = || InputError::new(field, &path.display().to_string(), "a readable file of at most 1 MiB");
     let len = std::fs::metadata(path).map_err(|_| refusal())?.len();

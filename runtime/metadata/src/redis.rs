@@ -1,4 +1,4 @@
-//! `redis://`: records in Redis, by scripts that run inside it.
+//! `redis://` and `rediss://`: records in Redis, by scripts that run inside it.
 //!
 //! Owns one connection that reconnects by itself, and one more per watch. Every operation is one script,
 //! so it is atomic; time is the server's. Records are opaque bytes and numbers travel as decimal strings:
@@ -13,7 +13,7 @@ use std::sync::{Arc, LazyLock};
 
 use async_trait::async_trait;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig, MultiplexedConnection};
-use redis::{Client, ErrorKind, RedisError, Script, Value};
+use redis::{Client, ErrorKind, RedisError, Script, TlsCertificates, Value};
 
 use crate::clock::{Clock, pause, within};
 use crate::error::{Bounded, Corruption, Feature, InputError, Result, StoreError};
@@ -59,13 +59,21 @@ impl std::fmt::Debug for RedisStore {
 }
 
 impl RedisStore {
-    /// A client of this server. Nothing is sent yet; must be called inside tokio.
+    /// A client of this server. For `rediss://`, `ca_pem` is the certificate that must have signed the
+    /// server's; without it the system's authorities are trusted. Nothing is sent yet; must be called
+    /// inside tokio.
     ///
     /// # Errors
-    /// [`StoreError::Input`] for a URL that Redis' own client does not take.
-    pub fn new(url: &str, clock: Clock, budget: Duration) -> Result<Self> {
-        let refusal = |_| InputError::new("store", url, "redis://[user:password@]HOST[:PORT][/DATABASE]");
-        let client = Client::open(url).map_err(refusal)?;
+    /// [`StoreError::Input`] for a URL or a certificate that Redis' own client does not take.
+    pub fn new(url: &str, ca_pem: Option<Vec<u8>>, clock: Clock, budget: Duration) -> Result<Self> {
+        let right = "redis://[user:password@]HOST[:PORT][/DATABASE], or rediss:// with a good certificate";
+        // The URL may hold a password.
+        let refusal = |_| InputError::new("store", "redis URL (not shown)", right);
+        let client = match ca_pem {
+            None => Client::open(url),
+            root_cert => Client::build_with_tls(url, TlsCertificates { client_tls: None, root_cert }),
+        };
+        let client = client.map_err(refusal)?;
         // One attempt: whether and when to try again is the caller's decision.
         let config = ConnectionManagerConfig::new()
             .set_number_of_retries(0)

@@ -18,6 +18,19 @@ const VARINT_LEN_MAX: usize = 10;
 pub struct UnknownFields(Vec<u8>);
 
 impl UnknownFields {
+    /// Takes bytes that were kept elsewhere.
+    ///
+    /// # Errors
+    /// Bytes that are not a sequence of whole fields.
+    #[cfg(feature = "k8s")]
+    pub(crate) fn from_bytes(bytes: Vec<u8>) -> Result<Self, DecodeError> {
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            rest = Field::read(Part::Row, rest)?.1;
+        }
+        Ok(Self(bytes))
+    }
+
     /// The bytes: a sequence of whole protobuf fields.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {

@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -13,12 +13,19 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ibex_metadata::clock::Clock;
 use ibex_metadata::contract::{self, Subject};
+use ibex_metadata::error::StoreError;
 use ibex_metadata::ids::{InstanceId, Version};
+use ibex_metadata::layered::Layered;
 use ibex_metadata::name::RecordName;
+use ibex_metadata::open::open;
 use ibex_metadata::record::{Identity, PeerRecord};
 use ibex_metadata::redis::RedisStore;
 use ibex_metadata::store::{Claim, Store};
+use ibex_metadata::url::StoreUrl;
 use parking_lot::Mutex;
+
+mod outage;
+mod skip;
 
 /// Generous: the machine may be busy with other things.
 const BUDGET: Duration = Duration::from_secs(60);
@@ -27,33 +34,66 @@ const BUDGET: Duration = Duration::from_secs(60);
 struct Redis {
     port: u16,
     dir: PathBuf,
+    /// Arguments for TLS.
+    tls: Vec<String>,
     child: Mutex<Option<Child>>,
 }
 
 fn have_redis() -> bool {
-    let found = Command::new("redis-server").arg("--version").output().is_ok();
-    if !found {
-        // Straight to stderr: the runner hides what a passing test prints.
-        let why = "SKIPPED: no redis-server (apt-get install redis-server)";
-        let _ = writeln!(std::io::stderr(), "{why}");
-    }
-    found
+    skip::have("redis-server", "--version", "apt-get install redis-server")
 }
 
 impl Redis {
-    async fn new() -> Self {
+    fn prepared() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("redis-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         std::fs::create_dir_all(&dir).unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let redis = Self { port, dir, child: Mutex::new(None) };
+        Self { port, dir, tls: Vec::new(), child: Mutex::new(None) }
+    }
+
+    async fn new() -> Self {
+        let redis = Self::prepared();
         redis.start().await;
         redis
     }
 
+    /// The same, over TLS alone; its certificate is in the file `ca.pem` of its directory.
+    fn over_tls() -> Self {
+        let mut redis = Self::prepared();
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".into()]).unwrap();
+        let file = |name: &str, text: String| {
+            let path = redis.dir.join(name);
+            std::fs::write(&path, text).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let (cert, key) =
+            (file("ca.pem", made.cert.pem()), file("key.pem", made.signing_key.serialize_pem()));
+        let port = redis.port.to_string();
+        redis.tls = ["--tls-port", &port, "--tls-cert-file", &cert, "--tls-key-file", &key]
+            .into_iter()
+            .chain(["--tls-ca-cert-file", &cert, "--tls-auth-clients", "no"])
+            .map(Into::into)
+            .collect();
+        redis.spawn();
+        redis
+    }
+
+    fn spawn(&self) {
+        let port = if self.tls.is_empty() { self.port } else { 0 }.to_string();
+        let child = Command::new("redis-server")
+            .args(["--port", &port, "--bind", "127.0.0.1", "--save", "", "--daemonize", "no"])
+            .args(["--appendonly", "yes", "--appendfsync", "always", "--dir", self.dir.to_str().unwrap()])
+            .args(&self.tls)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        *self.child.lock() = Some(child);
+    }
+
     fn store(&self, clock: Clock) -> RedisStore {
-        RedisStore::new(&format!("redis://127.0.0.1:{}", self.port), clock, BUDGET).unwrap()
+        RedisStore::new(&format!("redis://127.0.0.1:{}", self.port), None, clock, BUDGET).unwrap()
     }
 }
 
@@ -72,6 +112,10 @@ impl Subject for Redis {
         Duration::from_millis(1500)
     }
 
+    fn address(&self) -> Option<SocketAddr> {
+        Some(([127, 0, 0, 1], self.port).into())
+    }
+
     async fn pass(&self, duration: Duration) {
         tokio::time::sleep(duration).await;
     }
@@ -84,14 +128,7 @@ impl Subject for Redis {
     }
 
     async fn start(&self) {
-        let port = self.port.to_string();
-        let child = Command::new("redis-server")
-            .args(["--port", &port, "--bind", "127.0.0.1", "--save", "", "--daemonize", "no"])
-            .args(["--appendonly", "yes", "--appendfsync", "always", "--dir", self.dir.to_str().unwrap()])
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        *self.child.lock() = Some(child);
+        self.spawn();
         let store = self.store(Clock::system());
         for _ in 0..1000 {
             if store.health().await.is_ok() {
@@ -113,14 +150,84 @@ impl Drop for Redis {
     }
 }
 
+/// The same behind a cache.
+struct Cached(Redis);
+
+#[async_trait]
+impl Subject for Cached {
+    async fn client(&self, skew_ns: i64) -> Arc<dyn Store> {
+        Arc::new(Layered::new(self.0.client(skew_ns).await, self.clock(skew_ns)))
+    }
+
+    fn clock(&self, skew_ns: i64) -> Clock {
+        self.0.clock(skew_ns)
+    }
+
+    fn short_ttl(&self) -> Duration {
+        self.0.short_ttl()
+    }
+
+    async fn pass(&self, duration: Duration) {
+        self.0.pass(duration).await;
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
 #[test]
 fn redis_keeps_the_contract() {
+    if have_redis() {
+        runtime().block_on(contract::run_at_once(4, Redis::new));
+    }
+}
+
+#[test]
+fn a_cache_in_front_of_redis_keeps_what_is_published() {
+    if have_redis() {
+        let starting = |name: &str| println!("case {name}");
+        runtime().block_on(contract::run("_come", starting, async || Cached(Redis::new().await)));
+    }
+}
+
+#[test]
+fn an_outage_of_redis_loses_nothing_and_expires_nobody() {
+    if have_redis() {
+        runtime().block_on(async { outage::run("redis", &Redis::new().await).await });
+    }
+}
+
+#[test]
+fn rediss_is_tls_with_a_certificate_that_is_checked() {
     if !have_redis() {
         return;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let starting = |name: &str| println!("case {name}");
-    runtime.block_on(contract::run("", starting, Redis::new));
+    let (redis, stranger) = (Redis::over_tls(), Redis::prepared());
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".into()]).unwrap();
+    std::fs::write(stranger.dir.join("ca.pem"), made.cert.pem()).unwrap();
+    let store = |scheme: &str, ca: Option<&Path>| {
+        let ca = ca.map(|dir| format!("?ca={}", dir.join("ca.pem").display())).unwrap_or_default();
+        let url = StoreUrl::parse(&format!("{scheme}://localhost:{}{ca}", redis.port)).unwrap();
+        open(&url, Clock::system()).unwrap()
+    };
+    runtime().block_on(async {
+        let good = store("rediss", Some(&redis.dir));
+        for _ in 0..500 {
+            if good.health().await.is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let (name, instance) = (RecordName::parse("a/b/c").unwrap(), InstanceId::new(1).unwrap());
+        let claim = Claim { name, instance, ttl: BUDGET, takeover: false };
+        good.claim(&claim).await.unwrap();
+        assert!(good.get(&claim.name).await.is_ok());
+        for bad in [store("rediss", Some(&stranger.dir)), store("rediss", None), store("redis", None)] {
+            let refused = bad.get(&claim.name).await.unwrap_err();
+            assert!(matches!(refused, StoreError::Unavailable { .. }), "{refused:?}");
+        }
+    });
 }
 
 /// Sends one command without arguments over a connection of its own and answers what came back.

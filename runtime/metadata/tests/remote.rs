@@ -2,7 +2,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +12,10 @@ use ibex_metadata::contract::{self, Subject};
 use ibex_metadata::error::StoreError;
 use ibex_metadata::grpc::{Connect, RemoteStore, Secret, Server, ServerConfig, Target, TlsFiles};
 use ibex_metadata::ids::{InstanceId, Revision, Version};
+use ibex_metadata::layered::Layered;
 use ibex_metadata::local::LocalStore;
 use ibex_metadata::name::{Prefix, RecordName};
+use ibex_metadata::scope::Request;
 use ibex_metadata::store::{Change, Claim, Filter, Store};
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,29 +27,47 @@ use served::{Running, connect, http_get, loopback, memory, runtime, scratch, tcp
 struct Remote {
     clock: Clock,
     path: PathBuf,
-    address: SocketAddr,
+    config: ServerConfig,
     running: Mutex<Option<Running>>,
 }
 
 impl Remote {
     fn new() -> Self {
-        let (clock, path) = (Clock::manual(), scratch(".redb"));
-        let listen = "127.0.0.1:0".parse().unwrap();
-        let running = Self::serve(listen, &path, &clock);
-        Self { clock, path, address: running.address.unwrap(), running: Mutex::new(Some(running)) }
+        let mut remote = Self::serving(ServerConfig { listen: loopback(), ..ServerConfig::default() });
+        let address = remote.running.get_mut().as_ref().and_then(|running| running.address);
+        // The same port after a restart.
+        remote.config.listen = address;
+        remote
     }
 
-    fn serve(listen: SocketAddr, path: &Path, clock: &Clock) -> Running {
+    fn on_a_socket() -> Self {
+        Self::serving(ServerConfig { unix: Some(scratch(".sock")), ..ServerConfig::default() })
+    }
+
+    fn serving(config: ServerConfig) -> Self {
+        let (clock, path) = (Clock::manual(), scratch(".redb"));
+        let running = Mutex::new(Some(Self::serve(&config, &path, &clock)));
+        Self { clock, path, config, running }
+    }
+
+    fn serve(config: &ServerConfig, path: &Path, clock: &Clock) -> Running {
         let store = LocalStore::redb(path, clock.clone()).unwrap();
-        let config = ServerConfig { listen: Some(listen), ..ServerConfig::default() };
-        Running::start(config, store, clock.clone())
+        Running::start(config.clone(), store, clock.clone())
+    }
+
+    fn connect(&self) -> Connect {
+        match (&self.config.unix, self.config.listen) {
+            (Some(path), _) => connect(Target::Unix(path.clone())),
+            (None, Some(address)) => tcp(address),
+            (None, None) => panic!("it listens somewhere"),
+        }
     }
 }
 
 #[async_trait]
 impl Subject for Remote {
     async fn client(&self, skew_ns: i64) -> Arc<dyn Store> {
-        Arc::new(RemoteStore::new(&tcp(self.address), self.clock(skew_ns)).unwrap())
+        Arc::new(RemoteStore::new(&self.connect(), self.clock(skew_ns)).unwrap())
     }
 
     fn clock(&self, skew_ns: i64) -> Clock {
@@ -70,7 +89,7 @@ impl Subject for Remote {
     }
 
     async fn start(&self) {
-        *self.running.lock() = Some(Self::serve(self.address, &self.path, &self.clock));
+        *self.running.lock() = Some(Self::serve(&self.config, &self.path, &self.clock));
         let store = self.client(0).await;
         for _ in 0..1000 {
             if store.health().await.is_ok() {
@@ -93,6 +112,71 @@ impl Drop for Remote {
 fn a_server_over_redb_keeps_the_contract() {
     let starting = |name: &str| println!("case {name}");
     runtime().block_on(contract::run("", starting, async || Remote::new()));
+}
+
+#[test]
+fn a_server_on_a_unix_socket_keeps_the_same_contract() {
+    let starting = |name: &str| println!("case {name}");
+    runtime().block_on(contract::run("", starting, async || Remote::on_a_socket()));
+}
+
+/// The client behind a cache.
+struct Cached(Remote);
+
+#[async_trait]
+impl Subject for Cached {
+    async fn client(&self, skew_ns: i64) -> Arc<dyn Store> {
+        Arc::new(Layered::new(self.0.client(skew_ns).await, self.clock(skew_ns)))
+    }
+
+    fn clock(&self, skew_ns: i64) -> Clock {
+        self.0.clock(skew_ns)
+    }
+
+    fn short_ttl(&self) -> Duration {
+        self.0.short_ttl()
+    }
+
+    async fn pass(&self, duration: Duration) {
+        self.0.pass(duration).await;
+    }
+}
+
+#[test]
+fn a_cache_in_front_of_a_server_keeps_what_is_published() {
+    let starting = |name: &str| println!("case {name}");
+    runtime().block_on(contract::run("_come", starting, async || Cached(Remote::on_a_socket())));
+}
+
+#[test]
+fn a_request_resolves_over_a_socket_as_it_does_in_process() {
+    runtime().block_on(async {
+        let (remote, ttl) = (Remote::on_a_socket(), Duration::from_secs(10));
+        let (store, clock) = (remote.client(0).await, remote.clock(0));
+        let hold = |name: &str| Claim { ttl, ..claim(name) };
+        let short = store.claim(&hold("c/g/short")).await.unwrap();
+        let long = store.claim(&hold("c/g/long")).await.unwrap();
+        let request = Request::new(clock.clone());
+        let scope = request.scope(&*store);
+        let missing = RecordName::parse("c/g/none").unwrap();
+        let names = [long.name.clone(), missing, short.name.clone()];
+        let found = scope.resolve_all(&names).await.unwrap();
+        let stamps: Vec<_> = found.iter().map(|guard| guard.as_ref().map(|g| g.stamp().fence).ok()).collect();
+        assert_eq!(stamps, [Some(long.fence), None, Some(short.fence)]);
+        remote.pass(ttl * 3 / 4).await;
+        store.renew(&long).await.unwrap();
+        let mut guards = found.into_iter();
+        let (mut longer, shorter) = (guards.next().unwrap().unwrap(), guards.nth(1).unwrap().unwrap());
+        assert!(longer.wants_renewal());
+        longer.renew().await.unwrap();
+        remote.pass(ttl / 2).await;
+        let expired = StoreError::LeaseExpired { fence: short.fence };
+        assert_eq!(shorter.finish(), Err(expired.clone()), "it expired during its use, alone");
+        assert_eq!(longer.finish(), Ok(()));
+        // Before the next use the server is asked again, and says so itself.
+        assert_eq!(scope.resolve(&short.name).await.map(|_| ()), Err(expired));
+        assert!(scope.resolve(&long.name).await.is_ok());
+    });
 }
 
 fn claim(name: &str) -> Claim {

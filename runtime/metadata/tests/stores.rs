@@ -86,6 +86,14 @@ fn a_cache_in_front_keeps_the_contract() {
     }));
 }
 
+#[test]
+fn a_cache_in_front_of_a_file_keeps_what_is_published() {
+    runtime().block_on(contract::run("_come", starting, async || {
+        let clock = Clock::manual();
+        Cached(Local { store: LocalStore::redb(&scratch(), clock.clone()).unwrap(), clock })
+    }));
+}
+
 fn scratch() -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("stores-{}-{}.redb", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));

@@ -59,7 +59,10 @@ pub fn every_variant() -> Vec<(&'static str, PeerRecord)> {
         ("ep-ib", with(vec![Way::EpIbgda(ib)])),
         ("ep-roce", with(vec![Way::EpIbgda(roce)])),
         ("engine", with(vec![Way::TransferEngine(engine)])),
-        ("tcp", with(vec![Way::Tcp(Tcp { host: "h".into(), port: 1, ..Tcp::default() })])),
+        (
+            "tcp",
+            with(vec![Way::Tcp(Tcp { host: "h".into(), port: 1, protocol_version: 2, ..Tcp::default() })]),
+        ),
         ("nixl-empty-blob", with(vec![nixl(Some(NixlReach::Blob(vec![])))])),
         ("nixl-blob", with(vec![nixl(Some(NixlReach::Blob((0..=255).collect())))])),
         ("nixl-empty-endpoint", with(vec![nixl(Some(NixlReach::Endpoint(String::new())))])),
@@ -95,13 +98,23 @@ fn extremes() -> PeerRecord {
         ..Buffer::default()
     };
     PeerRecord {
+        readable_from: 2,
         state: RecordState::Draining,
         rank: Some(0),
         world_hint: u32::MAX,
         source: Some(SourceIdentity {
+            producer_version: "0.3.0".into(),
+            source_type: 1,
             model: "Modell-Ü".into(),
+            framework: 2,
             tensor_parallel: u32::MAX,
+            pipeline_parallel: 3,
+            expert_parallel: 4,
+            dtype: "bfloat16".into(),
+            quantization: "fp8".into(),
             extra: vec![(String::new(), String::new()), ("k".into(), "v".into())],
+            revision: "main".into(),
+            compatibility: ["1", "2", "3", "4", "5", "6"].map(Into::into),
             ..SourceIdentity::default()
         }),
         devices: vec![device(0), device(u8::MAX)],
@@ -115,7 +128,7 @@ fn extremes() -> PeerRecord {
             digest: vec![0; 32],
             count: u64::MAX,
             bytes: u64::MAX,
-            endpoint: String::new(),
+            endpoint: "10.0.0.1:17001".into(),
             ..Manifest::default()
         }],
         ..base()
@@ -130,12 +143,20 @@ fn newer() -> PeerRecord {
         // CAST: a handful of bytes.
         [&[number << 3 | 2, body.len() as u8], body.as_slice()].concat()
     };
-    let tcp = [b"\x0a\x03tcp\x12".as_slice(), &[unknown.len() as u8], &unknown].concat();
+    // CAST: short texts and short bodies.
+    let tagged = |kind: &str, body: &[u8]| {
+        [&[0x0a, kind.len() as u8], kind.as_bytes(), &[0x12, body.len() as u8], body].concat()
+    };
+    // A LID, and a ring.
+    let ep = [&[0x20, 1, 0x3a, unknown.len() as u8], unknown.as_slice(), &unknown].concat();
     let mut bytes = base().encode().expect("a good record");
     for part in [
         nested(10, b"\x1a\x01m"),
         nested(11, b"\x0a\x01d\x10\x63"),
-        nested(12, &tcp),
+        nested(12, &tagged("ep-ibgda", &ep)),
+        nested(12, &tagged("transfer-engine", &unknown)),
+        nested(12, &tagged("tcp", &unknown)),
+        nested(12, &tagged("nixl", &unknown)),
         nested(13, b"\x08\x09\x18\x01\x28\x63\x38\x63"),
         nested(14, b"\x0a\x01k"),
         unknown.to_vec(),

@@ -8,14 +8,15 @@ use async_trait::async_trait;
 use tonic::codec::Streaming;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::generated as pb;
 use super::generated::store_client::StoreClient;
-use super::{KEEPALIVE_PERIOD, KEEPALIVE_TIMEOUT, RETRY, Secret, convert};
+use super::{Secret, convert};
+use crate::channel::{self, RETRY};
 use crate::clock::{Clock, within};
-use crate::error::{Bounded, Corruption, InputError, Result, StoreError};
+use crate::error::{Bounded, Corruption, Result, StoreError};
 use crate::ids::{Revision, Version};
 use crate::lease::Leased;
 use crate::limits::{CELL_LEN_MAX, MESSAGE_LEN_MAX};
@@ -79,14 +80,14 @@ impl RemoteStore {
     /// [`StoreError::Input`] for a target or a certificate that cannot be used.
     pub fn new(connect: &Connect, clock: Clock) -> Result<Self> {
         let budget = connect.budget;
-        let channel = endpoint(connect)?
-            .connect_timeout(budget)
-            .tcp_nodelay(true)
-            .tcp_keepalive(Some(KEEPALIVE_PERIOD))
-            .http2_keep_alive_interval(KEEPALIVE_PERIOD)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .connect_lazy();
+        let scheme = if connect.ca_pem.is_some() { "https" } else { "http" };
+        let (uri, field) = match &connect.target {
+            Target::Tcp(authority) => (format!("{scheme}://{authority}"), "host:port"),
+            Target::Unix(path) => (format!("unix:{}", path.display()), "socket path"),
+        };
+        let tls = connect.ca_pem.as_deref();
+        let tls = tls.map(|ca_pem| channel::Tls { ca_pem, domain: connect.domain.as_deref() });
+        let channel = channel::lazy(&uri, field, tls, budget)?;
         let client = StoreClient::with_interceptor(channel, Sign(connect.token.clone()))
             .max_decoding_message_size(MESSAGE_LEN_MAX)
             .max_encoding_message_size(MESSAGE_LEN_MAX);
@@ -102,24 +103,6 @@ impl RemoteStore {
         let reply = async { reply.await.map_err(|status| convert::from_status(&status, self.budget)) };
         within(self.budget, reply).await.map(Response::into_inner)
     }
-}
-
-fn endpoint(connect: &Connect) -> Result<Endpoint> {
-    let scheme = if connect.ca_pem.is_some() { "https" } else { "http" };
-    let (uri, field) = match &connect.target {
-        Target::Tcp(authority) => (format!("{scheme}://{authority}"), "host:port"),
-        Target::Unix(path) => (format!("unix:{}", path.display()), "socket path"),
-    };
-    let refusal = |limit| InputError::new(field, &uri, limit);
-    let mut endpoint = Endpoint::from_shared(uri.clone()).map_err(|_| refusal("an address"))?;
-    if let Some(ca) = &connect.ca_pem {
-        let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
-        if let Some(domain) = &connect.domain {
-            tls = tls.domain_name(domain);
-        }
-        endpoint = endpoint.tls_config(tls).map_err(|_| refusal("reachable with this certificate"))?;
-    }
-    Ok(endpoint)
 }
 
 #[async_trait]

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use prost::Message as _;
 use tonic::{Code, Status};
 
-use super::RETRY;
 use super::generated as pb;
+use crate::channel::RETRY;
 use crate::error::{
     Bounded, Corruption, DecodeError, Feature, InputError, Part, Problem, Result, StoreError,
 };

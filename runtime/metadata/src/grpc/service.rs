@@ -6,11 +6,12 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::convert;
 use super::gate::Gate;
 use super::generated as pb;
 use super::generated::store_server::Store as Service;
 use super::metrics::Op;
-use super::{RETRY, convert};
+use crate::channel::RETRY;
 use crate::error::{Result, StoreError};
 use crate::ids::{Revision, Version};
 use crate::limits::WATCH_QUEUE_LEN;

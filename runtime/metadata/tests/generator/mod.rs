@@ -14,10 +14,10 @@ pub(crate) fn generate(scratch: &Path) -> Vec<Generated> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let compile =
         |file: &str| protox::compile([root.join("proto").join(file)], [root.join("proto")]).unwrap();
-    let code = |file: &str, package: &str| {
+    let code = |file: &str, package: &str, with_server: bool| {
         // Sorted maps: the same value has the same bytes.
         let builder = tonic_prost_build::configure().build_transport(false).btree_map(".");
-        let builder = builder.emit_rerun_if_changed(false);
+        let builder = builder.emit_rerun_if_changed(false).build_server(with_server);
         builder.out_dir(scratch).compile_fds(compile(file)).unwrap();
         std::fs::read(scratch.join(format!("{package}.rs"))).unwrap()
     };
@@ -27,12 +27,16 @@ pub(crate) fn generate(scratch: &Path) -> Vec<Generated> {
     }
     let descriptors = compiler.include_imports(true).encode_file_descriptor_set();
     vec![
-        Generated { path: "src/grpc/generated.rs", contents: code("store.proto", "ibex.store.v1") },
+        Generated { path: "src/grpc/generated.rs", contents: code("store.proto", "ibex.store.v1", true) },
         Generated {
             path: "src/grpc/express/generated.rs",
-            contents: code("model_express.proto", "model_express.p2p"),
+            contents: code("model_express.proto", "model_express.p2p", true),
         },
         Generated { path: "src/grpc/descriptors.bin", contents: descriptors },
-        Generated { path: "tests/generated/record.rs", contents: code("record.proto", "ibex.metadata.v1") },
+        Generated {
+            path: "tests/generated/record.rs",
+            contents: code("record.proto", "ibex.metadata.v1", true),
+        },
+        Generated { path: "src/etcd/generated.rs", contents: code("etcd.proto", "etcdserverpb", false) },
     ]
 }
