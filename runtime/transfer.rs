@@ -50,6 +50,7 @@
 //! [`Observer`]: ibex_metadata::refresh::Observer
 //! [`Pinned`]: ibex_metadata::drain::Pinned
 
+mod address;
 mod batch;
 mod error;
 mod requester;

@@ -5,10 +5,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ibex_abi::types::{Gid, Lid, Mac, Psn, QpNum};
+use ibex_abi::types::QpNum;
 use ibex_hca::control_region::ControlRegion;
 use ibex_hca::host_qp::{ConnectSpec, Endpoint};
-use ibex_hca::{Access, Hca, LinkLayer, PortAddress};
+use ibex_hca::{Access, Hca};
 use ibex_metadata::change::Verdict;
 use ibex_metadata::clock::Clock;
 use ibex_metadata::derived::{Kind, Part, Registry, RegistryCounters, Retiree};
@@ -16,13 +16,14 @@ use ibex_metadata::error::StoreError;
 use ibex_metadata::ids::{BufferId, Fence, InstanceId, Stamp};
 use ibex_metadata::lease::{Leased, Moment};
 use ibex_metadata::name::RecordName;
-use ibex_metadata::record::{self, Device, EpIbgda, Identity, PeerRecord, RecordState, Way};
+use ibex_metadata::record::{self, Identity, PeerRecord};
 use ibex_metadata::refresh::Observer;
 use ibex_metadata::scope::Guard;
 use ibex_metadata::segments::SegmentHandle;
 use ibex_metadata::store::Snapshot;
 use parking_lot::{Mutex, RwLock};
 
+use super::address::{self, endpoint, first_psn, unreachable_peer};
 use super::seat::{Doomed, RemoteRange, Seat};
 use super::work::{Op, Region, Request, Work};
 use super::{Batch, TransferError};
@@ -242,27 +243,10 @@ impl Requester {
     /// Says in the record of this process how its peers reach it: device, queue pairs by peer slot, rank. To be
     /// published again whenever [`Requester::adverts`] has grown. Buffers are the caller's to add.
     pub fn advertise(&self, record: &mut PeerRecord) {
-        let port = self.hca.port();
-        let (link_layer, way_port) = match port.link {
-            LinkLayer::Ib => (record::LinkLayer::InfiniBand, record::PortAddress::Lid(port.lid.0)),
-            LinkLayer::Roce => (record::LinkLayer::Ethernet, record::PortAddress::Gid(port.gid.0)),
-        };
+        let qpns = self.seats.iter().map(|seat| seat.lock().qpn()).collect();
         record.rank = Some(self.options.slot);
         record.world_hint = self.options.num_slots;
-        record.devices = vec![Device {
-            name: "hca0".into(),
-            link_layer,
-            lid: port.lid.0,
-            gid: port.gid.0,
-            // Where a fabric tells ports apart by more than the GID, it is by this.
-            eid: port.mac.0.to_vec(),
-            port: port.port_num,
-            ..Device::default()
-        }];
-        let qpns = self.seats.iter().map(|seat| seat.lock().qpn()).collect();
-        let way = EpIbgda { qpns, port: Some(way_port), ..EpIbgda::default() };
-        record.transports.retain(|transport| !matches!(transport.way, Way::EpIbgda(_)));
-        record.transports.push(Way::EpIbgda(way).into());
+        address::describe(&self.hca.port(), qpns, record);
     }
 
     /// Grows whenever there is something new to advertise.
@@ -347,7 +331,7 @@ impl Requester {
         for request in requests {
             check(request, &snapshot)?;
         }
-        let works: Vec<Work> = requests.iter().map(|request| work(request, deadline)).collect();
+        let works: Vec<Work> = requests.iter().map(|request| work(request, deadline, budget)).collect();
         let ops = works.iter().map(|work| Arc::clone(&work.op)).collect();
         let mut seat = self.seat(slot).lock();
         let waiting = seat.waiting.len() + works.len();
@@ -464,9 +448,10 @@ impl Requester {
     fn is_granted(&self, leased: &Leased<Arc<Snapshot>>) -> bool {
         let snapshot = leased.unchecked();
         let state = self.state.read();
-        state.leases.get(&snapshot.name).is_some_and(|(identity, known)| {
+        // By fence first: a late answer about an earlier owner is no news.
+        state.leases.get(&snapshot.name).is_some_and(|(_, known)| {
             let order = (leased.stamp().fence, leased.valid_until());
-            *identity == snapshot.identity && (known.stamp().fence, known.valid_until()) >= order
+            (known.stamp().fence, known.valid_until()) >= order
         })
     }
 
@@ -523,7 +508,10 @@ impl Requester {
         }
         count(&self.counters.links, 1);
         match state.registry.derive(snapshot, self.path(), Kind::QueuePair, Derived::Link(slot)) {
-            Ok(_) => Ok(()),
+            Ok(handle) => {
+                self.seat(slot).lock().holder = Some((name.clone(), handle));
+                Ok(())
+            }
             Err((refusal, _)) => {
                 let path = |work: &Work| TransferError::PathRetired { name: work.name.clone() };
                 let doomed = self.seat(slot).lock().reset(&self.options.connect, path);
@@ -591,8 +579,11 @@ impl Requester {
 
     /// The key with which a request is to be posted at this moment.
     fn resolve(&self, state: &State, work: &Work) -> Result<(SegmentHandle, RemoteRange), NotNow> {
-        if work.op.look(|status| status.outcome.is_some()) || self.clock.now() >= work.deadline {
+        if work.op.look(|status| status.outcome.is_some()) {
             return Err(NotNow::Never(TransferError::Cancelled));
+        }
+        if self.clock.now() >= work.deadline {
+            return Err(NotNow::Never(TransferError::Deadline { budget: work.budget }));
         }
         self.check_owner(state, work).map_err(NotNow::Never)?;
         self.check_lease(state, work).map_err(NotNow::Never)?;
@@ -639,16 +630,10 @@ impl Requester {
         let doomed = seat.destroy(|work| TransferError::PathRetired { name: work.name.clone() });
         self.doomed.lock().extend(doomed);
         let _ = self.offer(&mut seat);
+        let holder = seat.holder.take();
         drop(seat);
-        let is_this = |name: &RecordName| {
-            let found = state.registry.find(name, self.path(), Kind::QueuePair);
-            found
-                .and_then(|(handle, link)| matches!(link, Derived::Link(at) if *at == slot).then_some(handle))
-        };
-        let names: Vec<RecordName> = state.leases.keys().cloned().collect();
-        let found = names.into_iter().find_map(|name| is_this(&name).map(|handle| (name, handle)));
-        let Some((name, handle)) = found else { return };
-        // It is in the registry, as was just seen.
+        let Some((name, handle)) = holder else { return };
+        // Stale if its record was overtaken meanwhile, which took it out.
         let _ = state.registry.retire(handle);
         self.failed.lock().insert(name.clone());
         if let Some(snapshot) = state.registry.known(&name).cloned() {
@@ -702,10 +687,6 @@ fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), T
     }
 }
 
-fn unreachable_peer(snapshot: &Snapshot, missing: &'static str) -> TransferError {
-    TransferError::Unreachable { name: snapshot.name.clone(), missing }
-}
-
 const fn owner_of(snapshot: &Snapshot) -> (Identity, Fence) {
     (snapshot.identity, snapshot.stamp.fence)
 }
@@ -747,7 +728,7 @@ fn check(request: &Request<'_>, snapshot: &Snapshot) -> Result<(), TransferError
     }
 }
 
-fn work(request: &Request<'_>, deadline: Moment) -> Work {
+fn work(request: &Request<'_>, deadline: Moment, budget: Duration) -> Work {
     let segment = request.segment;
     Work {
         op: Arc::new(Op::default()),
@@ -761,48 +742,7 @@ fn work(request: &Request<'_>, deadline: Moment) -> Work {
         local_offset: request.local_offset,
         len: request.len,
         deadline,
+        budget,
         wqe_idx: 0,
     }
-}
-
-/// Who is at the other end, where, and which queue pair it has for the peer in `slot`.
-fn endpoint(snapshot: &Snapshot, slot: u32) -> Result<(InstanceId, PortAddress, u32), TransferError> {
-    let missing = |what| unreachable_peer(snapshot, what);
-    if snapshot.record.state == RecordState::Left {
-        return Err(missing("an owner who stays"));
-    }
-    let Identity::Instance(instance) = snapshot.identity else { return Err(missing("an instance id")) };
-    let device = snapshot.record.devices.first().ok_or_else(|| missing("a device"))?;
-    let ways = snapshot.record.transports.iter();
-    let mut ways = ways.filter_map(|transport| match &transport.way {
-        Way::EpIbgda(way) => Some(way),
-        _ => None,
-    });
-    let way = ways.next_back().ok_or_else(|| missing("queue pairs"))?;
-    let slot = usize::try_from(slot).unwrap_or(usize::MAX);
-    let qpn = way.qpns.get(slot).copied().filter(|qpn| *qpn != 0);
-    let qpn = qpn.ok_or_else(|| missing("a queue pair for this slot"))?;
-    let mac = device.eid.first_chunk().copied().map(Mac).unwrap_or_default();
-    let address = match way.port.ok_or_else(|| missing("a port"))? {
-        record::PortAddress::Lid(lid) => {
-            PortAddress { link: LinkLayer::Ib, lid: Lid(lid), gid: Gid(device.gid), mac: Mac::default() }
-        }
-        record::PortAddress::Gid(gid) => {
-            PortAddress { link: LinkLayer::Roce, lid: Lid(0), gid: Gid(gid), mac }
-        }
-    };
-    Ok((instance, address, qpn))
-}
-
-/// The first sequence number that one end sends to the other. Both ends compute it from what the records say of
-/// both, so that it needs no exchange, and a late packet of an earlier pair is far from it.
-fn first_psn(from: (InstanceId, u32), to: (InstanceId, u32)) -> Psn {
-    let bytes = [from, to].map(|(instance, qpn)| (u128::from_be_bytes(instance.to_bytes()), qpn));
-    let words = bytes.iter().flat_map(|(id, qpn)| [*id as u64, (*id >> 64) as u64, u64::from(*qpn)]);
-    let hash = words.fold(0xcbf2_9ce4_8422_2325_u64, |hash, word| {
-        let mixed = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        mixed ^ (mixed >> 29)
-    });
-    // CAST: the upper 24 bits.
-    Psn::new((hash >> 40) as u32)
 }

@@ -10,6 +10,9 @@ use ibex_hca::host_qp::{
 };
 
 use super::TransferError;
+use ibex_metadata::name::RecordName;
+use ibex_metadata::segments::SegmentHandle;
+
 use super::work::{Verb, Work};
 
 /// One slot's end of a connection.
@@ -60,11 +63,19 @@ pub(super) struct Seat {
     pub(super) waiting: VecDeque<Work>,
     /// A completion said that the queue pair is in error.
     pub(super) has_failed: bool,
+    /// Whose connection this is, and its entry in the registry; news may have retired that.
+    pub(super) holder: Option<(RecordName, SegmentHandle)>,
 }
 
 impl Seat {
     pub(super) const fn new() -> Self {
-        Self { end: End::Empty, posted: VecDeque::new(), waiting: VecDeque::new(), has_failed: false }
+        Self {
+            end: End::Empty,
+            posted: VecDeque::new(),
+            waiting: VecDeque::new(),
+            has_failed: false,
+            holder: None,
+        }
     }
 
     /// The number to tell the peer; 0: none.

@@ -1,5 +1,6 @@
 //! Registered memory, requests, and the state of each until no device can touch its memory.
 
+use core::time::Duration;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -219,6 +220,8 @@ pub(super) struct Work {
     pub(super) local_offset: u64,
     pub(super) len: u32,
     pub(super) deadline: Moment,
+    /// From when it was submitted to the deadline.
+    pub(super) budget: Duration,
     /// Where in the send queue, once posted.
     pub(super) wqe_idx: u16,
 }

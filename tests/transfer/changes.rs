@@ -1,7 +1,9 @@
 //! Records that change while requests wait or are posted: each row of the change table, on real keys.
 
 use ibex::transfer::{Request, TransferError, Verb};
-use ibex_hca::Access;
+use ibex_abi::cqe::Syndrome;
+use ibex_abi::types::QpNum;
+use ibex_hca::{Access, Nanos};
 use ibex_metadata::derived::Kind;
 use ibex_metadata::record::BufferState;
 
@@ -237,4 +239,36 @@ fn a_dead_peers_name_works_again_with_the_replacement() {
         assert_eq!(outcomes(batch.wait()), [Ok(5)]);
     });
     assert_eq!(there.view().to_vec(0, 5), b"hello");
+}
+
+/// An error completion costs the connection, and what was posted on it; the next one has a new number, which the peer
+/// learns from the record, and the same segment goes on.
+#[test]
+fn a_failed_queue_pair_is_replaced_and_the_segment_goes_on() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let qpn = rig.qpn_of_near();
+        let work: Vec<_> = (0..6).map(|i| write(&here, &segment, i * 64, 64)).collect();
+        let batch = rig.near.requester.submit(guard, &work, PATIENCE).unwrap();
+        let before = rig.near.requester.adverts();
+        assert!(rig.near.device.set_qp_error(QpNum::new(qpn), Syndrome::TRANSPORT_RETRY_EXC, Nanos(0)));
+        while rig.near.requester.take_failed().is_empty() {
+            rig.step();
+            rig.near.requester.progress();
+        }
+        assert!(rig.near.requester.adverts() > before);
+        rig.near.publish(|_| {});
+        rig.far.look("near");
+        assert_ne!(rig.qpn_of_near(), qpn);
+        rig.settle();
+        let ends = outcomes(batch.wait());
+        let is_lost = |end: &Result<u32, TransferError>| {
+            matches!(end, Err(TransferError::Completion { .. } | TransferError::PathRetired { .. }))
+        };
+        assert!(ends[..4].iter().all(is_lost), "{ends:?}");
+        assert_eq!(ends[4..], [Ok(64), Ok(64)], "what waited takes the new connection");
+    });
 }

@@ -15,7 +15,7 @@ use ibex_metadata::ids::{InstanceId, Stamp};
 use ibex_metadata::lease::Leased;
 use ibex_metadata::name::RecordName;
 use ibex_metadata::publisher::Publisher;
-use ibex_metadata::record::{BufferKind, PeerRecord, RecordState};
+use ibex_metadata::record::{BufferKind, PeerRecord, RecordState, Way};
 use ibex_metadata::refresh::Observer;
 use ibex_metadata::scope;
 use ibex_metadata::store::{Claim, Snapshot};
@@ -158,6 +158,15 @@ impl Rig {
         while idle < 64 {
             let moved = self.step() | (self.near.requester.progress() + self.far.requester.progress() > 0);
             idle = if moved { 0 } else { idle + 1 };
+        }
+    }
+
+    /// The number that the near end's record gives the far end.
+    pub(crate) fn qpn_of_near(&self) -> u32 {
+        let snapshot = self.near.store.get(&name("near")).unwrap();
+        match &snapshot.unchecked().record.transports[0].way {
+            Way::EpIbgda(way) => way.qpns[1],
+            other => panic!("{other:?}"),
         }
     }
 
