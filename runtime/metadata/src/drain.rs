@@ -203,9 +203,16 @@ impl Batch {
     }
 }
 
+impl Batch {
+    /// Puts what is left where nobody reuses it.
+    fn give_up(&mut self) {
+        self.quarantine.held.lock().append(&mut self.buffers);
+    }
+}
+
 impl Drop for Batch {
     fn drop(&mut self) {
-        self.quarantine.held.lock().append(&mut self.buffers);
+        self.give_up();
     }
 }
 
@@ -228,6 +235,8 @@ impl Job {
             let in_flight = self.batch.in_flight();
             self.sender.send_replace(Stage::Draining { in_flight, readers });
             if (readers != Some(0) || in_flight > 0) && !self.pause().await {
+                // First done, then said.
+                self.batch.give_up();
                 self.sender.send_replace(Stage::Quarantined { in_flight, readers, refused: false });
                 return;
             }
@@ -270,6 +279,8 @@ impl Job {
             if !self.pause().await {
                 let in_flight = self.batch.in_flight();
                 let readers = Some(0);
+                // First done, then said.
+                self.batch.give_up();
                 self.sender.send_replace(Stage::Quarantined { in_flight, readers, refused: true });
                 return false;
             }
