@@ -14,11 +14,21 @@ use ibex_abi::device_ctx::LaneHostWords;
 use super::Reach;
 use crate::error::{Error, Stale, Violation};
 use crate::ids::Rank;
-use crate::session::{Guard, Session};
+use crate::session::{Guard, LaneRuntime, Mark, Session};
 
-/// Fences that have begun: per peer and lane, the halves that had entered at the mark.
+/// Fences that have begun: per peer and lane, what had entered at the mark.
 #[derive(Default)]
-pub(crate) struct Fences(HashMap<Rank, Vec<u64>>);
+pub(crate) struct Fences(HashMap<Rank, Vec<Entered>>);
+
+/// What may hold old fields of a lane's contexts.
+#[derive(Clone)]
+struct Entered {
+    /// How many halves had entered.
+    count: u64,
+    /// Behind all of them, where they may overlap: launches on several streams. Halves of one stream leave in the
+    /// order in which they entered, so that a count is enough.
+    marks: Vec<Mark>,
+}
 
 impl Session {
     /// Masks `peer`'s slots and stops the device from executing what they hold. Repeated, it begins anew.
@@ -90,24 +100,37 @@ impl Session {
     }
 
     /// Halves that have entered so far, per lane.
-    fn entered_halves(&self) -> Result<Vec<u64>, Error> {
-        self.lanes
-            .iter()
-            .map(|runtime| Ok(self.gpu.load_u64(runtime.buffers.read().host_words_addr() + ENTERED_OFF)?))
-            .collect()
+    fn entered_halves(&self) -> Result<Vec<Entered>, Error> {
+        let of = |runtime: &LaneRuntime| {
+            let count = self.gpu.load_u64(runtime.buffers.read().host_words_addr() + ENTERED_OFF)?;
+            let mut marks = runtime.launched();
+            if marks.iter().all(|mark| mark.is_same_stream(&marks[0])) {
+                marks.clear();
+            }
+            Ok(Entered { count, marks })
+        };
+        self.lanes.iter().map(of).collect()
     }
 
     /// The first lane whose halves that had entered have not all left, send and receive alike: how many have, and how
     /// many had entered.
-    fn first_missing(&self, entered: &[u64]) -> Result<Option<(u64, u64)>, Error> {
-        for (runtime, &entered) in self.lanes.iter().zip(entered) {
+    fn first_missing(&self, entered: &[Entered]) -> Result<Option<(u64, u64)>, Error> {
+        for (runtime, entered) in self.lanes.iter().zip(entered) {
             if !runtime.is_guarded(Guard::Grace) {
                 continue;
             }
             // ORDER(10): everything a half did -> left. Acquire.
-            let left = self.gpu.load_u64(runtime.buffers.read().host_words_addr() + LEFT_OFF)?;
-            if left < entered {
-                return Ok(Some((left, entered)));
+            let words = runtime.buffers.read().host_words_addr();
+            let left = self.gpu.load_u64(words + LEFT_OFF)?;
+            if left < entered.count {
+                return Ok(Some((left, entered.count)));
+            }
+            // None was in at the moment in which as many had left as have entered by now.
+            let is_idle = left == self.gpu.load_u64(words + ENTERED_OFF)?;
+            for mark in entered.marks.iter().filter(|_| !is_idle) {
+                if !mark.is_past(&*self.gpu)? {
+                    return Ok(Some((left, left + 1)));
+                }
             }
         }
         Ok(None)

@@ -59,6 +59,7 @@ pub use world::{DeviceWrapper, Replacement, World, WorldOptions};
 use calls::IndexPool;
 use gate::Steps;
 use order::LaneOrder;
+pub(crate) use order::Mark;
 use switch::{Membership, Tables};
 
 /// Index of the dispatch operation in per-operation arrays.
@@ -84,6 +85,11 @@ pub(crate) struct LaneRuntime {
 impl LaneRuntime {
     pub(crate) fn lane(&self) -> Lane {
         self.lane
+    }
+
+    /// Marks behind everything that has been launched on this lane.
+    pub(crate) fn launched(&self) -> Vec<Mark> {
+        self.order.lock().marks()
     }
 
     /// Lets the next dispatch and combine draw these sequence numbers.

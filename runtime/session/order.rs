@@ -102,6 +102,11 @@ impl Mark {
         Ok(gpu.wait(&self.event, stream)?)
     }
 
+    /// Do both stand on one stream?
+    pub(crate) fn is_same_stream(&self, other: &Self) -> bool {
+        self.stream.same_as(&other.stream)
+    }
+
     /// Has the stream passed this mark?
     pub(crate) fn is_past(&self, gpu: &dyn Gpu) -> Result<bool, Error> {
         Ok(gpu.query(&self.event)?)
