@@ -1,6 +1,7 @@
 //! One rank in a process of its own: what [`World`](super::World) is for all ranks of one process.
 //!
-//! A [`Member`] owns its [`Node`], which is device, GPU and session, and its place at the rendezvous. Ranks meet through queue pairs and, on one host, through mapped memory.
+//! A [`Member`] owns its [`Node`], which is device, GPU and session, and its place at the rendezvous. Ranks meet
+//! through queue pairs and, on one host, through mapped memory.
 //!
 //! ```text
 //!  join      rendezvous -> fabric, device, session -> everybody's hello -> admit ports
