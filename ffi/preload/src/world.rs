@@ -63,10 +63,39 @@ pub(crate) struct QpListener {
     pub(crate) asynchronous: Option<Arc<EventFile>>,
 }
 
+/// Who hears of one kind of event of one queue through DevX.
+#[derive(Debug)]
+pub(crate) struct Subscription {
+    pub(crate) of: Subject,
+    pub(crate) event: EventType,
+    /// What the program gets to read.
+    pub(crate) cookie: u64,
+    pub(crate) file: Arc<EventFile>,
+}
+
+/// A queue that has events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Subject {
+    Cq(CqNum),
+    Qp(QpNum),
+}
+
+impl Subject {
+    /// Whose event it is; none if it is no queue's.
+    const fn of(event: Event) -> Option<Self> {
+        Some(match event {
+            Event::Completion(cqn) | Event::CqError(cqn, _) => Self::Cq(cqn),
+            Event::QpFatal(qpn) | Event::QpRequestError(qpn) | Event::QpAccessError(qpn) => Self::Qp(qpn),
+            Event::PortChange { .. } | Event::CommandsDone { .. } => return None,
+        })
+    }
+}
+
 #[derive(Debug, Default)]
 struct Listeners {
     cqs: HashMap<CqNum, CqListener>,
     qps: HashMap<QpNum, QpListener>,
+    subscriptions: Vec<Subscription>,
 }
 
 /// A device with the kernel driver's part of it.
@@ -152,6 +181,20 @@ impl Device {
         wake_event_thread();
     }
 
+    pub(crate) fn subscribe(&self, subscription: Subscription) {
+        self.listeners.lock().subscriptions.push(subscription);
+        wake_event_thread();
+    }
+
+    /// Ends the subscriptions that `is_over` names.
+    pub(crate) fn unsubscribe(&self, is_over: impl Fn(&Subscription) -> bool) {
+        let mut listeners = self.listeners.lock();
+        let (over, kept) = listeners.subscriptions.drain(..).partition::<Vec<_>, _>(is_over);
+        listeners.subscriptions = kept;
+        drop(listeners);
+        drop(over);
+    }
+
     pub(crate) fn forget_cq(&self, cqn: CqNum) -> Option<CqListener> {
         self.listeners.lock().cqs.remove(&cqn)
     }
@@ -181,6 +224,12 @@ impl Device {
 
     fn deliver(&self, event: Event) {
         let listeners = self.listeners.lock();
+        let subject = Subject::of(event);
+        for told in &listeners.subscriptions {
+            if Some(told.of) == subject && told.event == event.event_type() {
+                told.file.push_cookie(told.cookie);
+            }
+        }
         let tell_qp = |qpn, kind| {
             if let Some(listener) = listeners.qps.get(&qpn)
                 && let Some(file) = &listener.asynchronous
@@ -213,7 +262,7 @@ impl Device {
 
     fn has_listeners(&self) -> bool {
         let listeners = self.listeners.lock();
-        !listeners.cqs.is_empty() || !listeners.qps.is_empty()
+        !listeners.cqs.is_empty() || !listeners.qps.is_empty() || !listeners.subscriptions.is_empty()
     }
 }
 

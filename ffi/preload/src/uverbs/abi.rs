@@ -154,6 +154,31 @@ exchanged! {
         rkey: u32,
     }
 
+    /// `ib_uverbs_create_ah`.
+    CreateAh, 56 {
+        response: u64,
+        user_handle: u64,
+        pd_handle: u32,
+        reserved: u32,
+        dgid: [u8; 16],
+        flow_label: u32,
+        grh_rest: [u8; 4],
+        dlid: u16,
+        sl: u8,
+        src_path_bits: u8,
+        static_rate: u8,
+        is_global: u8,
+        port_num: u8,
+        reserved1: u8,
+    }
+
+    /// `mlx5_ib_create_ah_resp`.
+    CreateAhAnswer, 16 {
+        response_length: u32,
+        dmac: [u8; 6],
+        reserved: [u8; 6],
+    }
+
     /// `mlx5_ib_create_cq`.
     CreateCq, 32 {
         buf_addr: u64,

@@ -29,8 +29,8 @@ const VENDOR: (u32, u32) = (0x2c9, 0x1021);
 const MAX_SGE: u32 = 30;
 /// Atomics are atomic among queue pairs of this device only. SPEC: `IBV_ATOMIC_HCA`.
 const ATOMIC_HCA: u32 = 1;
-/// libmlx5 may send, and be sent, driver data with QUERY_DEVICE. SPEC: `MLX5_USER_CMDS_SUPP_UHW_QUERY_DEVICE`.
-const UHW_QUERY_DEVICE: u8 = 1;
+/// libmlx5 may send, and be sent, driver data with QUERY_DEVICE and CREATE_AH. SPEC: `enum mlx5_user_cmds_supp_uhw`.
+const UHW_COMMANDS: u8 = 0b11;
 /// Bytes of a doorbell register with its twin.
 const BF_REG_SIZE: u32 = 512;
 /// The clock that stamps completions counts nanoseconds.
@@ -111,7 +111,7 @@ fn context_answer(caps: &HcaCaps) -> ContextAnswer {
         comp_mask: 0,
         response_length: size_of::<ContextAnswer>() as u32, // CAST: 72.
         cqe_version: caps.cqe_version,
-        cmds_supp_uhw: UHW_QUERY_DEVICE,
+        cmds_supp_uhw: UHW_COMMANDS,
         eth_min_inline: 0,
         clock_info_versions: 0,
         hca_core_clock_offset: 0,

@@ -3,8 +3,12 @@
 //! As in the kernel, a mailbox that the device refuses still comes back with its status, and the call fails with
 //! `EREMOTEIO`; the caller finds the reason in the reply.
 
+use std::sync::Arc;
+
 use ibex_abi::doorbell::UAR_BLUE_FLAME_OFFSET;
+use ibex_abi::eqe::EventType;
 use ibex_abi::prm::{self, Field, Op};
+use ibex_abi::types::{CqNum, QpNum};
 use ibex_hca::{DoorbellPage, MemoryKind, MemoryRegion};
 use zerocopy::IntoBytes;
 
@@ -13,6 +17,7 @@ use super::{Context, Done, Object};
 use crate::errno::Errno;
 use crate::mailbox;
 use crate::user::{self, PAGE};
+use crate::world::{Subject, Subscription};
 
 /// Every method and attribute of this driver has this bit.
 const DRIVER: u16 = 0x1000;
@@ -34,6 +39,7 @@ impl Context {
         const OTHER: u16 = DRIVER;
         const QUERY_UAR: u16 = DRIVER + 1;
         const QUERY_EQN: u16 = DRIVER + 2;
+        const SUBSCRIBE_EVENT: u16 = DRIVER + 3;
         const FIRST: u16 = DRIVER;
         const SECOND: u16 = DRIVER + 1;
         match call.method {
@@ -41,6 +47,47 @@ impl Context {
             // Pages are allocated one by one, so the program's index is the device's.
             QUERY_UAR => call.set_output(SECOND, call.number32(FIRST)?.as_bytes()),
             QUERY_EQN => call.set_output(SECOND, u32::from(self.device.eqn()).as_bytes()),
+            SUBSCRIBE_EVENT => self.subscribe(call),
+            _ => Err(Errno::NO_METHOD),
+        }
+    }
+
+    /// Has events of an object told in an event file: a cookie for each, and no data.
+    fn subscribe(&self, call: &Call) -> Done {
+        const FILE: u16 = DRIVER;
+        const OBJECT: u16 = DRIVER + 1;
+        const EVENTS: u16 = DRIVER + 2;
+        const EVENTFD: u16 = DRIVER + 3;
+        const COOKIE: u16 = DRIVER + 4;
+        if call.has(EVENTFD) || !call.has(OBJECT) {
+            return Err(Errno::NOTSUPP);
+        }
+        let file = self.file(call.fd(FILE)?)?;
+        let subject = self.with(call.number32(OBJECT)?, |object| match object {
+            Object::Devx { destroy } => subject_of(destroy),
+            _ => None,
+        });
+        let (of, cookie) = (subject?, call.number(COOKIE)?);
+        let events = call.input(EVENTS)?;
+        let (codes, _) = events.as_chunks::<2>();
+        let known = |code: &[u8; 2]| {
+            let is_it = |event: &EventType| *event as u16 == u16::from_ne_bytes(*code);
+            EventType::ALL.into_iter().find(is_it).ok_or(Errno::INVAL)
+        };
+        for event in codes.iter().map(known).collect::<Result<Vec<_>, _>>()? {
+            self.device.subscribe(Subscription { of, event, cookie, file: Arc::clone(&file) });
+        }
+        Ok(())
+    }
+
+    /// Makes a file for events without their data.
+    pub(super) fn event_file_method(&self, call: &Call) -> Done {
+        const ALLOC: u16 = DRIVER;
+        const FLAGS: u16 = DRIVER + 1;
+        const OMIT_DATA: u32 = 1;
+        match call.method {
+            ALLOC if call.number32(FLAGS)? != OMIT_DATA => Err(Errno::NOTSUPP),
+            ALLOC => call.set_number(HANDLE, self.new_file()?),
             _ => Err(Errno::NO_METHOD),
         }
     }
@@ -146,6 +193,17 @@ impl Context {
         call.set_output(MMAP_LENGTH, PAGE.as_bytes())?;
         call.set_output(PAGE_ID, page.uar.get().as_bytes())?;
         call.set_number(HANDLE, handle.into())
+    }
+}
+
+/// The queue that a mailbox destroys; none if it is no queue.
+pub(super) fn subject_of(destroy: &[u8]) -> Option<Subject> {
+    // CAST: a 24-bit field.
+    let number = prm::try_get(destroy, prm::destroy_qp_in::QPN)? as u32;
+    match prm::op_of(destroy).ok()? {
+        Op::DestroyCq => Some(Subject::Cq(CqNum::new(number))),
+        Op::DestroyQp => Some(Subject::Qp(QpNum::new(number))),
+        _ => None,
     }
 }
 

@@ -67,6 +67,11 @@ impl EventFile {
         self.push(user_handle, user_handle.as_bytes());
     }
 
+    /// An event of DevX without its data.
+    pub(crate) fn push_cookie(&self, cookie: u64) {
+        self.push(cookie, cookie.as_bytes());
+    }
+
     pub(crate) fn push_async(&self, element: u64, kind: AsyncKind) {
         // CAST: a fieldless enum of representation u32.
         let event = AsyncEvent { element, event_type: kind as u32, reserved: 0 };

@@ -1,17 +1,17 @@
-//! Protection domains and memory regions.
+//! Protection domains, memory regions and address handles.
 
 use std::os::fd::RawFd;
 
-use ibex_abi::types::Iova;
-use ibex_hca::{Access, MemoryKind, MemoryRegion};
+use ibex_abi::types::{Gid, Iova, Mac};
+use ibex_hca::{Access, LinkLayer, MemoryKind, MemoryRegion};
 use zerocopy::IntoBytes;
 
-use super::abi::{RegMr, RegMrAnswer};
-use super::attrs::Call;
+use super::abi::{CreateAh, CreateAhAnswer, RegMr, RegMrAnswer};
+use super::attrs::{Call, UHW_OUT};
 use super::write::{CORE_IN, CORE_OUT};
 use super::{Context, Done, Object};
 use crate::errno::Errno;
-use crate::user;
+use crate::{user, world};
 
 /// Access flags. SPEC: `enum ib_uverbs_access_flags`.
 mod access {
@@ -63,6 +63,32 @@ impl Context {
             REG_DMABUF => self.reg_dmabuf_mr(call),
             _ => Err(Errno::NO_METHOD),
         }
+    }
+
+    pub(super) fn ah_method(&self, call: &Call) -> Done {
+        const DESTROY: u16 = 0;
+        const HANDLE: u16 = 0;
+        match call.method {
+            DESTROY => self.remove(call.number32(HANDLE)?, |object| matches!(object, Object::Ah)).map(drop),
+            _ => Err(Errno::NO_METHOD),
+        }
+    }
+
+    /// An address handle serves to find the Ethernet address behind a GID, as the kernel's neighbour table would.
+    pub(super) fn create_ah(&self, call: &Call) -> Done {
+        let wanted: CreateAh = call.input_as(CORE_IN)?;
+        self.pd(wanted.pd_handle)?;
+        let Mac(dmac) = match self.device.port().link {
+            LinkLayer::Ib => Mac::default(),
+            LinkLayer::Roce if wanted.is_global == 0 => return Err(Errno::INVAL),
+            LinkLayer::Roce => {
+                let mac = world::existing().and_then(|world| world.mac_of(Gid(wanted.dgid)));
+                mac.ok_or(Errno(libc::EHOSTUNREACH))?
+            }
+        };
+        let response_length = size_of::<CreateAhAnswer>() as u32; // CAST: 16.
+        call.set_output(UHW_OUT, CreateAhAnswer { response_length, dmac, reserved: [0; 6] }.as_bytes())?;
+        call.set_output(CORE_OUT, self.add(Object::Ah).as_bytes())
     }
 
     pub(super) fn reg_mr(&self, call: &Call) -> Done {

@@ -45,11 +45,13 @@ mod object {
     pub(super) const PD: u16 = 1;
     pub(super) const CQ: u16 = 3;
     pub(super) const QP: u16 = 4;
+    pub(super) const AH: u16 = 6;
     pub(super) const MR: u16 = 7;
     pub(super) const ASYNC_EVENT: u16 = 16;
     pub(super) const DEVX: u16 = 0x1000;
     pub(super) const DEVX_OBJ: u16 = 0x1001;
     pub(super) const DEVX_UMEM: u16 = 0x1002;
+    pub(super) const DEVX_EVENT_FILE: u16 = 0x1005;
     pub(super) const UAR: u16 = 0x1008;
 }
 
@@ -62,6 +64,8 @@ pub(crate) enum Object {
     Qp(Qp),
     Umem(Umem),
     Uar(DoorbellPage),
+    /// An address handle, of which the device knows nothing.
+    Ah,
     /// An object of the mailbox interface: the mailbox that destroys it.
     Devx {
         destroy: [u8; 16],
@@ -106,10 +110,12 @@ impl Context {
             object::CQ => self.cq_method(&call),
             object::QP => self.qp_method(&call),
             object::MR => self.mr_method(&call),
+            object::AH => self.ah_method(&call),
             object::ASYNC_EVENT => self.async_event_method(&call),
             object::DEVX => self.devx_method(&call),
             object::DEVX_OBJ => self.devx_obj_method(&call),
             object::DEVX_UMEM => self.umem_method(&call),
+            object::DEVX_EVENT_FILE => self.event_file_method(&call),
             object::UAR => self.uar_method(&call),
             _ => Err(Errno::NO_METHOD),
         }
@@ -128,6 +134,9 @@ impl Context {
     pub(crate) fn forget_file(&self, fd: RawFd) {
         // Dropping it closes its other end, which comes back here: not under the lock.
         let forgotten = self.files.lock().remove(&fd);
+        if let Some(file) = &forgotten {
+            self.device.unsubscribe(|subscription| Arc::ptr_eq(&subscription.file, file));
+        }
         drop(forgotten);
     }
 
@@ -178,7 +187,14 @@ impl Context {
             Object::Qp(qp) => self.end_qp(qp),
             Object::Umem(umem) => Ok(hca.destroy_umem(*umem)?),
             Object::Uar(page) => Ok(hca.free_doorbell(*page)?),
-            Object::Devx { destroy } => Ok(self.device.exec(destroy, &mut [0; 16])?),
+            Object::Ah => Ok(()),
+            Object::Devx { destroy } => {
+                self.device.exec(destroy, &mut [0; 16])?;
+                if let Some(subject) = devx::subject_of(destroy) {
+                    self.device.unsubscribe(|subscription| subscription.of == subject);
+                }
+                Ok(())
+            }
         }
     }
 

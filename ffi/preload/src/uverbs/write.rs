@@ -18,6 +18,7 @@ const WRITE_CMD: u16 = 2;
 mod command {
     pub(super) const QUERY_DEVICE: u64 = 1;
     pub(super) const ALLOC_PD: u64 = 3;
+    pub(super) const CREATE_AH: u64 = 5;
     pub(super) const REG_MR: u64 = 9;
     pub(super) const CREATE_COMP_CHANNEL: u64 = 17;
     pub(super) const QUERY_QP: u64 = 25;
@@ -41,6 +42,7 @@ impl Context {
                 call.set_output(UHW_OUT, device::driver_device_attr().as_bytes())
             }
             command::ALLOC_PD => self.alloc_pd(call),
+            command::CREATE_AH => self.create_ah(call),
             command::REG_MR => self.reg_mr(call),
             command::CREATE_COMP_CHANNEL => {
                 // CAST: a descriptor.
