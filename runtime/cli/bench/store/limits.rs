@@ -54,7 +54,7 @@ impl Limits {
                 let path = path.with_extension("bench-limit");
                 Bare::File(File::create(&path).map_err(os("open"))?, path)
             }
-            StoreUrl::Redis(url) => Bare::Redis(Redis::connect(url, names, value).map_err(os("redis"))?),
+            StoreUrl::Redis(url) => Bare::Redis(Redis::connect(&url.url, names, value).map_err(os("redis"))?),
             _ => Bare::Loopback(Echo::start().map_err(os("connect"))?),
         };
         let wake = match bare {
