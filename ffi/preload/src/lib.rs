@@ -19,7 +19,7 @@
 //! descriptor that `open` gave, and its objects are destroyed with it. Doorbell pages are the device's and are never
 //! unmapped, so that `munmap` of one does nothing.
 //!
-//! How a program is run under it stands in [`settings`].
+//! How a program is run under it stands in `settings.rs`.
 #![expect(
     unsafe_code,
     reason = "stands in for the kernel: every argument is an address that the program vouches for"
