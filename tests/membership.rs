@@ -3,6 +3,7 @@
 //! The store is a model: cells with versions, claims with leases, delayed and repeated notifications, outages, ranks
 //! that are cut off. Sessions are models, too: a step counter behind a gate, tables, links that take time. Machines are
 //! the real ones. A seed replays exactly; `MODEL_SEED=n` runs one, and prints what happens.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message of a test")]
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -14,6 +15,8 @@ use ibex::membership::{
     Standing, Start, Stop, View, is_quorum,
 };
 
+#[path = "membership/states.rs"]
+mod states;
 #[path = "membership/store.rs"]
 mod store;
 #[path = "membership/world.rs"]

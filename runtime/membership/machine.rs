@@ -459,6 +459,9 @@ impl Membership {
     fn settle(&mut self, now: u64) {
         self.now = self.now.max(now);
         self.wake.set(None);
+        if self.stopped.is_some() {
+            return;
+        }
         self.settle_standing();
         self.settle_store();
         self.settle_suspects();
@@ -494,12 +497,22 @@ impl Membership {
         let is_mine = slot.instance == self.instance;
         let has_left = || self.view.start.as_ref().is_some_and(|s| s.plan.leave.contains(self.me));
         match (slot.state, self.standing) {
-            (SlotState::Member, _) if is_mine => self.standing = Standing::Member,
-            (SlotState::Joining, _) if is_mine => self.standing = Standing::Joining,
+            (SlotState::Member, Standing::Outside | Standing::Joining | Standing::Member) if is_mine => {
+                self.standing = Standing::Member;
+            }
+            (SlotState::Joining, Standing::Outside | Standing::Joining) if is_mine => {
+                self.standing = Standing::Joining;
+            }
             (SlotState::Vacant, Standing::Member | Standing::Leaving) if is_mine && has_left() => {
                 self.standing = Standing::Leaving;
             }
             (_, Standing::Outside) if !is_mine => {}
+            (SlotState::Joining | SlotState::Member, _) if is_mine => {
+                // An incarnation goes through its states once.
+                let (found, expected) = (u64::from(slot.state == SlotState::Member), 0);
+                let check = "state of this rank's slot, which it has passed";
+                self.stop(Stop::Violation(Violation { from: self.me, check, found, expected }));
+            }
             // It had a place, and has none: evicted, or its place is another's.
             _ => self.stop(Stop::Fenced { epoch }),
         }

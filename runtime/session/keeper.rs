@@ -334,7 +334,7 @@ impl Keeper {
                 self.membership.handle_peer_suspicions(now_ns, peer, suspects);
             }
         }
-        self.mask_lost();
+        self.give_up_lost();
     }
 
     fn look_at_suspects(&mut self, now_ns: u64, suspected: RankSet) {
@@ -365,18 +365,15 @@ impl Keeper {
     ) {
         if self.membership.handle_suspicion(now_ns, peer, instance, evidence) {
             self.note(now_ns, Happening::Suspected { peer, evidence, fault });
-            self.mask_lost();
+            self.give_up_lost();
         }
     }
 
-    /// Kernels stop waiting for whoever is lost for a reason that kernels cannot see.
-    fn mask_lost(&mut self) {
+    /// Takes the queue pairs of whoever is lost out of use, at once: that needs no agreement, because a suspicion
+    /// holds until the pair is made anew. What the device refuses is tried again with the next look.
+    fn give_up_lost(&mut self) {
         for (peer, _) in self.links.serving() {
-            let evidence = self.membership.evidence(peer);
-            let is_known_elsewhere =
-                matches!(evidence, Some(Evidence::Exit | Evidence::Lease | Evidence::Superseded));
-            // A store that fails is tried again with the next look.
-            if is_known_elsewhere && self.session.is_active(peer) && self.session.mask(peer).is_ok() {
+            if self.membership.suspects().contains(peer) && self.session.begin_fence(peer).is_ok() {
                 self.links.stop_serving(peer);
             }
         }
