@@ -2,6 +2,7 @@
 //! that were captured before stay valid.
 #![expect(clippy::unwrap_used, reason = "a scenario that cannot be set up is a failed test")]
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ibex::config::{RoutePolicy, WireDtype};
@@ -9,6 +10,10 @@ use ibex::error::{Error, Evidence};
 use ibex::membership::{RankSet, Stop};
 use ibex::session::{Happening, Tokens};
 use ibex::{Config, Rank};
+use ibex_abi::prm::{Op, Status};
+use ibex_hca::emulated::EmulatedHca;
+use ibex_hca::fault::{Fault, FaultHca};
+use parking_lot::Mutex;
 
 #[path = "group/hub.rs"]
 mod hub;
@@ -45,8 +50,8 @@ fn config() -> Config {
     }
 }
 
-const fn bare() -> Wrap {
-    |_, device| device
+fn bare() -> Wrap {
+    Box::new(|_, device| device)
 }
 
 struct Inputs {
@@ -143,4 +148,72 @@ fn ranks_come_and_leave_at_a_gate_without_a_loss() {
         session.launch_step(&stream, &tensors, TOPK).unwrap_err()
     });
     assert!(matches!(refused, Error::Gated(_)), "{refused:?}");
+}
+
+#[test]
+fn a_name_is_taken_again_at_once_and_the_store_may_be_away_meanwhile() {
+    let mut group = formed(&[0, 1, 2, 3], bare());
+    group.hub.set_away(true);
+    group.kill(Rank(2));
+    group.run_for_ms(100);
+    let agreed = |what: &Happening| matches!(what, Happening::Agreed { .. });
+    assert_eq!(group.happened(Rank(0), agreed), 1, "no store, no other epoch");
+    group.hub.set_away(false);
+    group.start(Rank(2)).ready(1);
+    group.run_until_members(&[0, 1, 2, 3]);
+    let superseded =
+        |what: &Happening| matches!(what, Happening::Agreed { members, .. } if members.len() == 3);
+    assert_eq!(group.happened(Rank(0), superseded), 1, "the old one leaves before the new one comes");
+    let inputs = Inputs::new();
+    let whole = group.finish(&group.launch(&[0, 1, 2, 3], &inputs.with(&PICKS), TOPK), TOKENS);
+    assert!(whole.iter().all(|rank| rank.lost_topk == [0; 4]));
+}
+
+/// Devices whose next commands can be refused.
+#[derive(Clone, Default)]
+struct Faulty(Arc<Mutex<BTreeMap<Rank, Arc<FaultHca<EmulatedHca>>>>>);
+
+impl Faulty {
+    fn wrap(&self) -> Wrap {
+        let devices = self.clone();
+        Box::new(move |rank, device| {
+            let faulty = FaultHca::new(device);
+            devices.0.lock().insert(rank, Arc::clone(&faulty));
+            faulty
+        })
+    }
+
+    fn refuse(&self, rank: Rank, op: Op) {
+        assert!(self.0.lock()[&rank].inject(Fault::refuse(op, Status::IntErr)));
+    }
+
+    fn pending(&self, rank: Rank) -> usize {
+        self.0.lock()[&rank].pending()
+    }
+}
+
+#[test]
+fn whatever_command_is_refused_a_replacement_comes_in_all_the_same() {
+    let inputs = Inputs::new();
+    let all = [0, 1, 2, 3];
+    let making = [Op::CreateCq, Op::CreateQp, Op::Rst2InitQp, Op::Init2RtrQp, Op::Rtr2RtsQp];
+    for (rank, ops) in [(0, &[Op::ToErrQp, Op::ToRstQp][..]), (0, &making), (1, &making), (3, &making)] {
+        for op in ops {
+            let faulty = Faulty::default();
+            let mut group = formed(&all, faulty.wrap());
+            group.kill(Rank(3));
+            if rank != 3 {
+                faulty.refuse(Rank(rank), *op);
+            }
+            let session = group.start(Rank(3));
+            if rank == 3 {
+                faulty.refuse(Rank(3), *op);
+            }
+            session.ready(1);
+            group.run_until_members(&all);
+            assert_eq!(faulty.pending(Rank(rank)), 0, "{op:?} of rank {rank} was not struck");
+            let whole = group.finish(&group.launch(&all, &inputs.with(&PICKS), TOPK), TOKENS);
+            assert!(whole.iter().all(|rank| rank.lost_topk == [0; 4]), "{op:?} of rank {rank}");
+        }
+    }
 }

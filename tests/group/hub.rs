@@ -45,11 +45,11 @@ impl State {
 
 /// The store.
 #[derive(Clone, Default)]
-pub struct Hub(Arc<Mutex<State>>);
+pub(crate) struct Hub(Arc<Mutex<State>>);
 
 impl Hub {
     /// Claims the name of a rank, whoever held it.
-    pub fn claim(&self, rank: Rank, instance: Instance) -> (Claimed, HubBoard) {
+    pub(crate) fn claim(&self, rank: Rank, instance: Instance) -> (Claimed, HubBoard) {
         let mut state = self.0.lock();
         let fence = state.names.get(&rank).map_or(0, |(claim, _)| claim.fence) + 1;
         let claim = Claimed { rank, instance, fence };
@@ -61,7 +61,7 @@ impl Hub {
     }
 
     /// Nothing is written or told from here on, or again.
-    pub fn set_away(&self, is_away: bool) {
+    pub(crate) fn set_away(&self, is_away: bool) {
         let mut state = self.0.lock();
         state.is_away = is_away;
         let listing = if is_away { VecDeque::from([BoardEvent::Unavailable]) } else { state.listing() };
@@ -70,7 +70,7 @@ impl Hub {
 }
 
 /// One rank's board.
-pub struct HubBoard {
+pub(crate) struct HubBoard {
     hub: Hub,
     rank: Rank,
     instance: Instance,

@@ -79,12 +79,12 @@ impl Progress for Agents {
 }
 
 /// What a device is wrapped in.
-pub type Wrap = fn(Rank, Arc<EmulatedHca>) -> Arc<dyn Hca>;
+pub(crate) type Wrap = Box<dyn Fn(Rank, Arc<EmulatedHca>) -> Arc<dyn Hca>>;
 
 /// The group. Everything of it happens on the caller's thread.
-pub struct Group {
-    pub config: Config,
-    pub hub: Hub,
+pub(crate) struct Group {
+    pub(crate) config: Config,
+    pub(crate) hub: Hub,
     initial: RankSet,
     fabric: Arc<Fabric>,
     agents: Arc<Agents>,
@@ -95,21 +95,20 @@ pub struct Group {
 }
 
 /// One rank's step that has been launched.
-pub struct Running {
-    pub rank: Rank,
+pub(crate) struct Running {
     session: Arc<Session>,
     tensors: Tensors,
     stream: Stream,
 }
 
 impl Running {
-    pub fn session(&self) -> &Session {
+    pub(crate) fn session(&self) -> &Session {
         &self.session
     }
 }
 
 impl Group {
-    pub fn new(config: Config, initial: RankSet, wrap: Wrap) -> Self {
+    pub(crate) fn new(config: Config, initial: RankSet, wrap: Wrap) -> Self {
         let beat_every_ns = u64::from(config.detect_ms) * 1_000_000 / 4;
         let agents = Arc::new(Agents { beat_every_ns, ..Agents::default() });
         let progress: Arc<dyn Progress> = Arc::clone(&agents) as _;
@@ -120,7 +119,7 @@ impl Group {
     }
 
     /// Starts a process for `rank`, under a new instance.
-    pub fn start(&mut self, rank: Rank) -> Arc<Session> {
+    pub(crate) fn start(&mut self, rank: Rank) -> Arc<Session> {
         let config = self.config.validate().unwrap();
         let device = EmulatedHca::new(Arc::clone(&self.fabric), EmulatedConfig::default()).unwrap();
         let gpu = Arc::new(HostGpu::new(Arc::clone(&self.pool), self.num_started));
@@ -151,29 +150,29 @@ impl Group {
     }
 
     /// Ends the process of `rank` wherever it stands; it says nothing to anybody.
-    pub fn kill(&mut self, rank: Rank) {
+    pub(crate) fn kill(&mut self, rank: Rank) {
         let node = self.agents.nodes.lock().remove(&rank).unwrap();
         self.fabric.kill(PortId(node.device.port_id().0));
         node.gpu.kill().unwrap();
         self.dead.push(node);
     }
 
-    pub fn on<T>(&self, rank: Rank, call: impl FnOnce(&mut Keeper, u64) -> T) -> T {
+    pub(crate) fn on<T>(&self, rank: Rank, call: impl FnOnce(&mut Keeper, u64) -> T) -> T {
         let mut nodes = self.agents.nodes.lock();
         let node = nodes.get_mut(&rank).unwrap();
         node.next_step_ns = 0;
         call(&mut node.keeper, self.pool.now_ns())
     }
 
-    pub fn stop_of(&self, rank: Rank) -> Option<Stop> {
+    pub(crate) fn stop_of(&self, rank: Rank) -> Option<Stop> {
         self.agents.nodes.lock()[&rank].stop
     }
 
-    pub fn happened(&self, rank: Rank, is_it: impl Fn(&Happening) -> bool) -> usize {
+    pub(crate) fn happened(&self, rank: Rank, is_it: impl Fn(&Happening) -> bool) -> usize {
         self.agents.nodes.lock()[&rank].events.iter().filter(|event| is_it(&event.what)).count()
     }
 
-    pub fn report(&self) -> String {
+    pub(crate) fn report(&self) -> String {
         let nodes = self.agents.nodes.lock();
         let of = |(rank, node): (&Rank, &Node)| {
             format!("{rank}: {:?} {:?}\n  {:?}\n", node.stop, node.keeper.view(), node.events)
@@ -182,7 +181,7 @@ impl Group {
     }
 
     /// Runs until every one of `members` serves an epoch of exactly these, with its gate open.
-    pub fn run_until_members(&self, members: &[u16]) {
+    pub(crate) fn run_until_members(&self, members: &[u16]) {
         let members: RankSet = members.iter().map(|rank| Rank(*rank)).collect();
         let limit_ns = self.pool.now_ns() + 400 * u64::from(self.config.detect_ms) * 1_000_000;
         let mut is_whole = false;
@@ -197,13 +196,13 @@ impl Group {
         assert!(is_whole, "not {members} by {} ns:\n{}", self.pool.now_ns(), self.report());
     }
 
-    pub fn run_for_ms(&self, ms: u64) {
+    pub(crate) fn run_for_ms(&self, ms: u64) {
         let limit_ns = self.pool.now_ns() + ms * 1_000_000;
         self.pool.simulate(&mut || self.pool.now_ns() >= limit_ns).unwrap();
     }
 
     /// Launches a step of the same tokens on each of `ranks`.
-    pub fn launch(&self, ranks: &[u16], tokens: &Tokens<'_>, topk: u32) -> Vec<Running> {
+    pub(crate) fn launch(&self, ranks: &[u16], tokens: &Tokens<'_>, topk: u32) -> Vec<Running> {
         let nodes = self.agents.nodes.lock();
         let launch = |rank: &u16| {
             let node = &nodes[&Rank(*rank)];
@@ -211,19 +210,24 @@ impl Group {
             let tensors = session.tensors().unwrap();
             session.load(&tensors, topk, tokens).unwrap();
             session.launch_step(&stream, &tensors, topk).unwrap();
-            Running { rank: Rank(*rank), session, tensors, stream }
+            Running { session, tensors, stream }
         };
         ranks.iter().map(launch).collect()
     }
 
     /// Waits for all of them.
-    pub fn finish(&self, running: &[Running], num_tokens: u32) -> Vec<Combined> {
+    pub(crate) fn finish(&self, running: &[Running], num_tokens: u32) -> Vec<Combined> {
         let finish = |run: &Running| run.session.finish(&run.stream, &run.tensors, num_tokens).unwrap();
         running.iter().map(finish).collect()
     }
 
     /// Captures a step on each of `ranks`; [`Group::replay`] runs it.
-    pub fn capture(&self, ranks: &[u16], tokens: &Tokens<'_>, topk: u32) -> Vec<(Running, SessionGraph)> {
+    pub(crate) fn capture(
+        &self,
+        ranks: &[u16],
+        tokens: &Tokens<'_>,
+        topk: u32,
+    ) -> Vec<(Running, SessionGraph)> {
         let nodes = self.agents.nodes.lock();
         let capture = |rank: &u16| -> Result<_, Error> {
             let node = &nodes[&Rank(*rank)];
@@ -233,12 +237,12 @@ impl Group {
             session.begin_capture(&stream)?;
             session.launch_step(&stream, &tensors, topk)?;
             let graph = session.end_capture()?;
-            Ok((Running { rank: Rank(*rank), session, tensors, stream }, graph))
+            Ok((Running { session, tensors, stream }, graph))
         };
         ranks.iter().map(|rank| capture(rank).unwrap()).collect()
     }
 
-    pub fn replay(&self, captured: &[(Running, SessionGraph)], num_tokens: u32) -> Vec<Combined> {
+    pub(crate) fn replay(&self, captured: &[(Running, SessionGraph)], num_tokens: u32) -> Vec<Combined> {
         for (run, graph) in captured {
             run.session.replay(graph, &run.stream).unwrap();
         }

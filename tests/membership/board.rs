@@ -1,7 +1,6 @@
 //! Between machines and the store: delays, repetitions, cuts, outages, leases; and what a change of the view may be.
 
 use super::*;
-use crate::store::Cas;
 
 impl World {
     /// Tells a board's owner, after a delay; now and then twice.
@@ -101,8 +100,8 @@ impl World {
             Wish::View(number) => {
                 let (expect, view) = self.nodes[&rank].changes[number as usize].clone();
                 let is_done = match self.store.cas(expect, view, self.is_anything_allowed) {
-                    Cas::Refused => false,
-                    Cas::Done { before } => {
+                    None => false,
+                    Some(before) => {
                         self.check_change(&before);
                         self.announce(Note::View);
                         true

@@ -71,8 +71,11 @@ fn row(rank: u16, seen: u64, epoch: u32) -> Row {
     }
 }
 
+/// What happens to a machine on its way to a state.
+type Script<'a> = &'a [&'a dyn Fn(&mut Membership, u64)];
+
 /// A machine to which these have happened.
-fn machine(events: &[&dyn Fn(&mut Membership, u64)]) -> Membership {
+fn machine(events: Script<'_>) -> Membership {
     let mut machine = Membership::new(config(), claim(1, 11), NOW - 1_000);
     for (event, now) in events.iter().zip((1..).map(|n| NOW - 1_000 + n)) {
         event(&mut machine, now);

@@ -25,12 +25,6 @@ pub(super) struct Store {
     pub(super) epochs: BTreeMap<Epoch, RankSet>,
 }
 
-/// What became of a compare-and-set.
-pub(super) enum Cas {
-    Refused,
-    Done { before: View },
-}
-
 impl Store {
     pub(super) fn new(num_ranks: u32) -> Self {
         Self {
@@ -58,10 +52,10 @@ impl Store {
         claim
     }
 
-    /// Replaces the view, and holds the change against what a group must never do.
-    pub(super) fn cas(&mut self, expect: u64, view: View, is_any_change_allowed: bool) -> Cas {
+    /// Replaces the view, and holds the change against what a group must never do; the view before, unless refused.
+    pub(super) fn cas(&mut self, expect: u64, view: View, is_any_change_allowed: bool) -> Option<View> {
         if expect != self.version {
-            return Cas::Refused;
+            return None;
         }
         let before = core::mem::replace(&mut self.view, view);
         self.version += 1;
@@ -79,6 +73,6 @@ impl Store {
             let known = self.epochs.insert(after.epoch, new);
             assert_eq!(known, None, "an epoch has one set of members");
         }
-        Cas::Done { before }
+        Some(before)
     }
 }
