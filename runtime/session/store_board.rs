@@ -161,7 +161,8 @@ impl StoreBoard {
     /// Claims the rank's name and begins to read and to write.
     ///
     /// # Errors
-    /// As [`Store::claim`]: [`StoreError::Held`] while another process's lease runs, unless `takeover`.
+    /// As [`ibex_metadata::store::Store::claim`]: [`StoreError::Held`] while another process's lease runs, unless
+    /// `takeover`.
     pub fn claim(store: &Blocking, what: &BoardClaim) -> Result<Self> {
         let instance = InstanceId::new(what.instance.0).ok_or(StoreError::NotFound)?;
         let name = what.group.name(&rank_name(what.rank))?;
@@ -197,7 +198,7 @@ impl StoreBoard {
     /// Gives the name back: peers see at once that this rank is gone.
     ///
     /// # Errors
-    /// As [`Store::release`].
+    /// As [`ibex_metadata::store::Store::release`].
     pub fn release(mut self) -> Result<()> {
         match self.lease.take() {
             Some(lease) => self.store.release_kept(lease),
