@@ -119,12 +119,24 @@ fn words_that_do_not_exist_are_refused() {
 }
 
 #[test]
+fn a_device_that_is_not_there_is_refused_with_a_sentence() {
+    let output = ibex(&["bench", "ep", "--provider", "mlx5", "--nics", "mlx5_ibex_none"]);
+    let said = text(&output.stderr);
+    assert_eq!((exit_code(&output), said.lines().count()), (2, 1), "{said}");
+    // Without the libraries it says what to install, without the device which ones there are.
+    assert!(said.contains("ibverbs-providers") || said.contains("mlx5_ibex_none"), "{said}");
+    refused(&["bench", "ep", "--nics", "mlx5_0"], &["--nics", "--provider emulated"]);
+    refused(&["bench", "ep", "--provider", "mlx5", "--fabric", "sim"], &["--fabric", "of their own"]);
+}
+
+#[test]
 fn what_is_not_built_yet_is_refused_and_says_what_is() {
     let refuses = |bench: &'static str, flags: &[&'static str], built: &str| {
         refused(&[&["bench", bench], flags].concat(), &[flags[0], "not built yet", built]);
     };
+    refuses("post", &["--provider", "mlx5"], "emulated");
+    refuses("ep", &["--provider", "mlx5", "--procs"], "one process");
     for bench in ["ep", "post"] {
-        refuses(bench, &["--provider", "mlx5"], "emulated");
         refuses(bench, &["--gpu", "cuda"], "host");
         refuses(bench, &["--store", "tcp://127.0.0.1:7"], "store");
     }

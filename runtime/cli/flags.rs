@@ -52,12 +52,52 @@ pub(super) enum Hosts {
     Netns,
 }
 
+/// Which real devices, and how their packets travel; only with --provider mlx5.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct Nics {
+    /// Devices that ranks share in turn [default: every one with an active port, nearest first].
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    pub(super) nics: Vec<String>,
+    /// Port of each device [default: the first active one].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub(super) nic_port: Option<u8>,
+    /// Entry of the GID table [default: RoCE v2, IPv4 before IPv6 before link-local].
+    #[arg(long, value_name = "N")]
+    pub(super) gid_index: Option<u8>,
+    /// Entry of the P_Key table [default: 0].
+    #[arg(long, value_name = "N")]
+    pub(super) pkey_index: Option<u16>,
+    /// Service level, or Ethernet priority [default: 0].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=15))]
+    pub(super) service_level: Option<u8>,
+    /// Traffic class of packets; its upper six bits are the DSCP [default: 0].
+    #[arg(long, value_name = "N")]
+    pub(super) traffic_class: Option<u8>,
+}
+
+impl Nics {
+    /// A flag that was given, if any was.
+    fn first(&self) -> Option<&'static str> {
+        let given = [
+            ("--nics", !self.nics.is_empty()),
+            ("--nic-port", self.nic_port.is_some()),
+            ("--gid-index", self.gid_index.is_some()),
+            ("--pkey-index", self.pkey_index.is_some()),
+            ("--service-level", self.service_level.is_some()),
+            ("--traffic-class", self.traffic_class.is_some()),
+        ];
+        given.into_iter().find(|(_, is_given)| *is_given).map(|(flag, _)| flag)
+    }
+}
+
 /// The machinery under a run.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Machine {
     /// Where RDMA commands go.
     #[arg(long, default_value = "emulated")]
     provider: Provider,
+    #[command(flatten)]
+    pub(super) nics: Nics,
     /// What runs kernels.
     #[arg(long, default_value = "host")]
     gpu: GpuKind,
@@ -97,16 +137,44 @@ impl Machine {
     /// The first such flag.
     pub(super) fn validate(&self) -> Result<(), CliError> {
         let refuse = |flag, value, available| Err(CliError::NotBuilt { flag, value, available });
-        if self.provider == Provider::Mlx5 {
-            return refuse("--provider", "mlx5", "the emulated device");
-        }
         if self.gpu == GpuKind::Cuda {
             return refuse("--gpu", "cuda", "kernels on the host");
         }
         if self.store.is_some() {
             return refuse("--store", "URL", "no metadata store");
         }
+        self.validate_provider()?;
         self.validate_processes()
+    }
+
+    /// Whether queue pairs live on real devices.
+    pub(super) fn is_mlx5(&self) -> bool {
+        self.provider == Provider::Mlx5
+    }
+
+    fn validate_provider(&self) -> Result<(), CliError> {
+        if !self.is_mlx5() {
+            return match self.nics.first() {
+                Some(one) => {
+                    let because = "emulated devices are all alike";
+                    Err(CliError::Conflict { one, other: "--provider emulated", because })
+                }
+                None => Ok(()),
+            };
+        }
+        if self.is_group() {
+            let available = "real devices within one process";
+            return Err(CliError::NotBuilt {
+                flag: "--provider",
+                value: "mlx5 between processes",
+                available,
+            });
+        }
+        if self.fabric.is_some() {
+            let because = "real devices have a fabric of their own";
+            return Err(CliError::Conflict { one: "--fabric", other: "--provider mlx5", because });
+        }
+        Ok(())
     }
 
     fn validate_processes(&self) -> Result<(), CliError> {
@@ -151,8 +219,16 @@ impl Machine {
     /// # Errors
     /// The first such flag.
     pub(super) fn validate_one_process(&self) -> Result<(), CliError> {
-        let refuse =
-            |flag, value| Err(CliError::NotBuilt { flag, value, available: "one process, fabric inproc" });
+        let refuse = |flag, value| {
+            Err(CliError::NotBuilt {
+                flag,
+                value,
+                available: "emulated devices in one process, fabric inproc",
+            })
+        };
+        if self.is_mlx5() {
+            return refuse("--provider", "mlx5");
+        }
         if self.procs {
             return refuse("--procs", "(one process per rank)");
         }
@@ -225,6 +301,9 @@ impl Machine {
 
     /// The name of the fabric, for reports.
     pub(super) fn fabric_name(&self) -> &'static str {
+        if self.is_mlx5() {
+            return "the devices' own";
+        }
         match self.fabric() {
             FabricKind::Inproc => "inproc",
             FabricKind::Shm => "shm",
@@ -519,7 +598,9 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for args in [&["--provider", "mlx5"][..], &["--gpu", "cuda"], &["--store", "tcp://127.0.0.1:1"]] {
+        for args in
+            [&["--provider", "mlx5", "--procs"][..], &["--gpu", "cuda"], &["--store", "tcp://127.0.0.1:1"]]
+        {
             let error = flags(args).config().unwrap_err();
             assert!(matches!(error, CliError::NotBuilt { flag, .. } if flag == args[0]), "{error}");
             assert_eq!(error.exit_code(), 2);
@@ -539,6 +620,9 @@ mod tests {
             (&["--procs", "--num-hosts", "2"], "--num-hosts"),
             (&["--procs", "--advertise", "::1"], "--advertise"),
             (&["--faults-plan", "f"], "--faults-plan"),
+            (&["--provider", "mlx5", "--fabric", "inproc"], "a fabric of their own"),
+            (&["--nics", "mlx5_0"], "--nics cannot be combined with --provider emulated"),
+            (&["--traffic-class", "104"], "--traffic-class"),
         ] {
             let error = flags(args).config().unwrap_err();
             assert!(error.to_string().contains(message), "{args:?}: {error}");

@@ -26,7 +26,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     let config = args.shape.config()?.validate()?;
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     println!("ibex {}", env!("CARGO_PKG_VERSION"));
-    println!("providers   emulated (mlx5: not built yet)");
+    println!("providers   emulated; mlx5 within one process (`ibex doctor` looks for devices)");
     println!("gpus        host on {cores} cores (cuda: not built yet)");
     println!("fabrics     inproc, sim; between processes shm, udp");
     println!("cuda image  {}", image::note());

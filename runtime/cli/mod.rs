@@ -14,11 +14,13 @@ use ibex::bootstrap::BootstrapError;
 use ibex::error::{ConfigError, Error};
 
 mod bench;
+mod doctor;
 mod flags;
 mod info;
 mod launch;
 mod plot;
 mod progress;
+mod provider;
 mod store;
 mod table;
 
@@ -40,6 +42,8 @@ enum Command {
     /// Serve records to other processes, or look into a store.
     #[command(subcommand)]
     Store(store::Command),
+    /// Look at this machine: what it has, what it lacks, what that costs, what mends it.
+    Doctor(doctor::Args),
     /// Show what this build and this machine offer, and what a configuration costs in memory.
     Info(info::Args),
 }
@@ -50,7 +54,7 @@ enum Outcome {
     Good,
     /// The run was carried out and found wrong rows, losses or violations.
     Wrong,
-    /// Processes were run and ended with this code.
+    /// Processes were run, or a machine was looked at, and this code says how that ended.
     Ended(u8),
 }
 
@@ -72,12 +76,18 @@ enum CliError {
     /// A fault plan that makes no sense.
     #[error("{}: {source}", .path.display())]
     Plan { path: PathBuf, source: Box<ibex_hca::emulated::switch::PlanError> },
+    /// Text in which nothing is known.
+    #[error("that is not understood: give {expected}")]
+    Unclear { expected: &'static str },
     /// What a launcher says makes no sense.
     #[error(transparent)]
     Place(BootstrapError),
     /// Processes could not be started.
     #[error(transparent)]
     Launch(#[from] launch::LaunchError),
+    /// No real device can be used.
+    #[error(transparent)]
+    Device(#[from] ibex_hca::mlx5::OpenError),
     /// A store cannot be served.
     #[error(transparent)]
     Serve(ibex_metadata::grpc::HostError),
@@ -109,7 +119,11 @@ impl CliError {
     fn exit_code(&self) -> u8 {
         match self {
             Self::NotBuilt { .. } | Self::Conflict { .. } | Self::Output { .. } | Self::Launch(_) => 2,
-            Self::Input { .. } | Self::Plan { .. } | Self::Place(_) => 2,
+            Self::Device(_)
+            | Self::Input { .. }
+            | Self::Plan { .. }
+            | Self::Place(_)
+            | Self::Unclear { .. } => 2,
             Self::Runtime(Error::Config(_)) => 2,
             Self::Runtime(Error::Store(error)) => store::exit_code(error),
             Self::Serve(error) => store::serve_exit_code(error),
@@ -136,6 +150,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Bench(command) => bench::run(command),
         Command::Launch(args) => launch::run(&args).map(Outcome::Ended),
         Command::Store(command) => store::run(&command),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Info(args) => info::run(&args),
     };
     match result {

@@ -21,6 +21,7 @@ use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub mod cuda;
 mod error;
 pub mod host;
 pub mod image;

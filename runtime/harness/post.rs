@@ -431,7 +431,7 @@ impl Drop for PostRig {
 /// RST -> RTS for `qpn` of `hca`, whose other end is `remote_qpn` at `other`. `psns`: ours, theirs.
 fn join(hca: &dyn Hca, qpn: QpNum, remote_qpn: QpNum, psns: [Psn; 2], other: &dyn Hca) -> Result<(), Error> {
     let port_num = hca.port().port_num;
-    objects::rst2init(hca, &InitSpec { qpn, pkey_index: 0, port_num, access: Access::ALL })?;
+    objects::rst2init(hca, &InitSpec { qpn, pkey_index: hca.pkey_index(), port_num, access: Access::ALL })?;
     let rtr = RtrSpec {
         qpn,
         remote_qpn,

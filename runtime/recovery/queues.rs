@@ -236,7 +236,8 @@ impl PeerQueues {
         let qpn = objects::create_qp(hca, &spec)?;
         queue.qpn = Some(qpn);
         let access = Access { local_write: true, remote_write: true, remote_read: true, remote_atomic: true };
-        objects::rst2init(hca, &InitSpec { qpn, pkey_index: 0, port_num: hca.port().port_num, access })?;
+        let (pkey_index, port_num) = (hca.pkey_index(), hca.port().port_num);
+        objects::rst2init(hca, &InitSpec { qpn, pkey_index, port_num, access })?;
         queue.is_reset = false;
         Ok(())
     }
@@ -305,7 +306,7 @@ impl PeerQueues {
         let Some(qpn) = queue.qpn else { return Ok(None) };
         let hca = &*self.hca;
         let depth = hca.caps().log_max_rd_atomic.min(4);
-        let path = hca.resolve(&port.address())?;
+        let path = hca.resolve(&port.address())?.of_queue_pair(qpn, offer.qpn);
         let rtr = RtrSpec {
             qpn,
             remote_qpn: offer.qpn,

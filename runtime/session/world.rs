@@ -3,6 +3,8 @@
 //! A [`World`] owns one fabric, and per rank one emulated device, one GPU made of the CPU, and one session. Nothing
 //! else differs from ranks in processes of their own: they meet only through queue pairs.
 //!
+//! Devices of another kind ([`DeviceWrapper::given`]) work by themselves; then there is no fabric of ours between them.
+//!
 //! Workers that run kernels also step the devices and send the signs of life whenever their fibers wait, so there is
 //! no thread beside them; a simulation does all of it on the caller's thread.
 
@@ -46,29 +48,71 @@ pub struct WorldOptions {
     pub devices: DeviceWrapper,
 }
 
-/// Puts something between each session and its device: scripted faults, a recorder.
+/// Puts something between each session and its device: scripted faults, a recorder; or another device in its place.
 #[derive(Clone, Default)]
-pub struct DeviceWrapper(Option<Arc<WrapDevice>>);
+pub struct DeviceWrapper(Wrapper);
+
+#[derive(Clone, Default)]
+enum Wrapper {
+    #[default]
+    Nothing,
+    Around(Arc<WrapDevice>),
+    Instead(Vec<Arc<dyn Hca>>),
+}
 
 type WrapDevice = dyn Fn(Rank, Arc<EmulatedHca>) -> Arc<dyn Hca> + Send + Sync;
 
 impl DeviceWrapper {
     /// Sessions are given what `wrap` makes of their devices.
     pub fn new(wrap: impl Fn(Rank, Arc<EmulatedHca>) -> Arc<dyn Hca> + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(wrap)))
+        Self(Wrapper::Around(Arc::new(wrap)))
     }
 
-    fn wrap(&self, rank: Rank, device: &Arc<EmulatedHca>) -> Arc<dyn Hca> {
+    /// Sessions are given these devices, one per rank, in order; nothing is emulated here. They are connected with each
+    /// other and work without being stepped.
+    pub fn given(devices: Vec<Arc<dyn Hca>>) -> Self {
+        Self(Wrapper::Instead(devices))
+    }
+
+    /// Whether devices are emulated here.
+    fn is_emulated(&self) -> bool {
+        !matches!(self.0, Wrapper::Instead(_))
+    }
+
+    fn device_of(&self, rank: Rank, emulated: &[Arc<EmulatedHca>]) -> Arc<dyn Hca> {
         match &self.0 {
-            Some(wrap) => wrap(rank, Arc::clone(device)),
-            None => Arc::clone(device) as _,
+            Wrapper::Nothing => Arc::clone(&emulated[rank.index()]) as _,
+            Wrapper::Around(wrap) => wrap(rank, Arc::clone(&emulated[rank.index()])),
+            Wrapper::Instead(devices) => Arc::clone(&devices[rank.index()]),
+        }
+    }
+
+    /// Given devices must be as many as ranks, and cannot be simulated.
+    fn validate(&self, options: &WorldOptions, num_ranks: u32) -> Result<(), ConfigError> {
+        let Wrapper::Instead(devices) = &self.0 else { return Ok(()) };
+        let count = devices.len() as u64;
+        let exactly = |field, value: u64, right| ConfigError {
+            field,
+            value: value.into(),
+            limit: Limit::Range { min: right, max: right },
+        };
+        if count != u64::from(num_ranks) {
+            return Err(exactly("devices", count, num_ranks.into()));
+        }
+        match options.simulation {
+            Some(_) => Err(exactly("devices", count, 0)),
+            None => Ok(()),
         }
     }
 }
 
 impl fmt::Debug for DeviceWrapper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "DeviceWrapper(..)" } else { "DeviceWrapper(none)" })
+        f.write_str(match &self.0 {
+            Wrapper::Nothing => "DeviceWrapper(none)",
+            Wrapper::Around(_) => "DeviceWrapper(..)",
+            Wrapper::Instead(_) => "DeviceWrapper(given)",
+        })
     }
 }
 
@@ -244,6 +288,7 @@ impl World {
     /// `Config` for a field outside its limit, before anything is created; else what a part refused.
     pub fn new(config: &Config, options: &WorldOptions) -> Result<Self, Error> {
         let config = config.validate()?;
+        options.devices.validate(options, config.num_ranks)?;
         let fabric = Fabric::inproc(FabricConfig {
             seed: options.simulation.unwrap_or(1),
             placement: options.placement,
@@ -251,7 +296,7 @@ impl World {
         });
         let devices = make_devices(&config, options, &fabric)?;
         let agents = Arc::new(Agents {
-            silent: devices.iter().map(|_| AtomicBool::new(false)).collect(),
+            silent: (0..config.num_ranks).map(|_| AtomicBool::new(false)).collect(),
             devices,
             sessions: RwLock::default(),
             beat_every_ns: u64::from(config.detect_ms) * 1_000_000 / 4,
@@ -269,7 +314,7 @@ impl World {
         for rank in 0..config.num_ranks {
             let gpu = HostGpu::new(Arc::clone(&pool), rank).with_backing(options.backing);
             let gpu: Arc<dyn Gpu> = Arc::new(gpu);
-            let hca = options.devices.wrap(Rank(rank as u16), &agents.devices[rank as usize]);
+            let hca = options.devices.device_of(Rank(rank as u16), &agents.devices);
             sessions.push(Arc::new(Session::new(&config, Rank(rank as u16), gpu, hca)?));
         }
         *agents.sessions.write() = sessions.iter().map(Arc::downgrade).collect();
@@ -319,7 +364,7 @@ impl World {
         &self.sessions[rank.index()]
     }
 
-    /// The emulated devices, by rank.
+    /// The emulated devices, by rank; none where devices were given.
     pub fn devices(&self) -> &[Arc<EmulatedHca>] {
         &self.agents.devices
     }
@@ -418,7 +463,8 @@ fn make_devices(
         Link::Roce => LinkLayer::Roce,
     };
     let device = EmulatedConfig { link, doorbells: options.doorbells, ..EmulatedConfig::default() };
-    (0..config.num_ranks).map(|_| Ok(EmulatedHca::new(Arc::clone(fabric), device)?)).collect()
+    let count = if options.devices.is_emulated() { config.num_ranks } else { 0 };
+    (0..count).map(|_| Ok(EmulatedHca::new(Arc::clone(fabric), device)?)).collect()
 }
 
 fn default_workers() -> u32 {

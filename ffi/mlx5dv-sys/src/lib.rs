@@ -5,8 +5,8 @@
 //! crate owns the handle of the loaded library and nothing else: every pointer that a function
 //! takes or gives belongs to the caller under the rules of its manual page.
 //!
-//! Invariants: a [`Library`] that exists has every function it names; the shared objects stay
-//! loaded for as long as it lives, so no function pointer outlives its code.
+//! Invariants: a [`Library`] that exists has every function it names (but those of [`DevxEvents`]); the shared
+//! objects stay loaded for as long as it lives, so no function pointer outlives its code.
 //!
 //! # Regenerating
 //!
@@ -39,9 +39,13 @@ use std::ops::Deref;
 #[rustfmt::skip]
 pub mod bindings;
 mod ctrl_seg;
+mod devx_events;
 
 pub use bindings::*;
 pub use ctrl_seg::mlx5_wqe_ctrl_seg;
+pub use devx_events::{
+    DevxEvents, MLX5DV_DEVX_EVENT_CHANNEL_OMIT_DATA, mlx5dv_devx_async_event_hdr, mlx5dv_devx_event_channel,
+};
 
 /// Name of the shared object that has the direct verbs; it brings libibverbs with it.
 pub const LIBRARY_NAME: &str = "libmlx5.so.1";
@@ -70,6 +74,7 @@ pub enum LoadError {
 /// The loaded libraries; its methods are the C functions.
 pub struct Library {
     functions: Functions,
+    devx_events: Option<DevxEvents>,
 }
 
 impl Library {
@@ -93,11 +98,17 @@ impl Library {
         // register providers; for another name the caller chose code to run, as with any linker.
         let opened = unsafe { libloading::Library::new(name) };
         let library = opened.map_err(|source| LoadError::NotFound { name: shown(), source })?;
+        let devx_events = DevxEvents::of(&library);
         // SAFETY: the generated signatures are those of the headers these names come from, and
         // rdma-core keeps them: a change of signature gets a new symbol version.
         let functions = unsafe { Functions::from_library(library) };
         let functions = functions.map_err(|source| LoadError::Function { name: shown(), source })?;
-        Ok(Self { functions })
+        Ok(Self { functions, devx_events })
+    }
+
+    /// Events of DevX objects, where the library has them.
+    pub fn devx_events(&self) -> Option<&DevxEvents> {
+        self.devx_events.as_ref()
     }
 }
 
@@ -147,6 +158,7 @@ mod tests {
             }
             Err(error) => panic!("{error}"),
         };
+        assert!(library.devx_events().is_some());
         let mut num_devices = -1;
         // SAFETY: the count is writable, and the list is freed below.
         let list = unsafe { library.ibv_get_device_list(&mut num_devices) };

@@ -117,6 +117,14 @@ extern "C" fn ibex_preload_unrung_wqes(idx: u32) -> u64 {
     })
 }
 
+/// Waits until the devices have nothing left to do and no timer of theirs runs out within `nanos`.
+#[unsafe(no_mangle)]
+extern "C" fn ibex_preload_settle(nanos: u64) {
+    if let Some(world) = world::existing() {
+        world.settle(nanos);
+    }
+}
+
 fn find(idx: u32) -> Option<&'static EmulatedHca> {
     // CAST: u32 to usize on a 64-bit host.
     world::existing()?.devices.get(idx as usize).map(|device| &**device.hca())

@@ -272,7 +272,7 @@ pub(crate) struct World {
     pub(crate) settings: Settings,
     pub(crate) devices: Vec<Device>,
     sysfs_root: PathBuf,
-    _stepper: DeviceThread,
+    stepper: DeviceThread,
     event_thread: Thread,
 }
 
@@ -338,10 +338,15 @@ fn make() -> Result<World, String> {
     let events = std::thread::Builder::new().name("ibex-events".into()).spawn(serve_events);
     let event_thread = events.map_err(no_thread)?.thread().clone();
     report::at_exit();
-    Ok(World { settings, devices, sysfs_root, _stepper: stepper, event_thread })
+    Ok(World { settings, devices, sysfs_root, stepper, event_thread })
 }
 
 impl World {
+    /// Waits until the devices are idle, at most `nanos` for their timers.
+    pub(crate) fn settle(&self, nanos: u64) {
+        self.stepper.settle(nanos);
+    }
+
     /// The Ethernet address of the port with this GID, as the neighbour table of a kernel would know it.
     pub(crate) fn mac_of(&self, gid: Gid) -> Option<Mac> {
         self.devices.iter().map(Device::port).find(|port| port.gid == gid).map(|port| port.mac)

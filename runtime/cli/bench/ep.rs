@@ -18,7 +18,7 @@ use ibex::harness::{Rig, RigRank, on_all_cores};
 use ibex::ids::{Lane, Rank};
 use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::{InputKey, RankInput};
-use ibex::session::WorldOptions;
+use ibex::session::{DeviceWrapper, WorldOptions};
 use ibex::time::sleep;
 use ibex_hca::emulated::Doorbells;
 
@@ -30,6 +30,7 @@ use super::rank::{RankBench, Totals, check, count_losses, flip_bit};
 use super::report::{Report, Samples, draw, print};
 use crate::cli::flags::{FabricKind, Shared};
 use crate::cli::progress::Progress;
+use crate::cli::provider;
 use crate::cli::{CliError, Outcome, claim_output, write_output};
 
 /// Far longer than a host needs to post one sign of life.
@@ -67,7 +68,12 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
     if args.shared.machine.procs {
         return procs::launch_ranks(&args);
     }
-    let bench = Bench::new(&args.shared, config, args.corrupt)?;
+    let devices = provider::devices(&args.shared.machine, config.num_ranks)?;
+    if devices.is_given() && args.pcap.is_some() {
+        let because = "packets of real devices are seen on the wire only";
+        return Err(CliError::Conflict { one: "--pcap", other: "--provider mlx5", because });
+    }
+    let bench = Bench::new(&args.shared, config, devices.wrapper(), args.corrupt)?;
     let (world, is_simulation) = (bench.rig.world(), args.shared.machine.fabric() == FabricKind::Sim);
     let pcap = Pcap::start(args.pcap.as_deref(), world, is_simulation)?;
     let samples = bench.run()?;
@@ -107,11 +113,17 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(flags: &'a Shared, config: ValidConfig, corrupt: bool) -> Result<Self, Error> {
+    fn new(
+        flags: &'a Shared,
+        config: ValidConfig,
+        devices: DeviceWrapper,
+        corrupt: bool,
+    ) -> Result<Self, Error> {
         let is_simulation = flags.machine.fabric() == FabricKind::Sim;
         let options = WorldOptions {
             doorbells: if flags.check { Doorbells::Strict } else { Doorbells::Record },
             simulation: is_simulation.then_some(flags.seed),
+            devices,
             ..WorldOptions::default()
         };
         let rig = Rig::new(&config, &options)?;
@@ -213,8 +225,9 @@ impl<'a> Bench<'a> {
 
     fn totals(&self) -> Result<Totals, Error> {
         let mut totals = Totals::default();
-        for (rank, device) in self.rig.ranks().iter().zip(self.rig.world().devices()) {
-            totals += Totals::of(rank, device)?;
+        let devices = self.rig.world().devices();
+        for (idx, rank) in self.rig.ranks().iter().enumerate() {
+            totals += Totals::of(rank, devices.get(idx).map(|device| &**device))?;
         }
         Ok(totals)
     }

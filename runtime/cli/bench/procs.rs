@@ -286,7 +286,7 @@ impl<'a> Run<'a> {
         sleep(QUIET);
         self.member.device().check_unrung();
         let fault_counts = self.member.fabric().fault_counts();
-        let totals = Totals { fault_counts, ..Totals::of(&self.rank, self.member.device())? };
+        let totals = Totals { fault_counts, ..Totals::of(&self.rank, Some(self.member.device()))? };
         let Verdict { wrong, lost, checked, .. } = *verdict;
         let mine = RankEnd { totals, wrong, lost, checked };
         // PANIC: numbers always serialise.

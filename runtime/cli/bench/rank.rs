@@ -169,14 +169,21 @@ pub(super) struct PacketTotals {
     pub(super) bad_icrc: u64,
 }
 
-/// What ranks moved and hold, over a whole run.
+/// What emulated devices saw.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub(super) struct Totals {
-    pub(super) bytes: RouteBytes,
+pub(super) struct SeenTotals {
     pub(super) wqes: u64,
     pub(super) doorbells: u64,
     pub(super) cqes: u64,
     pub(super) unrung_wqes: u64,
+}
+
+/// What ranks moved and hold, over a whole run.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Totals {
+    pub(super) bytes: RouteBytes,
+    /// Absent where devices do not tell.
+    pub(super) seen: Option<SeenTotals>,
     pub(super) packets: PacketTotals,
     /// Of the switches at the ranks' exits; absent where no plan was given.
     pub(super) fault_counts: Option<FaultCounts>,
@@ -187,25 +194,29 @@ pub(super) struct Totals {
 }
 
 impl Totals {
-    /// One rank's. What its device saw, signs of life included, is a witness apart from the kernels that posted.
-    pub(super) fn of(rank: &RigRank, device: &EmulatedHca) -> Result<Self, Error> {
+    /// One rank's. What its device saw, signs of life included, is a witness apart from the kernels that posted; only
+    /// emulated devices tell.
+    pub(super) fn of(rank: &RigRank, device: Option<&EmulatedHca>) -> Result<Self, Error> {
         let telemetry = rank.session.telemetry()?;
-        let seen = device.counters();
+        let seen = device.map(EmulatedHca::counters);
+        let packets = seen.map(|seen| seen.packets).unwrap_or_default();
         Ok(Self {
             bytes: RouteBytes {
                 local: telemetry.total(|peer| peer.bytes_local),
                 peer: telemetry.total(|peer| peer.bytes_mapped),
                 rdma: telemetry.total(|peer| peer.bytes_rdma),
             },
-            wqes: seen.wqes,
-            doorbells: seen.doorbells,
-            cqes: seen.cqes,
-            unrung_wqes: seen.unrung_wqes,
+            seen: seen.map(|seen| SeenTotals {
+                wqes: seen.wqes,
+                doorbells: seen.doorbells,
+                cqes: seen.cqes,
+                unrung_wqes: seen.unrung_wqes,
+            }),
             packets: PacketTotals {
-                sent: seen.packets.sent,
-                sent_again: seen.packets.sent_again,
-                received: seen.packets.received,
-                bad_icrc: seen.packets.bad_icrc,
+                sent: packets.sent,
+                sent_again: packets.sent_again,
+                received: packets.received,
+                bad_icrc: packets.bad_icrc,
             },
             fault_counts: None,
             buffer_bytes: rank.session.buffer_bytes(),
@@ -219,10 +230,13 @@ impl AddAssign for Totals {
         self.bytes.local += other.bytes.local;
         self.bytes.peer += other.bytes.peer;
         self.bytes.rdma += other.bytes.rdma;
-        self.wqes += other.wqes;
-        self.doorbells += other.doorbells;
-        self.cqes += other.cqes;
-        self.unrung_wqes += other.unrung_wqes;
+        if let Some(other) = other.seen {
+            let seen = self.seen.get_or_insert_default();
+            seen.wqes += other.wqes;
+            seen.doorbells += other.doorbells;
+            seen.cqes += other.cqes;
+            seen.unrung_wqes += other.unrung_wqes;
+        }
         self.packets.sent += other.packets.sent;
         self.packets.sent_again += other.packets.sent_again;
         self.packets.received += other.packets.received;

@@ -208,6 +208,10 @@ impl<H: Hca> Hca for FaultHca<H> {
         self.inner.resolve(remote)
     }
 
+    fn pkey_index(&self) -> u16 {
+        self.inner.pkey_index()
+    }
+
     fn exec(&self, input: &[u8], output: &mut [u8]) -> Result<(), CommandError> {
         // CAST: a 16-bit field.
         let opcode = prm::try_get(input, prm::cmd_in::OPCODE).unwrap_or(0) as u16;

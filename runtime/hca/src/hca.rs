@@ -102,6 +102,11 @@ pub trait Hca: Send + Sync {
     /// The remote port has another link layer or an unusable address.
     fn resolve(&self, remote: &PortAddress) -> Result<Path, HcaError>;
 
+    /// The partition key that queue pairs send with: its index in the port's table.
+    fn pkey_index(&self) -> u16 {
+        0
+    }
+
     /// Executes one PRM command mailbox.
     ///
     /// # Errors
@@ -208,6 +213,25 @@ pub struct Path {
     /// Largest MTU that both ends carry.
     pub mtu: PathMtu,
 }
+
+impl Path {
+    /// The path for one queue pair: on Ethernet with a UDP source port that follows from both ends' numbers, so that
+    /// queue pairs of one peer spread over the links between.
+    #[must_use]
+    pub fn of_queue_pair(mut self, qpn: QpNum, remote: QpNum) -> Self {
+        if let PathAddress::Roce { udp_sport, .. } = &mut self.to {
+            // Symmetric, so that both directions of a connection may take the same way.
+            let product = u64::from(qpn.get()) * u64::from(remote.get());
+            // CAST: 14 bits.
+            let spread = (product ^ (product >> 14) ^ (product >> 28)) as u16 & 0x3fff;
+            *udp_sport = UDP_SPORT_MIN | spread;
+        }
+        self
+    }
+}
+
+/// First of the UDP source ports that RoCEv2 uses; they are the upper quarter.
+pub const UDP_SPORT_MIN: u16 = 0xc000;
 
 /// The part of a path that depends on the link layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -353,4 +377,21 @@ pub enum AsyncEvent {
         /// Which.
         cqn: CqNum,
     },
+    /// A port carries packets again.
+    PortUp {
+        /// Which, from 1.
+        port_num: u8,
+    },
+    /// A port carries no packets any more.
+    PortDown {
+        /// Which, from 1.
+        port_num: u8,
+    },
+    /// A port's LID or GIDs changed: what peers know of it may be wrong.
+    AddressChanged {
+        /// Which, from 1.
+        port_num: u8,
+    },
+    /// The device is gone, or failed for good.
+    DeviceRemoved,
 }

@@ -300,8 +300,8 @@ impl HostQp<Reset> {
     /// The device's refusal; the objects are then destroyed.
     pub fn to_init(self, access: Access) -> Result<HostQp<Init>, HcaError> {
         let core = self.core();
-        let port_num = core.hca.port().port_num;
-        objects::rst2init(&*core.hca, &InitSpec { qpn: core.qpn, pkey_index: 0, port_num, access })?;
+        let (port_num, pkey_index) = (core.hca.port().port_num, core.hca.pkey_index());
+        objects::rst2init(&*core.hca, &InitSpec { qpn: core.qpn, pkey_index, port_num, access })?;
         Ok(self.become_state())
     }
 
@@ -321,7 +321,7 @@ impl HostQp<Init> {
     /// The remote port is unreachable, or the device's refusal; the objects are then destroyed.
     pub fn to_rtr(self, remote: &Endpoint, spec: &ConnectSpec) -> Result<HostQp<Rtr>, HcaError> {
         let core = self.core();
-        let path: Path = core.hca.resolve(&remote.address)?;
+        let path: Path = core.hca.resolve(&remote.address)?.of_queue_pair(core.qpn, remote.qpn);
         let rtr = RtrSpec {
             qpn: core.qpn,
             remote_qpn: remote.qpn,

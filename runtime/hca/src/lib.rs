@@ -1,8 +1,9 @@
-//! The seam to the RDMA device: `trait Hca`, an emulated mlx5 device behind it, and fault injection.
+//! The seam to the RDMA device: `trait Hca`, an emulated mlx5 device and real ones behind it, and fault injection.
 //!
 //! A driver and a device meet here and nowhere else. The driver side is [`objects`] (typed builders of
 //! command mailboxes), [`control_region`] (rings carved from one registered region) and [`host_qp`] (a
-//! WQE writer for host-driven queue pairs). The device side is [`emulated`]. Neither imports the other;
+//! WQE writer for host-driven queue pairs). The device side is [`emulated`], or a card behind [`mlx5`]. Neither
+//! imports the other;
 //! [`contract`] holds both to the same expectations.
 //!
 //! *Who owns what.* Callers own memory; devices hold keys to it. Only the islands named in
@@ -53,10 +54,12 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod assisted;
 pub mod contract;
 pub mod control_region;
 pub mod emulated;
 mod error;
+pub mod explain;
 pub mod fault;
 #[doc(hidden)]
 pub mod fuzz;
@@ -64,6 +67,7 @@ mod hca;
 pub mod host_eq;
 pub mod host_memory;
 pub mod host_qp;
+pub mod mlx5;
 pub mod objects;
 mod register;
 pub mod shared_memory;
@@ -71,7 +75,7 @@ pub mod shared_memory;
 pub use error::{CommandError, HcaError, destroyed};
 pub use hca::{
     Access, AsyncEvent, DoorbellPage, Hca, HcaCaps, LinkLayer, MemoryKind, MemoryRegion, Mkey, Path,
-    PathAddress, PortAddress, PortInfo, Umem,
+    PathAddress, PortAddress, PortInfo, UDP_SPORT_MIN, Umem,
 };
 
 /// Nanoseconds on the clock of whoever drives the device; the device itself reads no clock.

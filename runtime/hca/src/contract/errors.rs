@@ -121,7 +121,9 @@ pub(super) fn each_remote_violation_has_its_syndrome(world: &mut dyn World) {
         assert_eq!(completion.syndrome(), Some(expected), "{name}");
         assert_eq!(far.get(0, 8), [0; 8], "{name}: nothing was written");
         assert_eq!(state(&mut far), QpState::Err, "{name}");
-        assert!(far.hca.poll_async_event().is_some(), "{name}: the responder reports it");
+        if world.tells_of_failures() {
+            assert!(far.hca.poll_async_event().is_some(), "{name}: the responder reports it");
+        }
     }
 }
 

@@ -35,6 +35,16 @@ pub trait World {
     fn has_masked_atomics(&self) -> bool {
         true
     }
+
+    /// Whether failures of queues arrive as events: real kernels may keep them.
+    fn tells_of_failures(&self) -> bool {
+        true
+    }
+
+    /// Whether a port that does not exist is found out when a path to it is asked for; else when nobody answers.
+    fn knows_neighbours(&self) -> bool {
+        true
+    }
 }
 
 /// A case of the suite.

@@ -69,8 +69,10 @@ pub(super) fn an_overrun_fails_the_queue_and_its_user(world: &mut dyn World) {
     }
     world.settle(PATIENCE_NS);
     let (cqn, qpn) = (near.qp().send_cq().num(), near.qp().qpn());
-    assert_eq!(near.hca.poll_async_event(), Some(AsyncEvent::CqError { cqn }));
-    assert_eq!(near.hca.poll_async_event(), Some(AsyncEvent::QpFatal { qpn }));
+    if world.tells_of_failures() {
+        assert_eq!(near.hca.poll_async_event(), Some(AsyncEvent::CqError { cqn }));
+        assert_eq!(near.hca.poll_async_event(), Some(AsyncEvent::QpFatal { qpn }));
+    }
     let info = near.qp().query().expect("the queue pair still exists");
     assert_eq!(info.state, ibex_abi::types::QpState::Err);
     assert_eq!((near.good().wqe_counter, near.good().wqe_counter), (0, 1));

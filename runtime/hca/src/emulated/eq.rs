@@ -125,6 +125,11 @@ impl EmulatedHca {
             AsyncEvent::QpRequestError { qpn } => Event::QpRequestError(qpn),
             AsyncEvent::QpAccessError { qpn } => Event::QpAccessError(qpn),
             AsyncEvent::Completion { cqn } => Event::Completion(cqn),
+            // Of a port or the whole device; event queues here carry those of queues only.
+            AsyncEvent::PortUp { .. }
+            | AsyncEvent::PortDown { .. }
+            | AsyncEvent::AddressChanged { .. }
+            | AsyncEvent::DeviceRemoved => return self.queue_event(event),
         };
         // Completions go to the queue that their own queue names, and to no other.
         if !matches!(event, AsyncEvent::Completion { .. }) {

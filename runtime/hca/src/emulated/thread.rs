@@ -1,7 +1,7 @@
 //! A thread that steps devices: the one place in this crate that asks what time it is.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,10 +26,23 @@ impl Default for Backoff {
     }
 }
 
+/// What the thread tells of itself.
+#[derive(Debug, Default)]
+struct Told {
+    stop: AtomicBool,
+    /// Passes over all devices so far.
+    passes: AtomicU64,
+    /// The last of them in which a device did something.
+    last_busy: AtomicU64,
+    /// When a timer runs out next, on the thread's clock; the largest number if none runs.
+    next_deadline: AtomicU64,
+}
+
 /// A thread that steps a set of devices until it is dropped.
 #[derive(Debug)]
 pub struct DeviceThread {
-    stop: Arc<AtomicBool>,
+    told: Arc<Told>,
+    started: Instant,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -39,17 +52,34 @@ impl DeviceThread {
     /// # Errors
     /// The operating system's refusal to start a thread.
     pub fn spawn(devices: Vec<Arc<EmulatedHca>>, backoff: Backoff) -> std::io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let run = move || run(&devices, backoff, &stopped);
+        let (told, started) = (Arc::<Told>::default(), Instant::now());
+        let telling = Arc::clone(&told);
+        let run = move || run(&devices, backoff, &telling, started);
         let thread = std::thread::Builder::new().name("ibex-hca".into()).spawn(run)?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { told, started, thread: Some(thread) })
+    }
+
+    /// Waits until the devices have nothing left to do and no timer of theirs runs out within `nanos` from now.
+    pub fn settle(&self, nanos: u64) {
+        let end = elapsed(self.started).plus(nanos).0;
+        loop {
+            // Two more passes: one may have begun before what the caller just did.
+            let seen = self.told.passes.load(Ordering::Acquire);
+            while self.told.passes.load(Ordering::Acquire) < seen.saturating_add(3) {
+                std::thread::sleep(Duration::from_micros(20));
+            }
+            let was_busy = self.told.last_busy.load(Ordering::Acquire) > seen;
+            let timer_runs = self.told.next_deadline.load(Ordering::Acquire) <= end;
+            if !was_busy && !(timer_runs && elapsed(self.started).0 < end) {
+                return;
+            }
+        }
     }
 }
 
 impl Drop for DeviceThread {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
+        self.told.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
             && !std::thread::panicking()
@@ -60,17 +90,29 @@ impl Drop for DeviceThread {
     }
 }
 
-fn run(devices: &[Arc<EmulatedHca>], backoff: Backoff, stop: &AtomicBool) {
-    let start = Instant::now();
+/// Time of a thread's clock.
+fn elapsed(started: Instant) -> Nanos {
+    // CAST: 2^64 ns are five centuries.
+    Nanos(started.elapsed().as_nanos() as u64)
+}
+
+fn run(devices: &[Arc<EmulatedHca>], backoff: Backoff, told: &Told, started: Instant) {
     let mut idle = 0_u32;
-    while !stop.load(Ordering::Acquire) {
-        // CAST: 2^64 ns are five centuries.
-        let now = Nanos(start.elapsed().as_nanos() as u64);
+    let mut pass = 0_u64;
+    while !told.stop.load(Ordering::Acquire) {
+        let now = elapsed(started);
         let steps = devices.iter().map(|device| device.step(now));
         let all = steps.fold(Step::default(), |all, step| Step {
             did_work: all.did_work | step.did_work,
             next_deadline: [all.next_deadline, step.next_deadline].into_iter().flatten().min(),
         });
+        pass += 1;
+        told.next_deadline.store(all.next_deadline.map_or(u64::MAX, |at| at.0), Ordering::Relaxed);
+        if all.did_work {
+            told.last_busy.store(pass, Ordering::Relaxed);
+        }
+        // After the others: who sees this pass sees what it told.
+        told.passes.store(pass, Ordering::Release);
         if all.did_work {
             idle = 0;
         } else {

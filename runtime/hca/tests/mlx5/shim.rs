@@ -1,0 +1,73 @@
+//! The process with the shim preloaded: started by a test, recognised by itself.
+#![expect(unsafe_code, reason = "calls functions of the preloaded library, found by name")]
+
+use std::ffi::CStr;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Command;
+
+use ibex_hca::LinkLayer;
+use ibex_hca::mlx5::{self, LoadError};
+
+/// Set in the process with the shim.
+const INSIDE: &str = "IBEX_TEST_INSIDE_SHIM";
+
+/// Runs `test` of this program again with `devices` devices, and there calls `body`.
+pub(crate) fn under_the_shim(test: &str, devices: usize, link: LinkLayer, body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let Some(library) = library() else { return };
+    let link = match link {
+        LinkLayer::Ib => "ib",
+        LinkLayer::Roce => "roce",
+    };
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env("LD_PRELOAD", library)
+        .env("IBEX_PRELOAD_DEVICES", devices.to_string())
+        .env("IBEX_PRELOAD_LINK", link)
+        .env("IBEX_PRELOAD_DOORBELLS", "strict")
+        .env("IBEX_PRELOAD_DIR", env!("CARGO_TARGET_TMPDIR"))
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let said =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert!(output.status.success(), "{test}: {}\n{said}", output.status);
+    assert!(said.contains("1 passed"), "{test} ran there: {said}");
+}
+
+/// The shim's library, which is built beside this program; none, loudly, if something is missing.
+fn library() -> Option<PathBuf> {
+    let skip = |why: &str| {
+        // Straight to stderr: the runner hides what a passing test prints.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
+        None
+    };
+    if let Err(error @ LoadError::NotFound { .. }) = mlx5::devices() {
+        return skip(&error.to_string());
+    }
+    let program = std::env::current_exe().unwrap();
+    let library = program.parent().unwrap().join("libibex_preload.so");
+    if !library.exists() {
+        return skip("libibex_preload.so was not built: cargo build --release -p ibex-preload");
+    }
+    Some(library)
+}
+
+/// Looks a function of the shim up.
+fn function(name: &CStr) -> *mut libc::c_void {
+    // SAFETY: a lookup by name among the loaded libraries.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    assert!(!found.is_null(), "{name:?}: this process runs under the shim");
+    found
+}
+
+/// Lets the devices work until nothing more happens, at most `nanos`.
+pub(crate) fn settle(nanos: u64) {
+    let found = function(c"ibex_preload_settle");
+    // SAFETY: the signature that ffi/preload/src/report.rs declares.
+    let settle: extern "C" fn(u64) = unsafe { std::mem::transmute(found) };
+    settle(nanos);
+}
