@@ -61,6 +61,14 @@ fn whatever_happens_the_group_agrees_and_comes_back_whole() {
     }
 }
 
+/// Rank 0 begins a round and is stopped; when it goes on, the round's time is over and the answers wait to be read.
+#[test]
+fn a_rank_that_was_stopped_blames_nobody_who_has_answered() {
+    let mut world = World::new(13_543);
+    world.run_faults();
+    world.heal_and_converge();
+}
+
 /// A quiet group of `num` ranks that serves.
 fn quiet(num: u32) -> World {
     let mut world = World::quiet(1, num);

@@ -18,7 +18,9 @@ pub(super) struct Round {
     epoch: Epoch,
     /// 0 before the first of the epoch.
     number: u32,
-    since: u64,
+    /// How long it has been waited for answers, and when that was last counted.
+    waited_ns: u64,
+    counted_at: u64,
     /// Since when the rows allow no proposal that this rank could follow.
     unresolved_since: Option<u64>,
     /// What peers' signs of life say.
@@ -40,13 +42,21 @@ impl Round {
 
     /// Whoever has not answered yet could not: its time starts now.
     pub(super) fn restart(&mut self, now: u64) {
-        self.since = now;
+        (self.waited_ns, self.counted_at) = (0, now);
         self.unresolved_since = None;
     }
 
     fn begin(&mut self, number: u32, now: u64) {
         self.number = number;
-        self.since = now;
+        (self.waited_ns, self.counted_at) = (0, now);
+    }
+
+    /// Time counts only in steps of at most an eighth of `detect_ns`: a rank that was itself stopped must not blame
+    /// its peers for it, whose answers it has yet to read.
+    fn count_time(&mut self, now: u64, detect_ns: u64) {
+        let step = now.saturating_sub(self.counted_at).min(detect_ns / 8 + 1);
+        self.waited_ns += step;
+        self.counted_at = now;
     }
 
     /// Whether that was news.
@@ -119,6 +129,7 @@ impl Membership {
         if self.round.number == 0 || !self.is_store_up() {
             return;
         }
+        self.round.count_time(self.now, self.config.detect_ns);
         let members = self.view.members();
         let answers = self.answers(members);
         if !self.is_round_over(members, &answers) {
@@ -199,6 +210,11 @@ impl Membership {
     fn is_round_over(&self, members: RankSet, answers: &BTreeMap<Rank, RankSet>) -> bool {
         let is_lost_to_all = |rank: Rank| answers.values().all(|suspects| suspects.contains(rank));
         let mut silent = members.iter().filter(|rank| !answers.contains_key(rank));
-        silent.all(is_lost_to_all) || self.is_due(self.round.since.saturating_add(self.config.detect_ns))
+        if silent.all(is_lost_to_all) {
+            return true;
+        }
+        let detect_ns = self.config.detect_ns;
+        let left_ns = detect_ns.saturating_sub(self.round.waited_ns);
+        self.is_due(self.now + left_ns.min(detect_ns / 8 + 1)) || left_ns == 0
     }
 }
