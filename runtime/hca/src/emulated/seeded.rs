@@ -63,6 +63,14 @@ impl EmulatedHca {
         step
     }
 
+    /// Whether some message of this device has been placed at its responder in part, and not ended.
+    ///
+    /// For simulations that let a sender die there; other stepping places messages whole.
+    #[must_use]
+    pub fn is_mid_message(&self) -> bool {
+        self.qp_table().list.iter().any(|qp| qp.requester.lock().is_mid_message())
+    }
+
     /// Everything that could happen next; deadlines go to `step`.
     fn candidates(&self, qps: &[Arc<Qp>], now: Nanos, step: &mut Step) -> Vec<Candidate> {
         let mut candidates = Vec::new();

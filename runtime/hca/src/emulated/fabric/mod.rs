@@ -162,6 +162,18 @@ impl Fabric {
         }
     }
 
+    /// Has the switch of this process follow another plan from now on; frames in flight go on as they were sent.
+    ///
+    /// # Errors
+    /// [`HcaError::Plan`] if a value of the plan is out of its range, [`HcaError::Unreachable`] where there is no
+    /// simulated switch.
+    pub fn set_fault_plan(&self, plan: FaultPlan) -> Result<(), HcaError> {
+        match &self.medium {
+            Medium::Switched(exchange) => exchange.set_plan(plan),
+            _ => Err(HcaError::Unreachable { reason: "a fabric without a simulated switch follows no plan" }),
+        }
+    }
+
     /// Where the socket of a udp fabric is bound, and what the kernel does for it.
     #[must_use]
     pub fn socket(&self) -> Option<(SocketAddr, Offloads)> {

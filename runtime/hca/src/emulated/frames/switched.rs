@@ -11,10 +11,10 @@ use ibex_roce::wire::{ETHERNET_LEN, Flow, Frame, IPV6_LEN, Link, ROCE_PORT, UDP_
 use parking_lot::{Mutex, RwLock};
 
 use super::{Carrier, EachArrival, PACKET_LEN_MAX, ip_of};
-use crate::Nanos;
 use crate::emulated::capture::{Capture, Origin};
 use crate::emulated::fabric::Port;
-use crate::emulated::switch::{Delivery, FaultCounts, Switch};
+use crate::emulated::switch::{Delivery, FaultCounts, FaultPlan, Switch};
+use crate::{HcaError, Nanos};
 
 /// Time that a frame takes when nothing is wrong.
 pub(in crate::emulated) const LATENCY: Nanos = Nanos(1_000);
@@ -46,6 +46,11 @@ impl Exchange {
     /// What the switch did so far.
     pub(in crate::emulated) fn counts(&self) -> FaultCounts {
         *self.switch.lock().counts()
+    }
+
+    /// Has the switch follow another plan.
+    pub(in crate::emulated) fn set_plan(&self, plan: FaultPlan) -> Result<(), HcaError> {
+        Ok(self.switch.lock().set_plan(plan)?)
     }
 
     /// Plugs a port in; its carrier.

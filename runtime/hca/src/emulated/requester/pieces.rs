@@ -35,6 +35,11 @@ pub(in crate::emulated) enum SendPiece {
 }
 
 impl Requester {
+    /// Whether some message has been placed in part.
+    pub(in crate::emulated) fn is_mid_message(&self) -> bool {
+        self.outstanding.iter().any(|entry| entry.progress == Progress::Placing)
+    }
+
     /// Calls `offer` for everything this half could do now.
     pub(in crate::emulated) fn pieces(
         &self,

@@ -172,6 +172,19 @@ impl Switch {
         &self.plan
     }
 
+    /// Follows another plan from now on; its generator starts anew. Frames in flight keep their fate.
+    ///
+    /// # Errors
+    /// [`PlanLimit`] if a value of the plan is out of its range; the present plan stays.
+    pub fn set_plan(&mut self, plan: FaultPlan) -> Result<(), PlanLimit> {
+        plan.check()?;
+        self.random = Random(plan.seed);
+        self.plan = plan;
+        // Rate limits are known by their place in the plan.
+        self.paths.values_mut().for_each(|path| path.free_at.clear());
+        Ok(())
+    }
+
     /// Takes a frame that `src` sends to `dst`.
     pub fn submit(&mut self, now: Nanos, src: u16, dst: u16, frame: &[u8]) {
         self.counts.submitted += 1;
