@@ -48,6 +48,7 @@ struct Readme;
 
 pub mod bootstrap;
 pub mod buffer;
+pub mod chaos;
 pub mod config;
 pub mod error;
 pub mod gpu;

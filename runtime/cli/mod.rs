@@ -14,6 +14,7 @@ use ibex::bootstrap::BootstrapError;
 use ibex::error::{ConfigError, Error};
 
 mod bench;
+mod chaos;
 mod doctor;
 mod flags;
 mod info;
@@ -37,6 +38,8 @@ enum Command {
     /// Measure, and with --check verify.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Kill, stop, cut off and mislead members of a group, and check everything that they compute.
+    Chaos(chaos::Args),
     /// Start ranks as processes, here or in network namespaces.
     Launch(launch::Args),
     /// Serve records to other processes, or look into a store.
@@ -148,6 +151,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let result = match cli.command {
         Command::Bench(command) => bench::run(command),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Launch(args) => launch::run(&args).map(Outcome::Ended),
         Command::Store(command) => store::run(&command),
         Command::Doctor(args) => doctor::run(&args),

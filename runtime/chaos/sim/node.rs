@@ -1,0 +1,213 @@
+//! One incarnation of a rank: a device, a GPU, a session and its keeper, and what it computes.
+//!
+//! A [`Node`] owns all of it. It ends as a process does: its kernels stop where they stand, its port goes silent, and
+//! everything it had is given back without a word to anybody ([`Node::end`]).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ibex_abi::prm::{Op, Status};
+use ibex_hca::emulated::{CommandRecord, EmulatedConfig, EmulatedHca, Fabric};
+use ibex_hca::fault::FaultHca;
+use ibex_hca::{Hca, LinkLayer};
+
+use super::app::{App, Style};
+use super::store::SimStore;
+use crate::chaos::draws::Draws;
+use crate::config::ValidConfig;
+use crate::error::Error;
+use crate::gpu::pool::Pool;
+use crate::gpu::{Gpu, HostGpu};
+use crate::ids::Rank;
+use crate::membership::{Instance, Membership, MembershipConfig, RankSet};
+use crate::session::{Guard, Keeper, KeeperOptions, Session};
+
+/// What nodes of one group have in common.
+pub(super) struct Ground {
+    pub(super) config: ValidConfig,
+    pub(super) pool: Arc<Pool>,
+    pub(super) fabric: Arc<Fabric>,
+    pub(super) store: SimStore,
+    /// A guard that is taken away.
+    pub(super) guard_off: Option<Guard>,
+    /// How everybody launches its steps; drawn if absent.
+    pub(super) style: Option<Style>,
+}
+
+/// How a node is made to stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Motion {
+    Runs,
+    /// Its process is stopped.
+    Frozen,
+    /// Its kernels get little time; it moves again at this instant, for a few turns.
+    Slow {
+        again_ns: u64,
+        turns: u32,
+    },
+}
+
+/// See the module documentation.
+pub(super) struct Node {
+    // What it computes goes first, then what that stands on.
+    pub(super) app: App,
+    pub(super) keeper: Keeper,
+    pub(super) session: Arc<Session>,
+    pub(super) gpu: Arc<HostGpu>,
+    pub(super) hca: Arc<FaultHca<EmulatedHca>>,
+    pub(super) device: Arc<EmulatedHca>,
+    pub(super) rank: Rank,
+    pub(super) instance: Instance,
+    pub(super) board: u64,
+    /// Its number in the pool, and among the agents.
+    pub(super) id: u32,
+    pub(super) started_ns: u64,
+    pub(super) ready_ns: u64,
+    pub(super) motion: Motion,
+    /// It was stopped for so long that it will be evicted.
+    pub(super) is_zombie: bool,
+    /// It has switched once: a later closed gate is a survivor's.
+    pub(super) has_served: bool,
+    pub(super) next_keeper_ns: u64,
+    objects: BTreeMap<&'static str, i64>,
+    /// Queue pairs that kernels drive, by number: to which incarnation of whom.
+    peers: BTreeMap<u32, (Rank, Instance)>,
+}
+
+/// What a node holds that must not grow.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Holdings {
+    control_bytes: u64,
+    gpu_bytes: u64,
+    objects: BTreeMap<&'static str, i64>,
+}
+
+impl Holdings {
+    /// Bytes and objects beyond `before`.
+    pub(super) fn beyond(&self, before: &Self) -> u64 {
+        let bytes = self.control_bytes.saturating_sub(before.control_bytes)
+            + self.gpu_bytes.saturating_sub(before.gpu_bytes);
+        let objects = self.objects.iter().map(|(kind, count)| {
+            (count - before.objects.get(kind).copied().unwrap_or(0)).max(0).unsigned_abs()
+        });
+        bytes + objects.sum::<u64>()
+    }
+}
+
+impl Node {
+    /// Starts a process for `rank`; none if its name cannot be claimed now.
+    pub(super) fn start(
+        ground: &Ground,
+        rank: Rank,
+        id: u32,
+        takes_over: bool,
+        mut draws: Draws,
+    ) -> Result<Option<Self>, Error> {
+        let now_ns = ground.pool.now_ns();
+        let instance = Instance(u128::from(draws.bits()) << 64 | u128::from(draws.bits()) | 1);
+        let Some((board, claim)) = ground.store.board(rank, instance, takes_over) else { return Ok(None) };
+        let config = EmulatedConfig { link: LinkLayer::Roce, ..EmulatedConfig::default() };
+        let device = EmulatedHca::new(Arc::clone(&ground.fabric), config)?;
+        let hca = FaultHca::new(Arc::clone(&device));
+        let gpu = Arc::new(HostGpu::new(Arc::clone(&ground.pool), id));
+        let (dyn_gpu, dyn_hca): (Arc<dyn Gpu>, Arc<dyn Hca>) = (Arc::clone(&gpu) as _, Arc::clone(&hca) as _);
+        let session = Arc::new(Session::new(&ground.config, rank, dyn_gpu, dyn_hca)?);
+        if let Some(guard) = ground.guard_off {
+            session.switch_guard_off(guard);
+        }
+        let app = App::new(&session, Draws::new(draws.bits(), 4), ground.style)?;
+        let initial = RankSet::first(ground.config.num_ranks);
+        let membership = Membership::new(MembershipConfig::new(&ground.config, initial), claim, now_ns);
+        let board_id = board.id();
+        let options = KeeperOptions::default();
+        let keeper = Keeper::new(Arc::clone(&session), membership, Box::new(board), options)?;
+        Ok(Some(Self {
+            app,
+            keeper,
+            session,
+            gpu,
+            hca,
+            device,
+            rank,
+            instance,
+            board: board_id,
+            id,
+            started_ns: now_ns,
+            ready_ns: now_ns + draws.below(3_000_000),
+            motion: Motion::Runs,
+            is_zombie: false,
+            has_served: false,
+            next_keeper_ns: 0,
+            objects: BTreeMap::new(),
+            peers: BTreeMap::new(),
+        }))
+    }
+
+    /// Takes in the commands executed since the last call, and gives them to `each`.
+    pub(super) fn take_commands(&mut self, mut each: impl FnMut(&CommandRecord, Option<(Rank, Instance)>)) {
+        for record in self.device.take_trace() {
+            if record.status == Status::Ok {
+                let (kind, change) = match record.op {
+                    Some(Op::CreateCq) => ("cq", 1),
+                    Some(Op::CreateQp) => ("qp", 1),
+                    Some(Op::CreateMkey) => ("mkey", 1),
+                    Some(Op::AllocUar) => ("uar", 1),
+                    Some(Op::DestroyCq) => ("cq", -1),
+                    Some(Op::DestroyQp) => ("qp", -1),
+                    Some(Op::DestroyMkey) => ("mkey", -1),
+                    Some(Op::DeallocUar) => ("uar", -1),
+                    _ => ("", 0),
+                };
+                *self.objects.entry(kind).or_default() += change;
+            }
+            each(&record, record.qpn.and_then(|qpn| self.peers.get(&qpn.get()).copied()));
+            if record.op == Some(Op::DestroyQp)
+                && let Some(qpn) = record.qpn
+            {
+                self.peers.remove(&qpn.get());
+            }
+        }
+    }
+
+    /// Learns which queue pairs lead to a peer that is a member.
+    pub(super) fn learn_peer(&mut self, peer: Rank, instance: Instance) {
+        for qpn in self.session.queue_pairs(peer) {
+            self.peers.entry(qpn.get()).or_insert((peer, instance));
+        }
+    }
+
+    /// What it holds now; its trace has been taken.
+    pub(super) fn holdings(&self) -> Holdings {
+        Holdings {
+            control_bytes: self.session.control_report().live_bytes,
+            gpu_bytes: self.gpu.allocated_bytes(),
+            objects: self.objects.clone(),
+        }
+    }
+
+    /// Ends it as kill -9 does; the bytes and objects that stay behind.
+    pub(super) fn end(mut self) -> Result<u64, Error> {
+        self.device.fabric().kill(self.device.port_id());
+        self.gpu.kill()?;
+        self.hca.clear();
+        self.take_commands(|_, _| {});
+        let Self { app, keeper, session, gpu, hca, device, mut objects, .. } = self;
+        let (session_left, gpu_left) = (Arc::downgrade(&session), Arc::downgrade(&gpu));
+        drop((app, keeper));
+        drop(session);
+        drop(gpu);
+        drop(hca);
+        for record in device.take_trace().iter().filter(|record| record.status == Status::Ok) {
+            let kind = match record.op {
+                Some(Op::DestroyCq) => "cq",
+                Some(Op::DestroyQp) => "qp",
+                Some(Op::DestroyMkey) => "mkey",
+                Some(Op::DeallocUar) => "uar",
+                _ => continue,
+            };
+            *objects.entry(kind).or_default() -= 1;
+        }
+        let left: u64 = objects.values().map(|count| count.max(&0).unsigned_abs()).sum();
+        Ok(left + (session_left.strong_count() + gpu_left.strong_count()) as u64)
+    }
+}
