@@ -32,7 +32,11 @@ const CRATES: &[CrateRule] = &[
     CrateRule { dir: "ffi/c", name: "ibex-c", may_use: &["ibex"] },
     CrateRule { dir: "ffi/python", name: "ibex-python", may_use: &["ibex"] },
     CrateRule { dir: "tests/consumer", name: "ibex-consumer", may_use: &["ibex"] },
-    CrateRule { dir: "tests/fuzz", name: "ibex-fuzz", may_use: &["ibex", "ibex-hca", "ibex-roce"] },
+    CrateRule {
+        dir: "tests/fuzz",
+        name: "ibex-fuzz",
+        may_use: &["ibex", "ibex-hca", "ibex-metadata", "ibex-roce"],
+    },
     CrateRule {
         dir: "",
         name: "ibex",

@@ -9,7 +9,8 @@
 //!
 //! INVARIANTS: a name is fetched by one caller at a time, others wait for that answer; an answer that a
 //! change may have overtaken is given out but not kept; what is in the map in front was in the cache, and is
-//! dropped with it; failures and absence are never kept.
+//! dropped with it; failures and absence are never kept. While the store is away nothing is dropped but what
+//! runs out; when changes can be followed again, everything is, because some may have been missed.
 
 use core::time::Duration;
 use std::collections::HashMap;
@@ -100,6 +101,12 @@ impl Shared {
         }
         let before = self.changes.load(Ordering::SeqCst);
         let leased = self.cache.get(name).filter(|leased| leased.check(now).is_ok())?;
+        self.keep_in_front(name, &leased, before);
+        Some(leased)
+    }
+
+    /// Puts what the cache held when `before` changes had been seen into the map in front.
+    fn keep_in_front(&self, name: &RecordName, leased: &Leased<Arc<Snapshot>>, before: u64) {
         let mut hot = self.hot.write();
         // Under the lock that every change takes after it was counted: what it overtook is not kept.
         if self.changes.load(Ordering::SeqCst) == before {
@@ -108,7 +115,6 @@ impl Shared {
             }
             hot.insert(name.clone(), leased.clone());
         }
-        Some(leased)
     }
 
     fn drop_name(&self, name: &RecordName) {
@@ -192,14 +198,14 @@ impl Drop for Landing<'_> {
     }
 }
 
-/// Drops what changes, and everything whenever changes may have been missed.
+/// Drops what changes; and everything whenever it can follow again, as changes may have been missed.
 async fn follow(shared: Arc<Shared>) {
     let mut pause = BACKOFF.0;
     loop {
         if follow_once(&shared).await {
             pause = BACKOFF.0;
         }
-        shared.drop_all();
+        // Nothing is dropped here: the leases bridge an outage.
         // Some of the pause is left to chance: caches that lost a store together do not return together.
         let share = shared.clock.now().0 % 256;
         let jittered = pause / 2 + pause * u32::try_from(share).unwrap_or(0) / 512;
@@ -321,5 +327,87 @@ impl Layered {
             }
         }
         Ok(fetched)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::InstanceId;
+    use crate::local::LocalStore;
+
+    const TTL: Duration = Duration::from_secs(10);
+
+    /// A cache that nobody follows a store for: it is told of changes by the test alone.
+    struct Rig {
+        clock: Clock,
+        shared: Shared,
+        hold: Hold,
+    }
+
+    impl Rig {
+        async fn new() -> Self {
+            let clock = Clock::manual();
+            let inner = LocalStore::memory(clock.clone());
+            let name = RecordName::parse("c/g/a").unwrap();
+            let instance = InstanceId::new(1).unwrap();
+            let hold = inner.claim(&Claim { name, instance, ttl: TTL, takeover: false }).await.unwrap();
+            let shared = Shared {
+                inner: Arc::new(inner),
+                clock: clock.clone(),
+                cache: Cache::new(CAPACITY),
+                hot: RwLock::default(),
+                changes: AtomicU64::new(0),
+                flights: Mutex::default(),
+            };
+            Self { clock, shared, hold }
+        }
+
+        /// Fetches the record into the cache.
+        async fn fetch(&self) -> Leased<Arc<Snapshot>> {
+            let mut outcomes = self.shared.fetch(std::slice::from_ref(&self.hold.name)).await.unwrap();
+            outcomes.remove(0).unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_ran_out_is_given_out_by_neither_map() {
+        let rig = Rig::new().await;
+        rig.fetch().await;
+        rig.clock.advance(TTL);
+        assert_eq!(rig.shared.cached(&rig.hold.name), None, "from the cache");
+        rig.shared
+            .inner
+            .claim(&Claim {
+                name: rig.hold.name.clone(),
+                instance: rig.hold.instance,
+                ttl: TTL,
+                takeover: false,
+            })
+            .await
+            .unwrap();
+        rig.fetch().await;
+        assert!(rig.shared.cached(&rig.hold.name).is_some());
+        rig.shared.cache.invalidate_all();
+        assert!(rig.shared.cached(&rig.hold.name).is_some(), "from the map in front");
+        rig.clock.advance(TTL);
+        assert_eq!(rig.shared.cached(&rig.hold.name), None, "nor from there");
+    }
+
+    #[tokio::test]
+    async fn what_a_change_overtook_on_the_way_to_the_front_is_not_kept() {
+        let rig = Rig::new().await;
+        let leased = rig.fetch().await;
+        let before = rig.shared.changes.load(Ordering::SeqCst);
+        rig.shared.drop_name(&rig.hold.name);
+        rig.shared.keep_in_front(&rig.hold.name, &leased, before);
+        assert_eq!(rig.shared.cached(&rig.hold.name), None);
+        let before = rig.shared.changes.load(Ordering::SeqCst);
+        rig.shared.drop_all();
+        rig.shared.keep_in_front(&rig.hold.name, &leased, before);
+        assert_eq!(rig.shared.cached(&rig.hold.name), None);
+        let now = rig.shared.changes.load(Ordering::SeqCst);
+        rig.shared.keep_in_front(&rig.hold.name, &leased, now);
+        assert_eq!(rig.shared.cached(&rig.hold.name), Some(leased), "kept when nothing came between");
     }
 }

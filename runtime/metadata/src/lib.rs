@@ -27,6 +27,8 @@ pub mod drain;
 pub mod error;
 #[cfg(feature = "etcd")]
 pub mod etcd;
+#[doc(hidden)]
+pub mod fuzz;
 #[cfg(feature = "grpc")]
 pub mod grpc;
 pub mod ids;

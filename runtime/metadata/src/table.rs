@@ -346,3 +346,59 @@ impl Version {
         self.0.checked_add(1).map(Self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::rules::Claimed;
+    use super::*;
+    use crate::store::{Ack, Claim};
+
+    const TTL: Duration = Duration::from_secs(10);
+
+    fn second(second: u64) -> Moment {
+        Moment(second * 1_000_000_000)
+    }
+
+    /// A table with one owner and one reader from second 1 on, whose keeper has given a sign of life.
+    fn kept() -> (Table, Hold) {
+        let (mut table, now) = (Table::default(), second(1));
+        let (name, instance) = (RecordName::parse("c/g/a").unwrap(), InstanceId::new(1).unwrap());
+        let claim = Claim { name, instance, ttl: TTL, takeover: false };
+        let Claimed::Anew(hold, planned) = table.claim(&claim, now).unwrap() else { panic!("held") };
+        table.apply(planned, now);
+        let stamp = Stamp::new(hold.fence, Version(0));
+        let ack = Ack { name: hold.name.clone(), reader: InstanceId::new(2).unwrap(), stamp, ttl: TTL };
+        let (planned, _) = table.ack(&ack, now).unwrap();
+        table.apply(planned, now);
+        table.beat(now);
+        (table, hold)
+    }
+
+    #[test]
+    fn a_stall_of_the_keeper_counts_against_nobodys_lease() {
+        let (mut table, hold) = kept();
+        // Away for a minute: whoever wanted to renew could not.
+        let back = second(61);
+        table.observe(back);
+        let (_, remaining) = table.get(&hold.name, back).unwrap();
+        assert_eq!(remaining, TTL, "the minute is given back, and no more");
+        assert_eq!(table.readers(&hold.name, back).unwrap().len(), 1, "to readers too");
+        table.beat(back);
+        // Alive from here on: silence is evidence again.
+        for now in 62..=71 {
+            table.beat(second(now));
+        }
+        let over = table.get(&hold.name, second(71));
+        assert_eq!(over.map(|_| ()), Err(StoreError::LeaseExpired { fence: hold.fence }));
+        assert!(table.readers(&hold.name, second(71)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_short_pause_is_not_forgiven() {
+        let (mut table, hold) = kept();
+        for now in 2..=11 {
+            table.beat(second(now));
+        }
+        assert!(table.get(&hold.name, second(11)).is_err(), "ten pauses of a second are ten seconds");
+    }
+}

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ibex_metadata::clock::Clock;
@@ -120,5 +121,55 @@ fn what_another_client_changes_is_dropped() {
         until("the invalidation", async || layered.cached(&hold.name).is_none()).await;
         let fresh = layered.get(&hold.name).await.unwrap();
         assert_eq!(fresh.stamp().version, Version(1));
+    });
+}
+
+#[test]
+fn an_answer_that_a_change_overtook_is_given_out_and_not_kept() {
+    run(async {
+        let clock = Clock::manual();
+        let (spy, layered) = settled(&clock).await;
+        let (hold, layered) = (claimed(&spy.inner, "a").await, Arc::new(layered));
+        spy.replies.forget_permits(usize::MAX);
+        let made = spy.made.load(Ordering::SeqCst);
+        let asker = {
+            let (layered, name) = (layered.clone(), hold.name.clone());
+            tokio::spawn(async move { layered.get(&name).await })
+        };
+        until("the answer", async || spy.made.load(Ordering::SeqCst) > made).await;
+        let record = spy.inner.get(&hold.name).await.unwrap().unchecked().record.clone();
+        layered.publish(&hold, Version(0), &record).await.unwrap();
+        // The news comes before the answer, so that nothing drops the answer afterwards.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        spy.replies.add_permits(1 << 20);
+        assert_eq!(asker.await.unwrap().unwrap().stamp().version, Version(0));
+        assert_eq!(layered.cached(&hold.name), None);
+    });
+}
+
+#[test]
+fn a_lost_watch_drops_nothing_until_changes_can_be_followed_again() {
+    run(async {
+        let clock = Clock::manual();
+        let (spy, layered) = settled(&clock).await;
+        let hold = claimed(&spy.inner, "a").await;
+        until("a kept answer", async || {
+            layered.get(&hold.name).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            layered.cached(&hold.name).is_some()
+        })
+        .await;
+        *spy.mood.lock() = Mood::Away;
+        spy.cut.notify_waiters();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(layered.get(&hold.name).await.is_ok(), "the lease bridges the outage");
+        // Nobody tells the cache of this change: it happens while nobody watches.
+        let record = layered.cached(&hold.name).unwrap().unchecked().record.clone();
+        spy.inner.publish(&hold, Version(0), &record).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(layered.cached(&hold.name).is_some());
+        *spy.mood.lock() = Mood::Good;
+        until("the drop of everything", async || layered.cached(&hold.name).is_none()).await;
+        assert_eq!(layered.get(&hold.name).await.unwrap().stamp().version, Version(1));
     });
 }

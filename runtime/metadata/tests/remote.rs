@@ -3,13 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use ibex_metadata::clock::Clock;
 use ibex_metadata::contract::{self, Subject};
-use ibex_metadata::error::StoreError;
+use ibex_metadata::error::{Corruption, StoreError};
 use ibex_metadata::grpc::{Connect, RemoteStore, Secret, Server, ServerConfig, Target, TlsFiles};
 use ibex_metadata::ids::{InstanceId, Revision, Version};
 use ibex_metadata::layered::Layered;
@@ -19,9 +20,12 @@ use ibex_metadata::scope::Request;
 use ibex_metadata::store::{Change, Claim, Filter, Store};
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::Runtime;
 
 mod served;
+mod spy;
 use served::{Running, connect, http_get, loopback, memory, runtime, scratch, tcp};
+use spy::{Mood, Spy};
 
 /// A server over a redb file, both driven by one clock that only the test moves.
 struct Remote {
@@ -363,6 +367,60 @@ fn garbage_is_refused_and_the_server_lives() {
         assert_eq!(store.renew(&hold).await, Ok(()), "nothing was lost");
         let mut watch = store.watch(&Prefix::all(), Revision(0)).await.unwrap();
         assert!(matches!(watch.next().await.unwrap().change, Change::Put(_)));
+    });
+    server.kill();
+}
+
+/// A server whose store is a spy, and a client with a clock of its own.
+fn spied() -> (Arc<Spy>, Running, Clock, RemoteStore) {
+    let theirs = Clock::manual();
+    let spy = Arc::new(Spy::new(LocalStore::memory(theirs.clone())));
+    let config = ServerConfig { listen: loopback(), ..ServerConfig::default() };
+    let server = Running::serving(config, spy.clone(), theirs);
+    let clock = Clock::manual();
+    let _entered = RUNTIME.enter();
+    let store = RemoteStore::new(&tcp(server.address.unwrap()), clock.clone()).unwrap();
+    (spy, server, clock, store)
+}
+
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(runtime);
+
+#[test]
+fn the_trip_is_taken_off_the_lease() {
+    let (spy, server, clock, store) = spied();
+    RUNTIME.block_on(async {
+        let hold = spy.inner.claim(&claim("a/b/c")).await.unwrap();
+        spy.replies.forget_permits(usize::MAX);
+        let (asked_at, name) = (clock.now(), hold.name.clone());
+        let asker = tokio::spawn(async move { store.get(&name).await });
+        while spy.made.load(Ordering::SeqCst) == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        clock.advance(Duration::from_secs(3));
+        spy.replies.add_permits(1);
+        let leased = asker.await.unwrap().unwrap();
+        assert_eq!(leased.valid_until(), asked_at.after(hold.ttl), "counted from before the question");
+    });
+    server.kill();
+}
+
+#[test]
+fn a_server_that_miscounts_or_mixes_up_is_found_out() {
+    let (spy, server, _, store) = spied();
+    RUNTIME.block_on(async {
+        let holds = [claim("a/b/c"), claim("a/b/d")];
+        for claim in &holds {
+            spy.inner.claim(claim).await.unwrap();
+        }
+        let names = holds.map(|claim| claim.name);
+        assert!(store.batch_get(&names).await.unwrap().iter().all(Result::is_ok));
+        *spy.mood.lock() = Mood::Short;
+        let short = StoreError::Corrupt(Corruption::BatchLength { asked: 2, got: 1 });
+        assert_eq!(store.batch_get(&names).await.map(|_| ()), Err(short), "no key gets another's answer");
+        *spy.mood.lock() = Mood::Reversed;
+        let row = StoreError::Corrupt(Corruption::Row);
+        let outcomes = store.batch_get(&names).await.unwrap();
+        assert_eq!(outcomes, [Err(row.clone()), Err(row)], "the name is read, not the place trusted");
     });
     server.kill();
 }

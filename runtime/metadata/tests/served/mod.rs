@@ -9,6 +9,7 @@ use std::time::Duration;
 use ibex_metadata::clock::Clock;
 use ibex_metadata::grpc::{Connect, Server, ServerConfig, Target};
 use ibex_metadata::local::LocalStore;
+use ibex_metadata::store::Store;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -45,10 +46,14 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(config: ServerConfig, store: LocalStore, clock: Clock) -> Self {
+        Self::serving(config, Arc::new(store), clock)
+    }
+
+    pub(crate) fn serving(config: ServerConfig, store: Arc<dyn Store>, clock: Clock) -> Self {
         // In a thread, because a test may already be inside a runtime.
         let start = move || {
             let runtime = runtime();
-            let server = runtime.block_on(Server::bind(config, Arc::new(store), clock)).unwrap();
+            let server = runtime.block_on(Server::bind(config, store, clock)).unwrap();
             let (address, metrics) = (server.address(), server.metrics_address());
             let (stop, stopped) = oneshot::channel::<()>();
             let (ending, ended) = oneshot::channel();

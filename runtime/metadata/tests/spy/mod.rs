@@ -14,10 +14,10 @@ use ibex_metadata::local::LocalStore;
 use ibex_metadata::name::{Prefix, RecordName};
 use ibex_metadata::record::PeerRecord;
 use ibex_metadata::store::{
-    Ack, Cell, Claim, Filter, Health, Hold, Page, ReaderState, Snapshot, Store, Watch,
+    Ack, Cell, Claim, Event, Filter, Health, Hold, Page, ReaderState, Snapshot, Store, Watch, WatchSource,
 };
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 /// A store that writes down what it is asked for, can be away, and can miscount.
 #[derive(Debug)]
@@ -27,6 +27,12 @@ pub(crate) struct Spy {
     pub(crate) mood: Mutex<Mood>,
     /// Batches need one of these each; none left: they wait.
     pub(crate) passes: Semaphore,
+    /// Their answers need one of these each to leave.
+    pub(crate) replies: Semaphore,
+    /// Answers that are made, also if they have not left.
+    pub(crate) made: AtomicU64,
+    /// Ends the watches that it gave out.
+    pub(crate) cut: Arc<Notify>,
     /// Renewals that it was asked for.
     pub(crate) renewals: AtomicU64,
 }
@@ -35,7 +41,9 @@ impl Spy {
     pub(crate) fn new(inner: LocalStore) -> Self {
         let passes = Semaphore::new(Semaphore::MAX_PERMITS);
         let mood = Mutex::new(Mood::Good);
-        Self { inner, asked: Mutex::default(), mood, passes, renewals: AtomicU64::new(0) }
+        let replies = Semaphore::new(Semaphore::MAX_PERMITS);
+        let (made, renewals, cut) = (AtomicU64::new(0), AtomicU64::new(0), Arc::default());
+        Self { inner, asked: Mutex::default(), mood, passes, replies, made, cut, renewals }
     }
 
     /// The batches since the last look, by the last parts of their names.
@@ -52,6 +60,8 @@ pub(crate) enum Mood {
     Away,
     /// With one outcome too few.
     Short,
+    /// With the outcomes in another order.
+    Reversed,
 }
 
 #[async_trait]
@@ -67,6 +77,11 @@ impl Store for Spy {
         if mood == Mood::Short {
             outcomes.pop();
         }
+        if mood == Mood::Reversed {
+            outcomes.reverse();
+        }
+        self.made.fetch_add(1, Ordering::SeqCst);
+        let _reply = self.replies.acquire().await;
         Ok(outcomes)
     }
 
@@ -90,7 +105,8 @@ impl Store for Spy {
         self.inner.list(filter).await
     }
     async fn watch(&self, prefix: &Prefix, from: Revision) -> Result<Watch> {
-        self.inner.watch(prefix, from).await
+        let (inner, cut) = (self.inner.watch(prefix, from).await?, self.cut.clone());
+        Ok(Watch::new(CutWatch { inner, cut }))
     }
     async fn ack(&self, ack: &Ack) -> Result<()> {
         self.inner.ack(ack).await
@@ -105,6 +121,25 @@ impl Store for Spy {
         self.inner.swap_cell(name, expect, value).await
     }
     async fn health(&self) -> Result<Health> {
+        if *self.mood.lock() == Mood::Away {
+            return Err(StoreError::Unavailable { retry_after: Duration::ZERO });
+        }
         self.inner.health().await
+    }
+}
+
+/// A watch that ends when the spy is told to.
+struct CutWatch {
+    inner: Watch,
+    cut: Arc<Notify>,
+}
+
+#[async_trait]
+impl WatchSource for CutWatch {
+    async fn next(&mut self) -> Result<Event> {
+        tokio::select! {
+            event = self.inner.next() => event,
+            () = self.cut.notified() => Err(StoreError::Unavailable { retry_after: Duration::ZERO }),
+        }
     }
 }
