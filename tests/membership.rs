@@ -129,6 +129,21 @@ fn without_the_store_nothing_changes_and_in_the_end_everybody_stops() {
     );
 }
 
+/// The outage takes the eviction with it that is on its way, and nobody is told of the outage. Whenever it comes, the
+/// eviction is made all the same.
+#[test]
+fn an_outage_that_is_over_before_it_is_noticed_loses_no_change() {
+    for at_us in (0..12_000).step_by(10) {
+        let mut world = quiet(2);
+        world.now_happens(Happens::Suspicion { by: Rank(0), of: Rank(1) });
+        world.happens_in(1, Happens::Kill(Rank(1)));
+        world.happens_in(at_us * 1_000 + 2, Happens::Outage(true));
+        world.happens_in((at_us + 10) * 1_000, Happens::Outage(false));
+        world.run_for(8);
+        assert_eq!(world.store.view().members(), RankSet::first(1), "an outage after {at_us} us");
+    }
+}
+
 #[test]
 fn an_idle_rank_is_missed_by_its_lease_if_the_store_was_up() {
     let mut world = quiet(3);

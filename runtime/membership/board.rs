@@ -31,21 +31,22 @@ pub trait Board: Send {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BoardEvent {
     /// The store answers again, or for the first time. Everything that it holds follows as events: claims, rows,
-    /// offers and placements, then the view, of version 0 and without bytes if it was never written.
+    /// offers and placements, then the view, of version 0 and without bytes if it was never written. It comes after
+    /// every outage, also after one that was over before [`BoardEvent::Unavailable`] could be told.
     Available {
         /// How long the store itself has been up without interruption. An outage of this rank alone does not count.
         up_for_ns: u64,
     },
     /// The store does not answer. Nothing that was seen before is undone by it.
     Unavailable,
-    /// The view's cell has this content.
+    /// The view's cell has this content; whoever wrote it.
     View {
         /// Its version in the store.
         version: u64,
         /// Its bytes.
         bytes: Vec<u8>,
     },
-    /// The answer to [`Board::cas_view`].
+    /// The answer to [`Board::cas_view`]; what the cell holds now comes as [`BoardEvent::View`], before or after it.
     ViewCas {
         /// The version that was expected.
         expect: u64,

@@ -300,12 +300,14 @@ impl Membership {
     }
 
     /// The store answers, and has been up for `up_for_ns`.
+    ///
+    /// It may have been away unnoticed: an outage can be over before anybody could say so. Whatever was under way is
+    /// lost with it, and the view that follows tells what has become of it.
     pub fn handle_store_up(&mut self, now: u64, up_for_ns: u64) {
-        if !self.is_store_up() {
-            let since = now.saturating_sub(up_for_ns);
-            self.store = StoreState::Up { since, has_listed_view: false };
-            self.round.restart(now);
-        }
+        let since = now.saturating_sub(up_for_ns);
+        self.store = StoreState::Up { since, has_listed_view: false };
+        self.duties.forget();
+        self.round.restart(now);
         self.settle(now);
     }
 
@@ -336,12 +338,10 @@ impl Membership {
         self.settle(now);
     }
 
-    /// The answer to a [`Action::CasView`].
-    pub fn handle_cas(&mut self, now: u64, expect: u64, is_done: bool) {
-        match self.duties.answered(expect, is_done) {
-            Some(view) => self.handle_view(now, expect + 1, view),
-            None => self.settle(now),
-        }
+    /// A [`Action::CasView`] that expected this version was answered: made or not, a newer view comes.
+    pub fn handle_cas(&mut self, now: u64, expect: u64) {
+        self.duties.answered(expect);
+        self.settle(now);
     }
 
     /// Another rank's row.

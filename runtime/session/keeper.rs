@@ -291,7 +291,7 @@ impl Keeper {
                 Ok(view) => self.membership.handle_view(now_ns, version, view),
                 Err(_) => self.note(now_ns, Happening::Unreadable { from: me, what: "view" }),
             },
-            BoardEvent::ViewCas { expect, is_done } => self.membership.handle_cas(now_ns, expect, is_done),
+            BoardEvent::ViewCas { expect, .. } => self.membership.handle_cas(now_ns, expect),
             BoardEvent::Row { from, bytes } => match Row::from_bytes(&bytes) {
                 Ok(row) => self.membership.handle_row(now_ns, from, row),
                 Err(_) => self.note(now_ns, Happening::Unreadable { from, what: "row" }),

@@ -50,9 +50,7 @@ impl World {
                     self.on(rank, |machine, now| machine.handle_claim(now, name.claim, name.is_alive));
                 }
             }
-            Note::Cas(expect, is_done) => {
-                self.on(rank, |machine, now| machine.handle_cas(now, expect, is_done));
-            }
+            Note::Cas(expect) => self.on(rank, |machine, now| machine.handle_cas(now, expect)),
         }
     }
 
@@ -99,15 +97,11 @@ impl World {
             }
             Wish::View(number) => {
                 let (expect, view) = self.nodes[&rank].changes[number as usize].clone();
-                let is_done = match self.store.cas(expect, view, self.is_anything_allowed) {
-                    None => false,
-                    Some(before) => {
-                        self.check_change(&before);
-                        self.announce(Note::View);
-                        true
-                    }
-                };
-                self.tell(rank, Note::Cas(expect, is_done));
+                if let Some(before) = self.store.cas(expect, view, self.is_anything_allowed) {
+                    self.check_change(&before);
+                    self.announce(Note::View);
+                }
+                self.tell(rank, Note::Cas(expect));
             }
         }
     }

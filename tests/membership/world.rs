@@ -44,7 +44,7 @@ pub(super) enum Note {
     View,
     Row(Rank),
     Claim(Rank),
-    Cas(u64, bool),
+    Cas(u64),
 }
 
 /// What a board was asked to write.

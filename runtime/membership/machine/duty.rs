@@ -36,9 +36,10 @@ enum Duty {
 pub(super) struct Duties {
     /// What the open round proposes.
     pub(super) eviction: Option<RankSet>,
-    in_flight: Option<(u64, View)>,
-    /// The version at which a change was refused: there is a newer view on its way.
-    refused_at: Option<u64>,
+    /// The version that a change under way expects.
+    in_flight: Option<u64>,
+    /// The version at which a change was answered: there is a newer view on its way, this rank's or another's.
+    answered_at: Option<u64>,
     /// Version, change, and since when it has been the next.
     due: Option<(u64, Duty, u64)>,
 }
@@ -47,16 +48,15 @@ impl Duties {
     /// Nothing is known of a change that was under way when the store went away; its view will tell.
     pub(super) fn forget(&mut self) {
         self.in_flight = None;
-        self.refused_at = None;
+        self.answered_at = None;
     }
 
-    /// Takes the answer to a change; the view that stands now, if it was made.
-    pub(super) fn answered(&mut self, expect: u64, is_done: bool) -> Option<View> {
-        let (_, view) = self.in_flight.take_if(|(version, _)| *version == expect)?;
-        if !is_done {
-            self.refused_at = Some(expect);
+    /// Takes the answer to a change. Made or refused, the view has moved on from `expect`, and only the store says to
+    /// what: the answer may be to a change from before an outage that nobody noticed.
+    pub(super) fn answered(&mut self, expect: u64) {
+        if self.in_flight.take_if(|version| *version == expect).is_some() {
+            self.answered_at = Some(expect);
         }
-        is_done.then_some(view)
     }
 }
 
@@ -67,7 +67,7 @@ impl Membership {
         if self.stopped.is_some() || !can_write || self.duties.in_flight.is_some() {
             return;
         }
-        if self.duties.refused_at == Some(self.version) {
+        if self.duties.answered_at == Some(self.version) {
             return;
         }
         let (duty, view, position) = match self.next_change() {
@@ -83,7 +83,7 @@ impl Membership {
         // CAST: a position is below NUM_RANKS_MAX.
         let turn = since.saturating_add((position as u64).saturating_mul(self.config.detect_ns));
         if self.is_due(turn) {
-            self.duties.in_flight = Some((self.version, view.clone()));
+            self.duties.in_flight = Some(self.version);
             self.actions.push_back(super::Action::CasView { expect: self.version, view });
         }
     }
