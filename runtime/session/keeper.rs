@@ -369,11 +369,15 @@ impl Keeper {
         }
     }
 
-    /// Takes the queue pairs of whoever is lost out of use, at once: that needs no agreement, because a suspicion
-    /// holds until the pair is made anew. What the device refuses is tried again with the next look.
+    /// Kernels stop waiting for whoever is lost for a reason that kernels cannot see: whose process has ended, or whose
+    /// name is another's or nobody's. A member that is merely suspected goes on being told LOST in every step, until
+    /// the group has agreed: were it not, it would stall, and healthy members with it.
     fn give_up_lost(&mut self) {
         for (peer, _) in self.links.serving() {
-            if self.membership.suspects().contains(peer) && self.session.begin_fence(peer).is_ok() {
+            let evidence = self.membership.evidence(peer);
+            let is_gone = matches!(evidence, Some(Evidence::Exit | Evidence::Lease | Evidence::Superseded));
+            // What cannot be written is tried again with the next look.
+            if is_gone && self.session.is_active(peer) && self.session.mask(peer).is_ok() {
                 self.links.stop_serving(peer);
             }
         }
