@@ -193,7 +193,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_by_name() {
         let config = config(None);
-        let with = |change: &dyn Fn(&mut Vec<Vec<(Rank, LocalExpertIdx)>>)| {
+        type Owners = Vec<Vec<(Rank, LocalExpertIdx)>>;
+        let with = |change: &dyn Fn(&mut Owners)| {
             let mut owners = Placement::contiguous(&config, 1, &RankSet::first(3)).unwrap().owners;
             change(&mut owners);
             Placement::new(&config, 2, owners).unwrap_err().field

@@ -117,7 +117,7 @@ fn a_changed_path_retires_the_queue_pair_and_waiting_requests_take_the_new_one()
         rig.settle();
         let path = Err(TransferError::PathRetired { name: name("far") });
         let ends = outcomes(batch.wait());
-        assert_eq!(ends[..4], [const { () }; 4].map(|()| path.clone()));
+        assert!(ends[..4].iter().all(|end| *end == path), "{ends:?}");
         assert_eq!(ends[4..], [Ok(64), Ok(64)]);
     });
     assert_eq!(rig.refusals(), 0);

@@ -7,7 +7,7 @@
 //! *Who owns what.* The wrapper owns the memory of all pages, which never moves, and the device's pages behind those
 //! that are in use. A [`Forwarder`] owns its thread.
 //!
-//! INVARIANT: a register holds [`EMPTY`], or the last value stored since it was last carried; nothing is carried twice.
+//! INVARIANT: a register holds `EMPTY`, or the last value stored since it was last carried; nothing is carried twice.
 //! INVARIANT: what stands in a page that is free is never carried: a late doorbell is harmless here too.
 #![expect(unsafe_code, reason = "passes the unsafe methods of the trait on")]
 

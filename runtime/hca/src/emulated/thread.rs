@@ -70,7 +70,8 @@ impl DeviceThread {
             }
             let was_busy = self.told.last_busy.load(Ordering::Acquire) > seen;
             let timer_runs = self.told.next_deadline.load(Ordering::Acquire) <= end;
-            if !was_busy && !(timer_runs && elapsed(self.started).0 < end) {
+            let waits = timer_runs && elapsed(self.started).0 < end;
+            if !was_busy && !waits {
                 return;
             }
         }

@@ -3,7 +3,7 @@
 //! [`Mlx5Hca`] is a device behind [`Hca`](crate::Hca); [`devices`] looks at what is there. Nothing here is needed to
 //! build or to run without a device: where libraries or devices are missing, the answer is a typed error.
 //!
-//! *Who owns what.* Everything that the C libraries give is owned by a guard or by the [`table`] of this module, and
+//! *Who owns what.* Everything that the C libraries give is owned by a guard or by the `table` of this module, and
 //! released in the order that they demand: queues, keys and umems, pages, domains, events, the device, the library. A
 //! guard keeps the loaded library, so no function outlives its code. Callers own all memory that is registered.
 //!
