@@ -1,7 +1,7 @@
 //! What a campaign breaks: kinds of faults by name, and one planned fault as data.
 //!
 //! Pure. The same kinds are carried out in simulation and between processes; a carrier that cannot do one refuses it
-//! by name before anything runs ([`FaultKind::in_simulation`]).
+//! by name before anything runs ([`FaultKind::needs_packets`]).
 
 use core::fmt;
 use core::str::FromStr;
