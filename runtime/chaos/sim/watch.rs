@@ -224,8 +224,6 @@ impl Watch {
                 touched.push((record.op, peer.0));
             }
         });
-        // Who suspects a peer fences it at once; whether it had a reason is the ledger's to say.
-        touched.retain(|(_, peer)| !self.ledger.is_touched(me.0, *peer));
         for (op, peer) in touched {
             self.report.findings.healthy_qps_touched += 1;
             self.flaw(now_ns, format!("rank {}: {op:?} on a queue pair to healthy rank {peer}", me.0));
