@@ -75,7 +75,16 @@ pub enum PortState {
 pub fn devices() -> Result<Vec<DeviceInfo>, LoadError> {
     let library = Arc::new(Library::load()?);
     let list = DeviceList::read(&library);
-    Ok(list.mlx5().map(|device| describe(&library, device)).collect())
+    let mut found: Vec<DeviceInfo> = list.mlx5().map(|device| describe(&library, device)).collect();
+    found.sort_by(|one, other| by_number(&one.name).cmp(&by_number(&other.name)));
+    Ok(found)
+}
+
+/// How names are ordered: `mlx5_2` before `mlx5_10`. The library lists devices as the kernel's directory does, which
+/// is in no order at all.
+pub(super) fn by_number(name: &str) -> (&str, u64) {
+    let stem = name.trim_end_matches(|last: char| last.is_ascii_digit());
+    (stem, name[stem.len()..].parse().unwrap_or(0))
 }
 
 fn describe(library: &Arc<Library>, device: *mut sys::ibv_device) -> DeviceInfo {
@@ -261,6 +270,13 @@ mod tests {
             Ok(devices) => assert!(devices.iter().all(|device| !device.name.is_empty())),
             Err(error) => assert!(error.to_string().contains("ibverbs-providers"), "{error}"),
         }
+    }
+
+    #[test]
+    fn devices_are_ordered_by_their_number() {
+        let mut names = ["mlx5_10", "rocep1", "mlx5_bond_0", "mlx5_2", "mlx5", "mlx5_0"];
+        names.sort_by(|one, other| by_number(one).cmp(&by_number(other)));
+        assert_eq!(names, ["mlx5", "mlx5_0", "mlx5_2", "mlx5_10", "mlx5_bond_0", "rocep1"]);
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub use ibex_mlx5dv_sys::LoadError;
 pub use table::LiveObjects;
 
 use crate::{HcaCaps, HcaError, LinkLayer, PortInfo};
-use devices::{DeviceList, Opened, errno, name_of};
+use devices::{DeviceList, Opened, by_number, errno, name_of};
 use events::Events;
 use table::Table;
 
@@ -86,6 +86,7 @@ impl Mlx5Hca {
     fn open_with(library: &Arc<Library>, config: &Mlx5Config) -> Result<Arc<Self>, OpenError> {
         let list = DeviceList::read(library);
         let mut named: Vec<_> = list.mlx5().map(|device| (name_of(library, device), device)).collect();
+        named.sort_by(|(one, _), (other, _)| by_number(one).cmp(&by_number(other)));
         if let Some(near) = &config.near {
             named.sort_by_key(|(name, _)| port::distance(name, near));
         }
