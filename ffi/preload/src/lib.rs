@@ -26,6 +26,7 @@
 )]
 
 mod errno;
+mod faults;
 mod interpose;
 mod mailbox;
 mod report;

@@ -11,10 +11,10 @@ use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::Thread;
 
-use ibex_abi::eqe::{Event, EventType};
+use ibex_abi::eqe::{Event, EventType, PortChange};
 use ibex_abi::types::{CqNum, Eqn, Gid, Mac, QpNum};
 use ibex_hca::control_region::ControlRegion;
 use ibex_hca::emulated::{Backoff, DeviceThread, EmulatedConfig, EmulatedHca, Fabric, FabricConfig};
@@ -39,8 +39,13 @@ const FIRST_GROUP: usize = 7144;
 /// Log2 of the entries of an event queue.
 const LOG_EQ: u8 = 12;
 /// What programs are told of, besides completions.
-const EVENTS: [EventType; 4] =
-    [EventType::CqError, EventType::QpFatal, EventType::QpRequestError, EventType::QpAccessError];
+const EVENTS: [EventType; 5] = [
+    EventType::CqError,
+    EventType::QpFatal,
+    EventType::QpRequestError,
+    EventType::QpAccessError,
+    EventType::PortChange,
+];
 /// Bytes that the event queue and its neighbours need.
 const REGION_LEN: u64 = 1 << 20;
 /// How long the event thread sleeps when nothing happened, in microseconds.
@@ -96,6 +101,8 @@ struct Listeners {
     cqs: HashMap<CqNum, CqListener>,
     qps: HashMap<QpNum, QpListener>,
     subscriptions: Vec<Subscription>,
+    /// Files of asynchronous events, of all contexts; the contexts own them.
+    files: Vec<Weak<EventFile>>,
 }
 
 /// A device with the kernel driver's part of it.
@@ -169,6 +176,26 @@ impl Device {
         self.pages.lock().insert(addr);
     }
 
+    /// A context has a file of asynchronous events.
+    pub(crate) fn listen(&self, file: &Arc<EventFile>) {
+        let mut listeners = self.listeners.lock();
+        listeners.files.retain(|file| file.strong_count() != 0);
+        listeners.files.push(Arc::downgrade(file));
+        drop(listeners);
+        wake_event_thread();
+    }
+
+    /// Tells every context of something that concerns the port or the whole device.
+    fn tell_all(&self, element: u64, kind: AsyncKind) {
+        let files: Vec<_> = self.listeners.lock().files.iter().filter_map(Weak::upgrade).collect();
+        files.iter().for_each(|file| file.push_async(element, kind));
+    }
+
+    /// Tells every context that the device is gone. No event queue says so: it is the kernel's word.
+    pub(crate) fn tell_removed(&self) {
+        self.tell_all(0, AsyncKind::DeviceFatal);
+    }
+
     pub(crate) fn listen_cq(&self, cqn: CqNum, listener: CqListener) {
         let before = self.listeners.lock().cqs.insert(cqn, listener);
         drop(before);
@@ -223,6 +250,15 @@ impl Device {
     }
 
     fn deliver(&self, event: Event) {
+        if let Event::PortChange { port, change } = event {
+            let kind = match change {
+                PortChange::Active => AsyncKind::PortActive,
+                PortChange::Down => AsyncKind::PortError,
+                PortChange::Lid => AsyncKind::LidChange,
+                PortChange::Guid => AsyncKind::GidChange,
+            };
+            return self.tell_all(port.into(), kind);
+        }
         let listeners = self.listeners.lock();
         let subject = Subject::of(event);
         for told in &listeners.subscriptions {
@@ -255,14 +291,18 @@ impl Device {
             Event::QpFatal(qpn) => tell_qp(qpn, AsyncKind::QpFatal),
             Event::QpRequestError(qpn) => tell_qp(qpn, AsyncKind::QpRequestError),
             Event::QpAccessError(qpn) => tell_qp(qpn, AsyncKind::QpAccessError),
-            // The port does not change, and the commands of this driver are calls.
+            // Told above; and the commands of this driver are calls.
             Event::PortChange { .. } | Event::CommandsDone { .. } => {}
         }
     }
 
     fn has_listeners(&self) -> bool {
         let listeners = self.listeners.lock();
-        !listeners.cqs.is_empty() || !listeners.qps.is_empty() || !listeners.subscriptions.is_empty()
+        let has_files = listeners.files.iter().any(|file| file.strong_count() != 0);
+        has_files
+            || !listeners.cqs.is_empty()
+            || !listeners.qps.is_empty()
+            || !listeners.subscriptions.is_empty()
     }
 }
 
@@ -345,6 +385,10 @@ impl World {
     /// Waits until the devices are idle, at most `nanos` for their timers.
     pub(crate) fn settle(&self, nanos: u64) {
         self.stepper.settle(nanos);
+        // Else they would be delivered by the thread, a nap later.
+        for device in &self.devices {
+            device.deliver_events();
+        }
     }
 
     /// The Ethernet address of the port with this GID, as the neighbour table of a kernel would know it.

@@ -129,12 +129,12 @@ pub enum Event {
     QpRequestError(QpNum),
     /// The remote end violated access rights.
     QpAccessError(QpNum),
-    /// A port went up or down.
+    /// Something about a port changed.
     PortChange {
         /// Which, from 1.
         port: u8,
-        /// It is up now.
-        is_up: bool,
+        /// What.
+        change: PortChange,
     },
     /// Commands in the command queue ended: a bit for each slot.
     CommandsDone {
@@ -143,14 +143,31 @@ pub enum Event {
     },
 }
 
-/// Details of [`EventType::PortChange`].
-const PORT_DOWN: u8 = 1;
-const PORT_ACTIVE: u8 = 4;
+/// Details of [`EventType::PortChange`] that this crate knows.
+///
+/// SPEC: Linux include/linux/mlx5/device.h `MLX5_PORT_CHANGE_SUBTYPE_*`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum PortChange {
+    /// It carries packets no more.
+    Down = 1,
+    /// It carries packets.
+    Active = 4,
+    /// The subnet manager gave it another LID.
+    Lid = 6,
+    /// Its GUIDs, and so its GIDs, changed.
+    Guid = 8,
+}
+
+impl PortChange {
+    /// Every one.
+    pub const ALL: [Self; 4] = [Self::Down, Self::Active, Self::Lid, Self::Guid];
+}
 
 /// Syndrome of [`Event::CqError`]: the ring was full.
 pub const CQ_OVERRUN: u8 = 1;
 
-/// An event type that this crate does not know.
+/// An event type, or a detail of a port's event, that this crate does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("event type {0:#04x} is unknown")]
 pub struct UnknownEvent(pub u8);
@@ -188,8 +205,9 @@ impl Eqe {
             Event::QpFatal(qpn) | Event::QpRequestError(qpn) | Event::QpAccessError(qpn) => {
                 eqe.data[6] = U32::new(qpn.get());
             }
-            Event::PortChange { port, is_up } => {
-                eqe.sub_type = if is_up { PORT_ACTIVE } else { PORT_DOWN };
+            Event::PortChange { port, change } => {
+                // CAST: a fieldless enum of representation u8.
+                eqe.sub_type = change as u8;
                 eqe.data[2] = U32::from_bytes([port << 4, 0, 0, 0]);
             }
             Event::CommandsDone { slots } => eqe.data[0] = U32::new(slots),
@@ -200,7 +218,7 @@ impl Eqe {
     /// What the entry says; the caller has checked the owner bit.
     ///
     /// # Errors
-    /// The type, if it is unknown.
+    /// The type, if it or the detail that it needs is unknown.
     pub fn event(&self) -> Result<Event, UnknownEvent> {
         let number = |word: U32| word.get() & 0xff_ffff;
         let (cqn, qpn) = (CqNum::new(number(self.data[6])), QpNum::new(number(self.data[6])));
@@ -216,7 +234,8 @@ impl Eqe {
             EventType::QpAccessError => Event::QpAccessError(qpn),
             EventType::PortChange => {
                 let [port, ..] = self.data[2].to_bytes();
-                Event::PortChange { port: port >> 4, is_up: self.sub_type == PORT_ACTIVE }
+                let change = PortChange::ALL.into_iter().find(|change| *change as u8 == self.sub_type);
+                Event::PortChange { port: port >> 4, change: change.ok_or(UnknownEvent(self.event_type))? }
             }
             EventType::CommandsDone => Event::CommandsDone { slots: self.data[0].get() },
         })
@@ -326,8 +345,12 @@ mod tests {
         assert_eq!((error[1], &error[0x20..0x24], error[0x2b]), (4, &[0, 0, 0, 7][..], 1));
         assert_eq!(bytes(Event::QpRequestError(QpNum::new(1)))[1], 0x10);
         assert_eq!(bytes(Event::QpAccessError(QpNum::new(1)))[1], 0x11);
-        let port = bytes(Event::PortChange { port: 1, is_up: true });
-        assert_eq!((port[1], port[3], port[0x28]), (9, 4, 0x10));
+        let details = PortChange::ALL.map(|change| {
+            let port = bytes(Event::PortChange { port: 1, change });
+            assert_eq!((port[1], port[0x28]), (9, 0x10));
+            port[3]
+        });
+        assert_eq!(details, [1, 4, 6, 8]);
         let commands = bytes(Event::CommandsDone { slots: 1 });
         assert_eq!((commands[1], &commands[0x20..0x24]), (0x0a, &[0, 0, 0, 1][..]));
     }
@@ -341,14 +364,17 @@ mod tests {
             Event::QpFatal(qpn),
             Event::QpRequestError(qpn),
             Event::QpAccessError(qpn),
-            Event::PortChange { port: 1, is_up: true },
-            Event::PortChange { port: 2, is_up: false },
+            Event::PortChange { port: 1, change: PortChange::Active },
+            Event::PortChange { port: 2, change: PortChange::Guid },
             Event::CommandsDone { slots: 0x8000_0001 },
         ] {
             assert_eq!(Eqe::new(event).event(), Ok(event));
         }
         let page_request = Eqe { event_type: 0x0b, ..Eqe::new(Event::QpFatal(qpn)) };
         assert_eq!(page_request.event(), Err(UnknownEvent(0x0b)));
+        let up = Eqe::new(Event::PortChange { port: 1, change: PortChange::Active });
+        let reregister = Eqe { sub_type: 9, ..up };
+        assert_eq!(reregister.event(), Err(UnknownEvent(9)), "of no concern to us");
     }
 
     #[test]

@@ -195,7 +195,12 @@ impl<H: Hca + ?Sized> Hca for AssistedHca<H> {
 
     fn free_doorbell(&self, page: DoorbellPage) -> Result<(), HcaError> {
         let mut pages = self.pages.write();
-        let found = pages.iter().position(|held| held.is_some_and(|held| held.uar == page.uar));
+        // Several registers may lie on one page of the device; a caller that knows only its number gives no register.
+        let is_it = |(idx, held): (usize, &Option<DoorbellPage>)| {
+            let held = held.as_ref().filter(|held| held.uar == page.uar);
+            held.is_some_and(|held| page.register == 0 || self.shadow(idx, held).register == page.register)
+        };
+        let found = pages.iter().enumerate().position(is_it);
         // The device knows best what to say of a page that it never gave.
         let Some(idx) = found else { return self.inner.free_doorbell(page) };
         if let Some(held) = pages[idx] {

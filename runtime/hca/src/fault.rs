@@ -8,6 +8,7 @@
 //! INVARIANT: a refused call does not reach the device; a call whose reply is lost does.
 #![expect(unsafe_code, reason = "passes the unsafe methods of the trait on")]
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use ibex_abi::prm::{self, Op, Status};
@@ -20,7 +21,7 @@ use crate::{
     PortAddress, PortInfo, Umem,
 };
 
-/// Most faults that wait in a script.
+/// Most faults that wait in a script, and most events that wait to be reported.
 pub const FAULTS_MAX: usize = 1024;
 
 /// What happens to the command that a fault strikes.
@@ -56,13 +57,15 @@ impl Fault {
 pub struct FaultHca<H> {
     inner: Arc<H>,
     script: Mutex<Vec<Fault>>,
+    /// Events that the device is made to report.
+    events: Mutex<VecDeque<AsyncEvent>>,
 }
 
 impl<H: Hca> FaultHca<H> {
     /// Wraps a device; nothing fails yet.
     #[must_use]
     pub fn new(inner: Arc<H>) -> Arc<Self> {
-        Arc::new(Self { inner, script: Mutex::default() })
+        Arc::new(Self { inner, script: Mutex::default(), events: Mutex::default() })
     }
 
     /// The device inside.
@@ -77,6 +80,16 @@ impl<H: Hca> FaultHca<H> {
         let room = script.len() < FAULTS_MAX;
         if room {
             script.push(fault);
+        }
+        room
+    }
+
+    /// Has the device report an event, before those of its own; false if [`FAULTS_MAX`] wait already.
+    pub fn report(&self, event: AsyncEvent) -> bool {
+        let mut events = self.events.lock();
+        let room = events.len() < FAULTS_MAX;
+        if room {
+            events.push_back(event);
         }
         room
     }
@@ -235,7 +248,8 @@ impl<H: Hca> Hca for FaultHca<H> {
     }
 
     fn poll_async_event(&self) -> Option<AsyncEvent> {
-        self.inner.poll_async_event()
+        let reported = self.events.lock().pop_front();
+        reported.or_else(|| self.inner.poll_async_event())
     }
 
     fn unrung_wqes(&self) -> Option<u64> {

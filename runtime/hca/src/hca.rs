@@ -349,49 +349,58 @@ pub struct DoorbellPage {
 }
 
 /// Something the device reports on its own account.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AsyncEvent {
     /// The CQ overflowed (or met a bad entry) and takes no more completions.
+    #[error("completion queue {:#x} failed", .cqn.get())]
     CqError {
         /// Which.
         cqn: CqNum,
     },
     /// The QP failed on a local work queue error that no CQE could tell.
+    #[error("queue pair {:#x} failed", .qpn.get())]
     QpFatal {
         /// Which.
         qpn: QpNum,
     },
     /// The remote end asked for something malformed; the QP is in ERR.
+    #[error("the remote end of queue pair {:#x} asked for something malformed", .qpn.get())]
     QpRequestError {
         /// Which.
         qpn: QpNum,
     },
     /// The remote end violated access rights; the QP is in ERR.
+    #[error("the remote end of queue pair {:#x} violated access rights", .qpn.get())]
     QpAccessError {
         /// Which.
         qpn: QpNum,
     },
     /// A completion that asked for an event (`ce` = 3) was written.
+    #[error("completion queue {:#x} has a completion that was asked for", .cqn.get())]
     Completion {
         /// Which.
         cqn: CqNum,
     },
     /// A port carries packets again.
+    #[error("port {port_num} is up")]
     PortUp {
         /// Which, from 1.
         port_num: u8,
     },
     /// A port carries no packets any more.
+    #[error("port {port_num} is down")]
     PortDown {
         /// Which, from 1.
         port_num: u8,
     },
     /// A port's LID or GIDs changed: what peers know of it may be wrong.
+    #[error("the addresses of port {port_num} changed")]
     AddressChanged {
         /// Which, from 1.
         port_num: u8,
     },
     /// The device is gone, or failed for good.
+    #[error("the device is gone")]
     DeviceRemoved,
 }

@@ -70,6 +70,7 @@ pub mod host_qp;
 pub mod mlx5;
 pub mod objects;
 mod register;
+pub mod shared;
 pub mod shared_memory;
 
 pub use error::{CommandError, HcaError, destroyed};

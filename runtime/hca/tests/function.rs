@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use ibex_abi::eqe::{Event, EventType};
+use ibex_abi::eqe::{Event, EventType, PortChange};
 use ibex_abi::prm::{self, Op, Status};
 use ibex_hca::control_region::ControlRegion;
 use ibex_hca::emulated::{EmulatedConfig, EmulatedHca, Fabric, FabricConfig};
@@ -89,7 +89,7 @@ fn a_port_that_is_asked_to_go_up_says_so_to_the_event_queue_that_wants_to_know()
     assert_eq!(prm::get(&status, paos(prm::paos_reg::OPER_STATUS)), 1);
     let up = [register, port, (paos(prm::paos_reg::ASE), 1), (paos(prm::paos_reg::ADMIN_STATUS), 1)];
     run(&*device, Op::AccessReg, 32, &up, 32).unwrap();
-    assert_eq!(wants.poll(), Ok(Some(Event::PortChange { port: 1, is_up: true })));
+    assert_eq!(wants.poll(), Ok(Some(Event::PortChange { port: 1, change: PortChange::Active })));
     assert_eq!(other.poll(), Ok(None));
     assert_eq!([wants.eqn(), other.eqn()].map(|eqn| device.events_written(eqn)), [Some(1), Some(0)]);
     device.tell_commands_done(1);

@@ -13,6 +13,7 @@ use libc::{DIR, c_char, c_int, mode_t, size_t, ssize_t};
 
 use super::{Opened, add, contexts, fail, remove};
 use crate::errno::Errno;
+use crate::faults;
 use crate::settings::Settings;
 use crate::uverbs::Context;
 use crate::vfio::{Container, Group};
@@ -109,6 +110,11 @@ impl Target {
 unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: mode_t) -> RawFd {
     // SAFETY: the caller's contract.
     let target = unsafe { Target::of(path) };
+    if matches!(target, Some(Target::Verbs(_)))
+        && let Err(errno) = faults::strike()
+    {
+        return fail(errno);
+    }
     let real = target.as_ref().map_or(path, Target::real);
     // SAFETY: the system call that the caller asked for, with its arguments, or with a path of ours.
     let fd = unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, real, flags, mode) };

@@ -6,6 +6,7 @@ use libc::{c_int, c_long, c_ulong, c_void};
 
 use super::{Opened, add, fail, opened};
 use crate::errno::Errno;
+use crate::faults;
 
 /// `_IOWR(0x1b, 1, struct ib_uverbs_ioctl_hdr)`. SPEC: rdma_user_ioctl_cmds.h.
 const RDMA_VERBS_IOCTL: c_ulong = 0xc018_1b01;
@@ -32,6 +33,7 @@ unsafe extern "C" fn ioctl(fd: RawFd, request: c_ulong, argument: *mut c_void) -
 unsafe fn answer(what: &Opened, request: c_ulong, argument: u64) -> Result<c_int, Errno> {
     match what {
         Opened::Verbs(context) if request == RDMA_VERBS_IOCTL => {
+            faults::strike()?;
             // SAFETY: the caller's contract.
             unsafe { context.ioctl(argument) }.map(|()| 0)
         }

@@ -9,6 +9,7 @@ use libc::{c_int, c_void, off_t, size_t};
 
 use super::{Opened, fail, opened};
 use crate::errno::Errno;
+use crate::faults;
 use crate::world;
 
 /// In place of libc's `mmap`.
@@ -30,11 +31,12 @@ unsafe extern "C" fn mmap(
         // CAST: an address, or MAP_FAILED.
         return std::ptr::with_exposed_provenance_mut(mapped as usize);
     };
-    match context.page_at(offset.cast_unsigned()) {
+    let page = faults::strike().and_then(|()| context.page_at(offset.cast_unsigned()).ok_or(Errno::INVAL));
+    match page {
         // CAST: an address of this process.
-        Some(page) => std::ptr::with_exposed_provenance_mut(page as usize),
-        None => {
-            fail(Errno::INVAL);
+        Ok(page) => std::ptr::with_exposed_provenance_mut(page as usize),
+        Err(errno) => {
+            fail(errno);
             libc::MAP_FAILED
         }
     }

@@ -45,7 +45,7 @@ fn opened(fd: RawFd) -> Option<Opened> {
 }
 
 /// All open devices.
-fn contexts() -> Vec<Arc<Context>> {
+pub(crate) fn contexts() -> Vec<Arc<Context>> {
     if NUM_OPENED.load(Ordering::Acquire) == 0 {
         return Vec::new();
     }

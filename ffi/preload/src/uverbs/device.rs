@@ -63,7 +63,8 @@ impl Context {
         if call.number(PORT_NUM)? != u64::from(port.port_num) {
             return Err(Errno::INVAL);
         }
-        call.set_output(RESP, port_attr(&port, self.hca().caps()).as_bytes())
+        let is_up = self.device.hca().is_port_up();
+        call.set_output(RESP, port_attr(&port, is_up, self.hca().caps()).as_bytes())
     }
 
     fn query_gid_table(&self, call: &Call) -> Done {
@@ -178,7 +179,9 @@ pub(super) fn driver_device_attr() -> DriverDeviceAttr {
     DriverDeviceAttr { comp_mask: 0, response_length, caps: [0; 24] }
 }
 
-fn port_attr(port: &PortInfo, caps: &HcaCaps) -> PortAttr {
+fn port_attr(port: &PortInfo, is_up: bool, caps: &HcaCaps) -> PortAttr {
+    const DOWN: u8 = 1;
+    const POLLING: u8 = 2;
     const ACTIVE: u8 = 4;
     const LINK_UP: u8 = 5;
     const WIDTH_4X: u8 = 2;
@@ -197,7 +200,7 @@ fn port_attr(port: &PortInfo, caps: &HcaCaps) -> PortAttr {
         pkey_tbl_len: 1,
         lid: port.lid.0,
         sm_lid: port.lid.0,
-        state: ACTIVE,
+        state: if is_up { ACTIVE } else { DOWN },
         max_mtu: port.mtu.code(),
         active_mtu: port.mtu.code(),
         lmc: 0,
@@ -207,7 +210,7 @@ fn port_attr(port: &PortInfo, caps: &HcaCaps) -> PortAttr {
         init_type_reply: 0,
         active_width: WIDTH_4X,
         active_speed: SPEED_NDR,
-        phys_state: LINK_UP,
+        phys_state: if is_up { LINK_UP } else { POLLING },
         link_layer,
         flags: 0,
         reserved: 0,

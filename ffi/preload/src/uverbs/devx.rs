@@ -87,7 +87,7 @@ impl Context {
         const OMIT_DATA: u32 = 1;
         match call.method {
             ALLOC if call.number32(FLAGS)? != OMIT_DATA => Err(Errno::NOTSUPP),
-            ALLOC => call.set_number(HANDLE, self.new_file()?),
+            ALLOC => call.set_number(HANDLE, self.new_file()?.1),
             _ => Err(Errno::NO_METHOD),
         }
     }

@@ -32,6 +32,11 @@ pub(crate) enum AsyncKind {
     QpFatal = 1,
     QpRequestError = 2,
     QpAccessError = 3,
+    DeviceFatal = 8,
+    PortActive = 9,
+    PortError = 10,
+    LidChange = 11,
+    GidChange = 18,
 }
 
 /// Where events go.

@@ -93,6 +93,15 @@ impl Context {
         Self { device, objects: Mutex::default(), files: Mutex::default() }
     }
 
+    /// Whether it is a context of this device.
+    pub(crate) fn is_of(&self, device: &Device) -> bool {
+        std::ptr::eq(self.device, device)
+    }
+
+    fn hca_is_removed(&self) -> bool {
+        self.device.hca().is_removed()
+    }
+
     fn hca(&self) -> &dyn Hca {
         &**self.device.hca()
     }
@@ -102,6 +111,9 @@ impl Context {
     /// # Safety
     /// `addr` is the ioctl's argument; the program vouches for all that it leads to.
     pub(crate) unsafe fn ioctl(&self, addr: u64) -> Done {
+        if self.hca_is_removed() {
+            return Err(Errno(libc::EIO));
+        }
         // SAFETY: the caller's contract.
         let call = unsafe { Call::read(addr) }?;
         match call.object {
@@ -202,17 +214,21 @@ impl Context {
         const ALLOC: u16 = 0;
         const FD: u16 = 0;
         match call.method {
-            ALLOC => call.set_number(FD, self.new_file()?),
+            ALLOC => {
+                let (file, fd) = self.new_file()?;
+                self.device.listen(&file);
+                call.set_number(FD, fd)
+            }
             _ => Err(Errno::NO_METHOD),
         }
     }
 
-    /// Makes an event file; gives the descriptor that the program reads.
-    fn new_file(&self) -> Result<u64, Errno> {
-        let file = EventFile::new()?;
+    /// Makes an event file; the number is the descriptor that the program reads.
+    fn new_file(&self) -> Result<(Arc<EventFile>, u64), Errno> {
+        let file = Arc::new(EventFile::new()?);
         let fd = file.reader();
-        self.files.lock().insert(fd, Arc::new(file));
-        u64::try_from(fd).map_err(|_| Errno::INVAL)
+        self.files.lock().insert(fd, Arc::clone(&file));
+        Ok((file, u64::try_from(fd).map_err(|_| Errno::INVAL)?))
     }
 
     fn file(&self, fd: RawFd) -> Result<Arc<EventFile>, Errno> {

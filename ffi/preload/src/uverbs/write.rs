@@ -44,10 +44,7 @@ impl Context {
             command::ALLOC_PD => self.alloc_pd(call),
             command::CREATE_AH => self.create_ah(call),
             command::REG_MR => self.reg_mr(call),
-            command::CREATE_COMP_CHANNEL => {
-                // CAST: a descriptor.
-                call.set_output(CORE_OUT, (self.new_file()? as u32).as_bytes())
-            }
+            command::CREATE_COMP_CHANNEL => call.set_output(CORE_OUT, self.new_file()?.0.reader().as_bytes()),
             command::MODIFY_QP | command::EX_MODIFY_QP => self.modify_qp(call),
             command::QUERY_QP => self.query_qp(call),
             _ => Err(Errno::NOTSUPP),

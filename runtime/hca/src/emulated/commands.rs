@@ -85,6 +85,8 @@ pub enum CommandSyndrome {
     BadCapability,
     /// A table index is out of range.
     BadIndex,
+    /// The device was removed: it makes and changes nothing any more.
+    Removed,
     /// An injected failure, see [`crate::fault::FaultHca`].
     Injected,
 }
@@ -179,6 +181,22 @@ impl Default for Objects {
 }
 
 impl Objects {
+    pub(super) fn num_pds(&self) -> usize {
+        self.pds.len()
+    }
+
+    pub(super) fn num_umems(&self) -> usize {
+        self.umems.len()
+    }
+
+    pub(super) fn num_uars(&self) -> usize {
+        self.uars.len()
+    }
+
+    pub(super) fn num_cqs(&self) -> usize {
+        self.cqs.len()
+    }
+
     /// A page that was freed and whose register still exists, or a new one.
     fn uar(&self, idx: u32) -> Result<&Arc<Uar>, Refusal> {
         self.uars.get(&idx).ok_or(refuse(Status::BadRes, CommandSyndrome::UnknownUar))
@@ -224,6 +242,9 @@ impl EmulatedHca {
             }
             Some(op) if output.len() < op.output_len_min() => {
                 Err(refuse(Status::BadOutpLen, CommandSyndrome::OutputLength))
+            }
+            Some(op) if self.is_removed() && !outlives_device(op) => {
+                Err(refuse(Status::BadSysState, CommandSyndrome::Removed))
             }
             Some(op) => self.dispatch(&mut objects, op, input, output),
         };
@@ -284,6 +305,28 @@ impl EmulatedHca {
             status,
         });
     }
+}
+
+/// Commands that end something succeed on a device that is gone: what they end is gone with it. Linux answers so in
+/// its driver's place, lest nobody could give back what belongs to a removed device.
+///
+/// SPEC: Linux drivers/net/ethernet/mellanox/mlx5/core/cmd.c, answers in the internal error state.
+const fn outlives_device(op: Op) -> bool {
+    matches!(
+        op,
+        Op::DestroyMkey
+            | Op::DestroyUmem
+            | Op::DestroyEq
+            | Op::DestroyCq
+            | Op::DestroyQp
+            | Op::DeallocPd
+            | Op::DeallocUar
+            | Op::ToErrQp
+            | Op::ToRstQp
+            | Op::TeardownHca
+            | Op::DisableHca
+            | Op::ManagePages
+    )
 }
 
 /// The object that a refused command named.

@@ -128,6 +128,10 @@ impl MkeyTable {
     }
 
     /// Whether any key belongs to this protection domain.
+    pub(super) const fn len(&self) -> usize {
+        self.live
+    }
+
     pub(super) fn uses_pd(&self, pd: Pd) -> bool {
         self.entries.iter().flatten().any(|entry| entry.pd == pd)
     }

@@ -31,6 +31,7 @@ mod futex;
 mod hca_impl;
 mod memory;
 mod message;
+mod mishaps;
 mod mkeys;
 mod qp;
 mod requester;
@@ -46,7 +47,7 @@ mod umem;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::{QpNum, QpState};
@@ -59,6 +60,7 @@ pub(crate) use fabric::advert::open_arbitrary as open_arbitrary_advert;
 pub use fabric::advert::{AdvertError, AdvertKind};
 pub(crate) use fabric::shm::parse_arbitrary as parse_arbitrary_entries;
 pub use fabric::{Fabric, FabricConfig, PORTS_MAX, PathState, Placement, PortId, ShmConfig};
+pub use mishaps::ObjectCounts;
 pub use stepping::Step;
 pub use thread::{Backoff, DeviceThread};
 pub use trace::{CommandRecord, ObjectKind, TRACE_MAX};
@@ -143,6 +145,8 @@ pub struct EmulatedHca {
     scanning: Mutex<()>,
     events: Mutex<VecDeque<AsyncEvent>>,
     event_table: Mutex<EventTable>,
+    /// Somebody took the device out of its slot.
+    removed: AtomicBool,
     /// Event queues in the table, so that a device without any does not look for their doorbells.
     num_eqs: AtomicUsize,
     first_errors: Mutex<HashMap<u32, FirstError>>,
@@ -182,6 +186,7 @@ impl EmulatedHca {
                 scanning: Mutex::default(),
                 events: Mutex::default(),
                 event_table: Mutex::default(),
+                removed: AtomicBool::new(false),
                 num_eqs: AtomicUsize::new(0),
                 first_errors: Mutex::default(),
                 trace: Mutex::default(),

@@ -1,14 +1,18 @@
 //! Asynchronous events of a device: of its queues, through DevX; of the device and its port, through verbs.
 //!
-//! *Who owns what.* [`Events`] owns the DevX event channel. Both sources are read without waiting.
+//! *Who owns what.* [`Events`] owns the DevX event channel. Both sources are read without waiting, into a queue if
+//! it is only asked whether the device still exists.
 //!
 //! INVARIANT: a cookie says which event of which object it is, so an event means something after its object is gone.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ibex_abi::eqe::EventType;
 use ibex_abi::types::{CqNum, QpNum};
 use ibex_mlx5dv_sys::{self as sys, DevxEvents};
+use parking_lot::Mutex;
 
 use super::devices::Opened;
 use super::table::QueueKind;
@@ -25,13 +29,21 @@ pub(super) struct Events {
     channel: Option<Channel>,
     /// Verbs' own events can be read without waiting.
     has_verbs: bool,
+    /// Events of the device that were read and not taken.
+    of_device: Mutex<VecDeque<AsyncEvent>>,
+    /// The device is gone, or failed for good.
+    is_gone: AtomicBool,
 }
+
+/// Most events of the device that are read ahead of whoever takes them.
+const READ_AHEAD_MAX: usize = 64;
 
 impl Events {
     /// Opens what the libraries offer; a device without events is used without them.
     pub(super) fn open(opened: &Arc<Opened>) -> Self {
         let channel = opened.library().devx_events().and_then(|functions| Channel::open(opened, *functions));
-        Self { channel, has_verbs: never_wait(opened.async_fd()) }
+        let has_verbs = never_wait(opened.async_fd());
+        Self { channel, has_verbs, of_device: Mutex::default(), is_gone: AtomicBool::new(false) }
     }
 
     /// Events of queues arrive.
@@ -54,7 +66,28 @@ impl Events {
     /// The next event that waits.
     pub(super) fn next(&self, opened: &Opened) -> Option<AsyncEvent> {
         let of_queue = self.channel.as_ref().and_then(Channel::next);
-        of_queue.or_else(|| if self.has_verbs { of_device(opened) } else { None })
+        of_queue.or_else(|| {
+            let mut waiting = self.of_device.lock();
+            self.read_ahead(opened, &mut waiting);
+            waiting.pop_front()
+        })
+    }
+
+    /// The kernel has said that the device is gone. Nothing that stood on it exists any more, though calls that
+    /// release it fail.
+    pub(super) fn is_gone(&self, opened: &Opened) -> bool {
+        self.read_ahead(opened, &mut self.of_device.lock());
+        self.is_gone.load(Ordering::Acquire)
+    }
+
+    fn read_ahead(&self, opened: &Opened, waiting: &mut VecDeque<AsyncEvent>) {
+        while self.has_verbs && waiting.len() < READ_AHEAD_MAX {
+            let Some(event) = of_device(opened) else { break };
+            if event == Some(AsyncEvent::DeviceRemoved) {
+                self.is_gone.store(true, Ordering::Release);
+            }
+            waiting.extend(event);
+        }
     }
 }
 
@@ -80,8 +113,9 @@ fn event_of(cookie: u64) -> Option<AsyncEvent> {
     })
 }
 
-/// Events of the device and its ports; those of objects are DevX's to tell.
-fn of_device(opened: &Opened) -> Option<AsyncEvent> {
+/// The next event of the device and its ports, if there is any; it may be one of no concern. Those of objects are
+/// DevX's to tell.
+fn of_device(opened: &Opened) -> Option<Option<AsyncEvent>> {
     let mut event = std::mem::MaybeUninit::<sys::ibv_async_event>::zeroed();
     // SAFETY: an open context whose descriptor does not wait, and room for an event.
     let code = unsafe { opened.library().ibv_get_async_event(opened.context(), event.as_mut_ptr()) };
@@ -96,13 +130,13 @@ fn of_device(opened: &Opened) -> Option<AsyncEvent> {
         found
     };
     let port_num = u8::try_from(port).unwrap_or(0);
-    Some(match kind {
+    Some(Some(match kind {
         sys::IBV_EVENT_PORT_ACTIVE => AsyncEvent::PortUp { port_num },
         sys::IBV_EVENT_PORT_ERR => AsyncEvent::PortDown { port_num },
         sys::IBV_EVENT_GID_CHANGE | sys::IBV_EVENT_LID_CHANGE => AsyncEvent::AddressChanged { port_num },
         sys::IBV_EVENT_DEVICE_FATAL => AsyncEvent::DeviceRemoved,
-        _ => return None,
-    })
+        _ => return Some(None),
+    }))
 }
 
 /// Reads on this descriptor return at once; false if it has none.

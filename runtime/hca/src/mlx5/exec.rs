@@ -14,7 +14,7 @@ use ibex_abi::types::{QpState, UarIdx};
 use super::Mlx5Hca;
 use super::devices::answered;
 use super::error::{refuse, refused};
-use super::table::{Queue, QueueKind, kind_of};
+use super::table::{Queue, QueueKind, kind_of, released};
 use crate::{CommandError, DoorbellPage, Hca, HcaError, Mkey, Umem};
 
 /// How DevX takes a command.
@@ -101,7 +101,8 @@ impl Mlx5Hca {
             return Err(refuse(op.code(), Status::ResBusy, output));
         }
         output.fill(0);
-        let answer = table.destroy_queue(self.opened.library(), (kind, number));
+        let is_gone = || self.events.is_gone(&self.opened);
+        let answer = table.destroy_queue(self.opened.library(), &is_gone, (kind, number));
         answer.map_err(|error| refused(op.code(), &error, output))
     }
 
@@ -132,7 +133,10 @@ impl Mlx5Hca {
                 }
             }
         };
-        answered(answer).map_err(|error| {
+        // What is to be stopped on a device that is gone has stopped.
+        let stops = matches!(op, Op::ToErrQp | Op::ToRstQp);
+        let is_gone = || stops && self.events.is_gone(&self.opened);
+        released(answer, &is_gone).map_err(|error| {
             let refusal = refused(op.code(), &error, output);
             let qp_state = (op != Op::QueryQp).then(|| self.state_of(number)).flatten();
             CommandError { qp_state, ..refusal }

@@ -10,7 +10,7 @@ use ibex_mlx5dv_sys as sys;
 use super::Mlx5Hca;
 use super::devices::{answered, errno};
 use super::error::{busy, failed, unknown};
-use super::table::{Key, Page};
+use super::table::{Key, Page, released};
 use crate::{
     Access, AsyncEvent, CommandError, DoorbellPage, Hca, HcaCaps, HcaError, LinkLayer, MemoryKind,
     MemoryRegion, Mkey, Path, PathAddress, PortAddress, PortInfo, UDP_SPORT_MIN, Umem,
@@ -72,7 +72,7 @@ impl Hca for Mlx5Hca {
         }
         // SAFETY: a live domain of the table, forgotten once it is released.
         let answer = unsafe { self.opened.library().ibv_dealloc_pd(handle) };
-        answered(answer).map_err(|error| released(Op::DeallocPd, "ibv_dealloc_pd", &error))?;
+        self.released(answer).map_err(|error| refusal(Op::DeallocPd, "ibv_dealloc_pd", &error))?;
         table.pds.remove(&pd.get());
         Ok(())
     }
@@ -124,7 +124,7 @@ impl Hca for Mlx5Hca {
         let Some(found) = table.keys.get(&key.index.get()) else { return Err(unknown(Op::DestroyMkey)) };
         // SAFETY: a live key of the table, forgotten once it is released.
         let answer = unsafe { self.opened.library().ibv_dereg_mr(found.handle) };
-        answered(answer).map_err(|error| released(Op::DestroyMkey, "ibv_dereg_mr", &error))?;
+        self.released(answer).map_err(|error| refusal(Op::DestroyMkey, "ibv_dereg_mr", &error))?;
         table.keys.remove(&key.index.get());
         Ok(())
     }
@@ -174,7 +174,7 @@ impl Hca for Mlx5Hca {
         }
         // SAFETY: a live umem of the table, forgotten once it is released.
         let answer = unsafe { self.opened.library().mlx5dv_devx_umem_dereg(handle) };
-        answered(answer).map_err(|error| released(Op::DestroyUmem, "mlx5dv_devx_umem_dereg", &error))?;
+        self.released(answer).map_err(|error| refusal(Op::DestroyUmem, "mlx5dv_devx_umem_dereg", &error))?;
         table.umems.remove(&id);
         Ok(())
     }
@@ -272,12 +272,24 @@ impl Hca for Mlx5Hca {
 }
 
 impl Mlx5Hca {
+    fn released(&self, code: i32) -> Result<(), io::Error> {
+        released(code, &|| self.events.is_gone(&self.opened))
+    }
+
     /// The Ethernet address of the next hop to a remote port, as the kernel's neighbour table has it. Where the kernel
     /// does not answer such questions it is the address that the peer says it has, which is right without routers.
     fn next_hop(&self, remote: &PortAddress) -> Result<Mac, HcaError> {
-        let domain = self.alloc_pd()?;
-        let answer = self.ask_next_hop(domain, remote);
-        self.dealloc_pd(domain)?;
+        // Any domain does; who connects has one.
+        let there_is = self.table.lock().pds.keys().next().copied().map(Pd::new);
+        let answer = match there_is {
+            Some(domain) => self.ask_next_hop(domain, remote),
+            None => {
+                let domain = self.alloc_pd()?;
+                let answer = self.ask_next_hop(domain, remote);
+                self.dealloc_pd(domain)?;
+                answer
+            }
+        };
         let unreachable = |reason| Err(HcaError::Unreachable { reason });
         match answer.as_ref().map_err(errno) {
             Ok(mac) if *mac != Mac::default() => Ok(*mac),
@@ -333,7 +345,7 @@ fn check_range(mem: &MemoryRegion) -> Result<(), HcaError> {
 }
 
 /// A refusal to release an object: in use if the kernel says so.
-fn released(op: Op, call: &'static str, error: &io::Error) -> HcaError {
+fn refusal(op: Op, call: &'static str, error: &io::Error) -> HcaError {
     match errno(error) {
         libc::EBUSY => busy(op),
         _ => failed(call, error),

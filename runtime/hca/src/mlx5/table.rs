@@ -140,15 +140,17 @@ impl Table {
         by_queue || self.keys.values().any(|key| key.pd == pd)
     }
 
-    /// Destroys one queue.
+    /// Destroys one queue; `is_gone` is asked if the library cannot.
     pub(super) fn destroy_queue(
         &mut self,
         library: &Library,
+        is_gone: &dyn Fn() -> bool,
         key: (QueueKind, u32),
     ) -> Result<(), io::Error> {
         let Some(queue) = self.queues.get(&key) else { return Ok(()) };
         // SAFETY: a live object of this table, forgotten once it is destroyed.
-        answered(unsafe { library.mlx5dv_devx_obj_destroy(queue.handle) })?;
+        let answer = unsafe { library.mlx5dv_devx_obj_destroy(queue.handle) };
+        released(answer, is_gone)?;
         self.queues.remove(&key);
         Ok(())
     }
@@ -159,7 +161,7 @@ impl Table {
         for kind in [QueueKind::Qp, QueueKind::Cq] {
             let keys: Vec<_> = self.queues.keys().copied().filter(|key| key.0 == kind).collect();
             for key in keys {
-                let _ = self.destroy_queue(library, key);
+                let _ = self.destroy_queue(library, &|| false, key);
             }
         }
         // SAFETY: live objects of this table, each taken out of it and released once.
@@ -177,6 +179,15 @@ impl Table {
                 library.ibv_dealloc_pd(pd);
             }
         }
+    }
+}
+
+/// The answer of a call that releases something. What stood on a device that is gone went with it: the kernel has
+/// released it, and refuses to hear of it. (The library keeps a few bytes then; it knows no way to give them back.)
+pub(super) fn released(code: i32, is_gone: &dyn Fn() -> bool) -> Result<(), io::Error> {
+    match answered(code) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::ENODEV)) && is_gone() => Ok(()),
+        answer => answer,
     }
 }
 

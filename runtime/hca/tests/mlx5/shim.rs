@@ -64,6 +64,50 @@ fn function(name: &CStr) -> *mut libc::c_void {
     found
 }
 
+/// Has the call behind the next `skip` ones of the provider's fail with `errno`; 0 takes that back. Whether a failure
+/// was waiting.
+pub(crate) fn fail_call(skip: u32, errno: i32) -> bool {
+    let found = function(c"ibex_preload_fail_call");
+    // SAFETY: the signature that ffi/preload/src/faults.rs declares.
+    let fail: extern "C" fn(u32, i32) -> bool = unsafe { std::mem::transmute(found) };
+    fail(skip, errno)
+}
+
+/// Takes the link of a device away, or gives it back.
+pub(crate) fn set_port_up(device: u32, is_up: bool) {
+    let found = function(c"ibex_preload_set_port_up");
+    // SAFETY: the signature that ffi/preload/src/faults.rs declares.
+    let set: extern "C" fn(u32, bool) = unsafe { std::mem::transmute(found) };
+    set(device, is_up);
+}
+
+/// Has a device tell that its addresses changed.
+pub(crate) fn announce_new_address(device: u32) {
+    let found = function(c"ibex_preload_announce_new_address");
+    // SAFETY: the signature that ffi/preload/src/faults.rs declares.
+    let announce: extern "C" fn(u32) = unsafe { std::mem::transmute(found) };
+    announce(device);
+}
+
+/// Removes a device.
+pub(crate) fn remove(device: u32) {
+    let found = function(c"ibex_preload_remove");
+    // SAFETY: the signature that ffi/preload/src/faults.rs declares.
+    let remove: extern "C" fn(u32) = unsafe { std::mem::transmute(found) };
+    remove(device);
+}
+
+/// How many objects a device has: domains, keys, umems, doorbell pages, event queues, completion queues, queue pairs.
+pub(crate) fn objects(device: u32) -> [u64; 7] {
+    let found = function(c"ibex_preload_objects");
+    // SAFETY: the signature that ffi/preload/src/faults.rs declares.
+    let count: unsafe extern "C" fn(u32, *mut [u64; 7]) -> bool = unsafe { std::mem::transmute(found) };
+    let mut counts = [0; 7];
+    // SAFETY: room for seven numbers.
+    assert!(unsafe { count(device, &mut counts) }, "there is a device {device}");
+    counts
+}
+
 /// Lets the devices work until nothing more happens, at most `nanos`.
 pub(crate) fn settle(nanos: u64) {
     let found = function(c"ibex_preload_settle");

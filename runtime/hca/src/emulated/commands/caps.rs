@@ -15,8 +15,11 @@ const ROCE: u64 = 4;
 const GENERAL_2: u64 = 0x20;
 
 /// States of a port. SPEC: IBTA vol. 1 §14.2.5.6.
-pub(super) const PORT_ACTIVE: u64 = 4;
-pub(super) const PORT_LINK_UP: u64 = 5;
+const PORT_DOWN: u64 = 1;
+const PORT_ACTIVE: u64 = 4;
+/// Physical states of a port: it looks for a link, it has one.
+const PORT_POLLING: u64 = 2;
+const PORT_LINK_UP: u64 = 5;
 
 impl EmulatedHca {
     pub(super) fn query_caps(&self, input: &[u8], output: &mut [u8]) -> Done {
@@ -57,6 +60,11 @@ impl EmulatedHca {
 }
 
 impl EmulatedHca {
+    /// Logical and physical state of the port.
+    pub(super) fn port_states(&self) -> (u64, u64) {
+        if self.is_port_up() { (PORT_ACTIVE, PORT_LINK_UP) } else { (PORT_DOWN, PORT_POLLING) }
+    }
+
     /// State of the port as an InfiniBand subnet manager would have set it.
     pub(super) fn query_vport(&self, input: &[u8], output: &mut [u8]) -> Done {
         use prm::{hca_vport_context as vport, query_hca_vport_context_in as query};
@@ -69,11 +77,12 @@ impl EmulatedHca {
         }
         let [.., a, b, c, d, e, f, g, h] = self.port.gid.0;
         let guid = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+        let (state, physical) = self.port_states();
         let context = prm::part_mut(output, prm::query_hca_vport_context_out::HCA_VPORT_CONTEXT);
         for (field, value) in [
-            (vport::PORT_PHYSICAL_STATE, PORT_LINK_UP),
-            (vport::PORT_STATE, PORT_ACTIVE),
-            (vport::VPORT_STATE, PORT_ACTIVE),
+            (vport::PORT_PHYSICAL_STATE, physical),
+            (vport::PORT_STATE, state),
+            (vport::VPORT_STATE, state),
             (vport::SYSTEM_IMAGE_GUID, guid),
             (vport::PORT_GUID, guid),
             (vport::NODE_GUID, guid),

@@ -1,12 +1,12 @@
 //! The life of the device function, and the registers of its port: what a driver sends before it makes objects.
 //!
 //! The device is ready from the start and wants no memory of its own, so that bringing it up changes nothing; a driver
-//! that does it in order is answered as by hardware. The port is always up.
+//! that does it in order is answered as by hardware. The port is up unless its link was taken away
+//! (`emulated/mishaps.rs`); no driver can take it down.
 
-use ibex_abi::eqe::Event;
+use ibex_abi::eqe::{Event, PortChange};
 use ibex_abi::prm::{self, Status};
 
-use super::caps::{PORT_ACTIVE, PORT_LINK_UP};
 use super::{CommandSyndrome, Done, Refusal, Touched, refuse};
 use crate::emulated::EmulatedHca;
 use crate::emulated::trace::ObjectKind;
@@ -16,8 +16,9 @@ const ISSIS: u64 = 0b11;
 /// Registers of ACCESS_REG.
 const HOST_ENDIANNESS: u64 = 0x7004;
 const PAOS: u64 = 0x5006;
-/// PAOS: a port that is up.
+/// PAOS: a port that is up, and one that is down.
 const PORT_UP: u64 = 1;
+const PORT_DOWN: u64 = 2;
 /// A datagram that asks for PortInfo, and the mark of an answer. SPEC: IBTA vol. 1 §13.4.5, §14.2.5.6.
 const METHOD_GET: u64 = 0x01;
 const METHOD_RESPONSE: u64 = 0x80;
@@ -89,11 +90,13 @@ impl EmulatedHca {
             if prm::get(given, paos::ADMIN_STATUS) != PORT_UP {
                 return Err(refuse(Status::BadParam, CommandSyndrome::BadPort));
             }
-            self.tell(Event::PortChange { port: self.port.port_num, is_up: true });
+            if self.is_port_up() {
+                self.tell(Event::PortChange { port: self.port.port_num, change: PortChange::Active });
+            }
         }
         prm::set(answer, paos::LOCAL_PORT, port);
         prm::set(answer, paos::ADMIN_STATUS, PORT_UP);
-        prm::set(answer, paos::OPER_STATUS, PORT_UP);
+        prm::set(answer, paos::OPER_STATUS, if self.is_port_up() { PORT_UP } else { PORT_DOWN });
         Ok(DONE)
     }
 
@@ -112,8 +115,9 @@ impl EmulatedHca {
         let info = &mut answer[SMP_DATA..];
         info[PORT_INFO_LID..PORT_INFO_LID + 2].copy_from_slice(&self.port.lid.0.to_be_bytes());
         // CAST: codes of 4 bits.
-        info[PORT_INFO_STATE] = PORT_ACTIVE as u8;
-        info[PORT_INFO_PHYSICAL] = (PORT_LINK_UP as u8) << 4;
+        let (state, physical) = self.port_states();
+        info[PORT_INFO_STATE] = state as u8;
+        info[PORT_INFO_PHYSICAL] = (physical as u8) << 4;
         Ok(DONE)
     }
 

@@ -19,6 +19,8 @@ pub(in crate::emulated) struct Port {
     pub(super) device: Weak<EmulatedHca>,
     info: PortInfo,
     dead: AtomicBool,
+    /// Its link is gone for the moment.
+    down: AtomicBool,
     /// `cut[dst]`: packets from this port to `dst` vanish.
     cut: RwLock<Vec<PortId>>,
     any_cut: AtomicBool,
@@ -29,9 +31,9 @@ pub(in crate::emulated) struct Port {
 
 impl Port {
     pub(super) fn new(id: PortId, device: Weak<EmulatedHca>, info: PortInfo) -> Self {
-        let (dead, any_cut) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (dead, down, any_cut) = (AtomicBool::new(false), AtomicBool::new(false), AtomicBool::new(false));
         let (cut, memory, capture) = (RwLock::default(), None, OnceLock::new());
-        Self { id, device, info, dead, cut, any_cut, memory, capture }
+        Self { id, device, info, dead, down, cut, any_cut, memory, capture }
     }
 
     pub(super) fn with_memory(self, memory: Option<Arc<PortMemory>>) -> Self {
@@ -81,6 +83,15 @@ impl Port {
         self.dead.store(true, Ordering::Release);
     }
 
+    pub(in crate::emulated) fn is_up(&self) -> bool {
+        !self.down.load(Ordering::Acquire)
+    }
+
+    /// Takes the link away, or gives it back; whether that changed anything.
+    pub(in crate::emulated) fn set_up(&self, is_up: bool) -> bool {
+        self.down.swap(!is_up, Ordering::AcqRel) == is_up
+    }
+
     pub(super) fn answers_to(&self, to: &PathAddress) -> bool {
         match (to, self.info.link) {
             (PathAddress::Ib { rlid }, LinkLayer::Ib) => *rlid == self.info.lid,
@@ -112,7 +123,7 @@ impl Port {
     /// Whether packets from this port reach `to` now.
     #[inline]
     pub(in crate::emulated) fn passes(&self, to: &Self) -> bool {
-        let dead = self.is_dead() || to.is_dead();
+        let dead = self.is_dead() || to.is_dead() || !self.is_up() || !to.is_up();
         let cut = self.any_cut.load(Ordering::Acquire) && self.cut.read().contains(&to.id);
         !dead && !cut
     }
