@@ -8,7 +8,7 @@
 use std::fmt;
 
 use ibex_hca::control_region::ControlError;
-use ibex_hca::{CommandError, HcaError};
+use ibex_hca::{AsyncEvent, CommandError, HcaError};
 use ibex_metadata::error::StoreError;
 
 use crate::bootstrap::BootstrapError;
@@ -265,6 +265,12 @@ pub enum Evidence {
     Syndrome {
         /// The last syndrome seen on the queue pair.
         syndrome: u8,
+    },
+    /// Our own device reported that what leads to it has failed.
+    #[error("the device reported: {event}")]
+    Device {
+        /// What it reported.
+        event: AsyncEvent,
     },
     /// The peer itself said LOST, or skipped the step.
     #[error("the peer reported the step lost")]

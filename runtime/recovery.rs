@@ -32,12 +32,15 @@ use crate::layout::qp_slot;
 use crate::session::Session;
 
 mod control;
+mod events;
 mod fencing;
 mod identity;
 mod offer;
 mod queues;
 mod route;
 
+pub(crate) use events::DeviceLog;
+pub use events::{DEVICE_EVENTS_MAX, DeviceEvent, DeviceEventCounts};
 pub(crate) use fencing::Fences;
 pub use identity::HostId;
 pub(crate) use identity::draw_instance;
@@ -209,6 +212,7 @@ impl Session {
                 self.gpu.store_u32(buffers.qp_ctx_addr(peer, channel) + STATE_OFF, code::QP_ACTIVE)?;
             }
         }
+        self.device_log.lock().acquit(peer);
         active.insert(peer);
         Ok(())
     }

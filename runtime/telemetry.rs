@@ -10,6 +10,7 @@ use crate::buffer::LaneBuffers;
 use crate::error::Error;
 use crate::ids::{Lane, QpSlot, Rank};
 use crate::membership::RankSet;
+use crate::recovery::DeviceEventCounts;
 use crate::session::Session;
 
 /// Counters of one lane, by peer. Units: nanoseconds, requests, bytes.
@@ -31,6 +32,8 @@ pub struct Telemetry {
     /// WQEs of this rank's device of which a doorbell record spoke and no doorbell did; `None` where the device
     /// cannot tell.
     pub unrung_wqes: Option<u64>,
+    /// What this rank's device has reported of itself and of its queues.
+    pub device_events: DeviceEventCounts,
 }
 
 impl Telemetry {
@@ -147,7 +150,9 @@ impl Session {
             }
             lanes.push(lane);
         }
-        Ok(Telemetry { lanes, unrung_wqes: self.hca.unrung_wqes() })
+        self.hear_device()?;
+        let (unrung_wqes, device_events) = (self.hca.unrung_wqes(), self.device_event_counts());
+        Ok(Telemetry { lanes, unrung_wqes, device_events })
     }
 
     /// Faults that kernels have recorded and nobody has cleared yet.
@@ -238,6 +243,7 @@ impl Session {
             self.gpu.fill(buffers.fault_addr(peer), 0, size_of::<DeviceFault>())?;
             self.gpu.store_u32(buffers.suspect_addr(peer), 0)?;
         }
+        self.device_log.lock().acquit(peer);
         Ok(())
     }
 }

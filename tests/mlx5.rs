@@ -6,19 +6,21 @@
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CStr;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
 use ibex::config::{Config, RoutePolicy};
+use ibex::error::Error;
 use ibex::harness::{Rig, StepPlan};
 use ibex::ids::Rank;
 use ibex::reference::inputs::{InputKey, RankInput};
 use ibex::reference::routing::Routing;
 use ibex::session::{DeviceWrapper, Replacement, WorldOptions};
-use ibex_hca::Hca;
-use ibex_hca::mlx5::{self, LoadError, Mlx5Config, Mlx5Hca};
+use ibex_hca::mlx5::{self, LiveObjects, LoadError, Mlx5Config, Mlx5Hca};
+use ibex_hca::{AsyncEvent, Hca};
 use serde_json::Value;
 
 /// Set in the process with the shim.
@@ -146,11 +148,9 @@ fn check_step(rig: &Rig, iteration: u64) {
 
 /// What the devices were told since the last call: command, kind of object, number.
 fn take_trace(device: u32) -> Vec<(String, String, String)> {
+    let found = of_the_shim(c"ibex_preload_take_trace");
     #[expect(unsafe_code, reason = "calls a function of the preloaded library, found by name")]
     let text = {
-        // SAFETY: a lookup by name among the loaded libraries.
-        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"ibex_preload_take_trace".as_ptr()) };
-        assert!(!found.is_null(), "this process runs under the shim");
         // SAFETY: the signature that ffi/preload/src/report.rs declares.
         let take: unsafe extern "C" fn(u32, *mut u8, usize) -> usize = unsafe { std::mem::transmute(found) };
         let mut bytes = vec![0; 1 << 22];
@@ -191,11 +191,7 @@ fn assert_touches_only(trace: &[(String, String, String)], num_pairs: usize, num
 
 /// In the process with the shim: three ranks on three devices, one of them replaced between two checked steps.
 fn replace() {
-    let open =
-        |idx| Mlx5Hca::open(&Mlx5Config { device: Some(format!("mlx5_{idx}")), ..Mlx5Config::default() });
-    let devices: Vec<Arc<dyn Hca>> = (0..3).map(|idx| open(idx).unwrap() as Arc<dyn Hca>).collect();
-    let options = WorldOptions { devices: DeviceWrapper::given(devices), ..WorldOptions::default() };
-    let rig = Rig::new(&config(), &options).unwrap();
+    let rig = Rig::new(&config(), &given(&[open(0), open(1), open(2)])).unwrap();
     for iteration in 0..3 {
         check_step(&rig, iteration);
     }
@@ -215,18 +211,134 @@ fn replace() {
     }
 }
 
-#[test]
-fn a_replaced_peer_touches_its_own_objects_only() {
+/// Runs `test` of this program again in a process with three devices, and there calls `body`. Gives the devices'
+/// report to the outer process.
+fn under_the_shim(test: &str, body: impl FnOnce()) -> Option<PathBuf> {
     if std::env::var_os(INSIDE).is_some() {
-        return replace();
+        body();
+        return None;
     }
-    let Some(shim) = shim() else { return };
-    let report = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("mlx5-replace.txt");
+    let shim = shim()?;
+    let report = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("mlx5-{test}.txt"));
     let program = std::env::current_exe().unwrap();
     let mut command = with_devices(program.to_str().unwrap(), &shim, 3, "roce", &report);
-    let test = ["--exact", "a_replaced_peer_touches_its_own_objects_only", "--nocapture"];
-    let output = command.args(test).env(INSIDE, "1").output().unwrap();
+    let output = command.args(["--exact", test, "--nocapture"]).env(INSIDE, "1").output().unwrap();
     assert!(output.status.success(), "{}", said(&output));
     assert!(said(&output).contains("1 passed"), "{}", said(&output));
-    assert_eq!(counters(&report, "unrung_wqes"), [0; 3]);
+    Some(report)
+}
+
+#[test]
+fn a_replaced_peer_touches_its_own_objects_only() {
+    if let Some(report) = under_the_shim("a_replaced_peer_touches_its_own_objects_only", replace) {
+        assert_eq!(counters(&report, "unrung_wqes"), [0; 3]);
+    }
+}
+
+fn open(idx: usize) -> Arc<Mlx5Hca> {
+    let config = Mlx5Config { device: Some(format!("mlx5_{idx}")), ..Mlx5Config::default() };
+    Mlx5Hca::open(&config).unwrap()
+}
+
+fn given(devices: &[Arc<Mlx5Hca>]) -> WorldOptions {
+    let devices = devices.iter().map(|device| Arc::clone(device) as Arc<dyn Hca>).collect();
+    WorldOptions { devices: DeviceWrapper::given(devices), ..WorldOptions::default() }
+}
+
+/// Looks a function of the shim up.
+fn of_the_shim(name: &CStr) -> *mut libc::c_void {
+    #[expect(unsafe_code, reason = "a lookup by name among the loaded libraries")]
+    // SAFETY: a lookup by name.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    assert!(!found.is_null(), "{name:?}: this process runs under the shim");
+    found
+}
+
+/// Has the call behind the next `skip` ones of the libraries to the kernel fail; 0 takes that back. Whether a failure
+/// was waiting.
+fn fail_call(skip: u32, errno: i32) -> bool {
+    let found = of_the_shim(c"ibex_preload_fail_call");
+    #[expect(unsafe_code, reason = "calls a function of the preloaded library")]
+    // SAFETY: the signature that ffi/preload/src/faults.rs declares.
+    let fail: extern "C" fn(u32, i32) -> bool = unsafe { std::mem::transmute(found) };
+    fail(skip, errno)
+}
+
+fn remove(device: u32) {
+    let found = of_the_shim(c"ibex_preload_remove");
+    #[expect(unsafe_code, reason = "calls a function of the preloaded library")]
+    // SAFETY: the signature that ffi/preload/src/faults.rs declares.
+    let remove: extern "C" fn(u32) = unsafe { std::mem::transmute(found) };
+    remove(device);
+}
+
+/// Fails one call of the libraries to the kernel after the other while a world is made and a step is run, until none
+/// fails.
+fn fail_every_call() {
+    let devices = [open(0), open(1)];
+    let config = Config { num_ranks: 2, channels: Some(1), max_tokens: 4, ..config() };
+    let mut refused = 0;
+    for skip in 0.. {
+        fail_call(skip, libc::EPERM);
+        let made = Rig::new(&config, &given(&devices)).map(|rig| (!fail_call(0, 0), rig));
+        fail_call(0, 0);
+        match made {
+            Ok((has_struck, rig)) => {
+                // A call that can be done without: a neighbour that the kernel does not know is known to its peer.
+                check_step(&rig, 0);
+                if !has_struck {
+                    break;
+                }
+            }
+            Err(Error::Command(_) | Error::Os(_)) => refused += 1,
+            Err(error) => panic!("call {skip}: {error:?}"),
+        }
+        for device in &devices {
+            assert_eq!(device.live(), LiveObjects::default(), "call {skip}: nothing is left");
+        }
+    }
+    assert!(refused >= 40, "{refused} calls were refused");
+}
+
+#[test]
+fn every_call_to_the_kernel_may_fail_while_a_group_comes_up_and_nothing_is_left() {
+    let test = "every_call_to_the_kernel_may_fail_while_a_group_comes_up_and_nothing_is_left";
+    under_the_shim(test, fail_every_call);
+}
+
+/// One of three ranks loses its device between two steps.
+fn lose_a_device() {
+    const GONE: Rank = Rank(2);
+    let devices = [open(0), open(1), open(2)];
+    let rig = Rig::new(&config(), &given(&devices)).unwrap();
+    check_step(&rig, 0);
+    remove(GONE.0.into());
+    let session = rig.world().session(GONE);
+    let told = session.take_device_events().unwrap();
+    assert_eq!(told.iter().map(|told| told.event).collect::<Vec<_>>(), [AsyncEvent::DeviceRemoved]);
+    assert_eq!(session.suspected().unwrap(), [Rank(0), Rank(1)]);
+    assert_eq!(session.telemetry().unwrap().device_events.removals, 1);
+    // A step that meets it; the others' hosts stop their side, as their keepers would.
+    let (inputs, plan) = (inputs(&rig, 1), StepPlan::default());
+    rig.load(&inputs, &plan).unwrap();
+    rig.launch(rig.config().max_topk, &plan).unwrap();
+    for rank in [Rank(0), Rank(1)] {
+        rig.world().session(rank).begin_fence(GONE).unwrap();
+    }
+    rig.synchronize().unwrap();
+    let verdict = rig.check(&inputs).unwrap();
+    assert_eq!(verdict.wrong, 0, "what is missing is said to be: {verdict:?}");
+    assert!(verdict.lost > 0);
+    let error = rig.world().replace_peer(GONE, Replacement::default()).unwrap_err();
+    assert!(matches!(error, Error::Command(_) | Error::Os(_)), "{error:?}");
+    drop(rig);
+    for device in &devices {
+        assert_eq!(device.live(), LiveObjects::default(), "{}: nothing is left", device.name());
+    }
+}
+
+#[test]
+fn a_rank_whose_device_is_removed_is_lost_honestly_and_lets_go_of_everything() {
+    let test = "a_rank_whose_device_is_removed_is_lost_honestly_and_lets_go_of_everything";
+    under_the_shim(test, lose_a_device);
 }

@@ -4,7 +4,7 @@
 //! host posts to it, so a kernel that spins cannot keep the sign of life from being sent.
 
 use ibex_abi::device_ctx::LifeWords;
-use ibex_abi::types::{Iova, Pd, Psn, Rkey};
+use ibex_abi::types::{CqNum, Iova, Pd, Psn, QpNum, Rkey};
 use ibex_abi::wqe::{CtrlFlags, Remote, Request, SegmentBuf};
 use ibex_hca::Access;
 use ibex_hca::control_region::ControlRegion;
@@ -43,6 +43,15 @@ impl ControlQueue {
         };
         let qp = HostQp::create(region, pd, spec)?.to_init(ACCESS)?;
         Ok(Self::Offered(qp, psn))
+    }
+
+    /// Numbers of its queue pair and completion queue, if there are any.
+    pub(super) fn numbers(&self) -> Option<(QpNum, CqNum)> {
+        match self {
+            Self::Empty => None,
+            Self::Offered(qp, _) => Some((qp.qpn(), qp.send_cq().num())),
+            Self::Live(qp, _) => Some((qp.qpn(), qp.send_cq().num())),
+        }
     }
 
     /// Whether it is connected.

@@ -61,6 +61,8 @@ impl Session {
         if self.first_missing(&entered)?.is_some() {
             return Ok(false);
         }
+        // What the device has said of the queues is heard while their numbers are still theirs.
+        self.hear_device()?;
         self.queues.lock().empty_slots(peer)?;
         for runtime in &self.lanes {
             // The dead incarnation's keys go with its queue pairs; nobody else's are touched.

@@ -12,7 +12,7 @@ use ibex_abi::device_ctx::{QpDeviceCtx, code};
 use ibex_abi::types::{CqNum, Eqn, Psn, QpNum};
 use ibex_hca::control_region::{Carved, ControlRegion};
 use ibex_hca::objects::{self, CqSpec, InitSpec, Place, QpSpec, RtrSpec, RtsSpec};
-use ibex_hca::{Access, DoorbellPage, Hca, MemoryKind, MemoryRegion, PortInfo, destroyed};
+use ibex_hca::{Access, AsyncEvent, DoorbellPage, Hca, MemoryKind, MemoryRegion, PortInfo, destroyed};
 
 use super::QueueOffer;
 use super::control::{CONTROL_SQ_LOG, ControlQueue};
@@ -285,6 +285,27 @@ impl PeerQueues {
         slots + usize::from(!matches!(self.controls[peer.index()], ControlQueue::Empty))
     }
 
+    /// The peer whose queues an event is about, kernels' or the host's; `None` if they are gone or nobody's.
+    pub(super) fn peer_of(&self, event: &AsyncEvent) -> Option<Rank> {
+        let (qpn, cqn) = match event {
+            AsyncEvent::QpFatal { qpn }
+            | AsyncEvent::QpRequestError { qpn }
+            | AsyncEvent::QpAccessError { qpn } => (Some(*qpn), None),
+            AsyncEvent::CqError { cqn } => (None, Some(*cqn)),
+            _ => return None,
+        };
+        let is_it = |(of_qp, of_cq): (Option<QpNum>, Option<CqNum>)| {
+            (qpn.is_some() && qpn == of_qp) || (cqn.is_some() && cqn == of_cq)
+        };
+        let is_of = |peer: Rank| {
+            let control = self.controls[peer.index()].numbers().map(|(qpn, cqn)| (Some(qpn), Some(cqn)));
+            let slots = self.slots_of(peer).into_iter().filter_map(|slot| self.slots[slot].queue.as_ref());
+            slots.map(|queue| (queue.qpn, queue.cqn)).chain(control).any(is_it)
+        };
+        // CAST: at most 512 ranks.
+        (0..self.plan.shape.num_ranks as u16).map(Rank).find(|peer| is_of(*peer))
+    }
+
     /// The slots of all lanes and channels of `peer`.
     pub(super) fn slots_of(&self, peer: Rank) -> Vec<usize> {
         let shape = &self.plan.shape;
@@ -346,6 +367,12 @@ impl PeerQueues {
             channel,
             ..QpDeviceCtx::default()
         })
+    }
+
+    /// Number of the queue pair in a slot, and the address of its one completion; `None` if the slot is empty.
+    pub(super) fn completion_of(&self, slot: usize) -> Option<(QpNum, u64)> {
+        let queue = self.slots[slot].queue.as_ref()?;
+        Some((queue.qpn?, queue.cqe.addr()))
     }
 
     /// Numbers of the queue pairs that kernels drive to `peer`; for traces and fault injection.

@@ -18,6 +18,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use ibex_hca::AsyncEvent;
+
 use super::{Session, Switch};
 use crate::error::{Error, Evidence};
 use crate::ids::{Epoch, Rank};
@@ -317,6 +319,9 @@ impl Keeper {
 
     /// Reads what kernels and peers' hosts say, from words in memory; no device is asked.
     fn look(&mut self, now_ns: u64) {
+        for told in self.session.take_device_events().unwrap_or_default() {
+            self.note(now_ns, Happening::Device(told));
+        }
         if let Some(digest) = self.session.take_ready() {
             self.membership.handle_ready(now_ns, digest);
         }
@@ -351,7 +356,8 @@ impl Keeper {
         let faults = self.session.faults().unwrap_or_default();
         for (peer, instance) in news {
             let fault = faults.iter().find(|fault| fault.peer == peer).copied();
-            self.suspect(now_ns, peer, instance, evidence_of(fault.as_ref()), fault);
+            let event = self.session.device_evidence(peer);
+            self.suspect(now_ns, peer, instance, evidence_of(fault.as_ref(), event), fault);
         }
     }
 
@@ -590,9 +596,12 @@ impl Keeper {
     }
 }
 
-fn evidence_of(fault: Option<&Fault>) -> Evidence {
-    // A suspicion without a record: the step was reported lost by the peer, or the record was cleared.
-    let Some(fault) = fault else { return Evidence::Reported };
+fn evidence_of(fault: Option<&Fault>, event: Option<AsyncEvent>) -> Evidence {
+    let Some(fault) = fault else {
+        // A suspicion without a record: our own device told of it; else the step was reported lost by the peer, or
+        // the record was cleared.
+        return event.map_or(Evidence::Reported, |event| Evidence::Device { event });
+    };
     let waited_ns = fault.waited_ns;
     match fault.kind {
         FaultKind::Silent => Evidence::Silent { waited_ns },

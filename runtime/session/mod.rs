@@ -18,14 +18,14 @@ use parking_lot::{MappedMutexGuard, Mutex, MutexGuard, RwLock};
 use zerocopy::IntoBytes;
 
 use crate::buffer::{LaneBuffers, OwnedPd};
-use crate::config::ValidConfig;
+use crate::config::{SignalMode, ValidConfig};
 use crate::error::{ConfigError, Error, Exhausted, Limit, Resource};
 use crate::gpu::{Gpu, Graph, Stream};
 use crate::ids::{Epoch, Lane, Rank};
 use crate::layout::{Plan, qp_slot};
 use crate::membership::RankSet;
 use crate::placement::Placement;
-use crate::recovery::{Fences, PeerQueues, Reach};
+use crate::recovery::{DeviceLog, Fences, PeerQueues, Reach};
 
 mod attendant;
 mod calls;
@@ -136,6 +136,8 @@ pub struct Session {
     /// Peers whose slots kernels may use, as far as the host is concerned.
     pub(crate) active: Mutex<RankSet>,
     pub(crate) fences: Mutex<Fences>,
+    /// Locked last: nothing else is taken while it is held.
+    pub(crate) device_log: Mutex<DeviceLog>,
     membership: Mutex<Membership>,
     steps: Steps,
     capture: Mutex<Option<Capture>>,
@@ -170,6 +172,7 @@ impl Session {
             }));
         }
         check_grid(config, &*gpu)?;
+        check_atomics(config.signal, hca.caps().atomic)?;
         let members = RankSet::first(config.num_ranks);
         let placement = Placement::contiguous(config, 1, &members)?;
         let plan = Plan::new(config, rank);
@@ -196,6 +199,7 @@ impl Session {
             reaches: Mutex::new((0..config.num_ranks).map(|_| Reach::default()).collect()),
             active: Mutex::default(),
             fences: Mutex::default(),
+            device_log: Mutex::new(DeviceLog::new(config.num_ranks)),
             membership: Membership::new(Epoch(1), members, placement),
             steps: Steps::default(),
             capture: Mutex::new(None),
@@ -458,6 +462,7 @@ impl Session {
         if self.lanes.iter().any(|runtime| !runtime.is_guarded(Guard::Membership)) {
             return Ok(());
         }
+        self.hear_device()?;
         let beat = self.beat.fetch_add(1, Ordering::Relaxed);
         self.post_life(beat)
     }
@@ -470,6 +475,15 @@ fn owed(order: &LaneOrder, op: usize) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::Exhausted(Exhausted { resource: Resource::RingSlots, limit: 0, in_use, requested: 0 }))
+}
+
+/// Signals that are added need a device whose atomics are in the byte order of those who read the words.
+fn check_atomics(signal: SignalMode, has_atomics: bool) -> Result<(), ConfigError> {
+    const INSTEAD: &[&str] = &["write, as this device has no 8-byte atomics in the host's byte order"];
+    if signal == SignalMode::Write || has_atomics {
+        return Ok(());
+    }
+    Err(ConfigError { field: "signal", value: "fetch-add".into(), limit: Limit::OneOf(INSTEAD) })
 }
 
 /// The whole grid must be co-resident: owners wait for casters, receivers for other blocks.
@@ -491,4 +505,17 @@ fn check_grid(config: &ValidConfig, gpu: &dyn Gpu) -> Result<(), Error> {
 pub fn buffer_bytes(config: &ValidConfig, rank: Rank) -> u64 {
     let plan = Plan::new(config, rank);
     u64::from(config.lanes) * LaneBuffers::bytes_for(&plan) + PeerQueues::control_bytes_for(&plan)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_that_are_added_need_atomics_that_readers_understand() {
+        assert!(check_atomics(SignalMode::Write, false).is_ok());
+        assert!(check_atomics(SignalMode::FetchAdd, true).is_ok());
+        let refused = check_atomics(SignalMode::FetchAdd, false).unwrap_err().to_string();
+        assert!(refused.starts_with("signal = fetch-add is refused: it must be one of write"), "{refused}");
+    }
 }

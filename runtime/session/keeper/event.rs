@@ -3,6 +3,7 @@
 use crate::error::Evidence;
 use crate::ids::{Epoch, Rank};
 use crate::membership::{Instance, RankSet, Stop};
+use crate::recovery::DeviceEvent;
 use crate::telemetry::Fault;
 
 /// Something that a keeper has seen or done.
@@ -27,6 +28,8 @@ pub enum Happening {
         /// What a kernel has recorded about it.
         fault: Option<Fault>,
     },
+    /// This rank's device has reported something.
+    Device(DeviceEvent),
     /// The group has agreed on other members.
     Agreed {
         /// The epoch that begins with it.
