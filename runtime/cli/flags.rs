@@ -55,7 +55,8 @@ pub(super) enum Hosts {
 /// Which real devices, and how their packets travel; only with --provider mlx5.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Nics {
-    /// Devices that ranks share in turn [default: every one with an active port, nearest first].
+    /// Devices that ranks share in turn [default: of those with an active port the nearest to the rank's GPU, or to
+    /// the NUMA node of this process].
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub(super) nics: Vec<String>,
     /// Port of each device [default: the first active one].
@@ -145,6 +146,11 @@ impl Machine {
         }
         self.validate_provider()?;
         self.validate_processes()
+    }
+
+    /// Whether kernels run on real GPUs.
+    pub(super) fn is_cuda(&self) -> bool {
+        self.gpu == GpuKind::Cuda
     }
 
     /// Whether queue pairs live on real devices.

@@ -19,6 +19,7 @@ mod doctor;
 mod flags;
 mod info;
 mod launch;
+mod nearest;
 mod plot;
 mod progress;
 mod provider;

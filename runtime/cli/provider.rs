@@ -1,22 +1,28 @@
-//! The devices of a run: emulated, or real ones that ranks share in turn.
+//! The devices of a run: emulated, or real ones, of which ranks share the nearest.
 //!
-//! Owns the devices that it opened until the run is over. Which rank got which device, port and GID is printed.
+//! Owns the devices that it opened until the run is over. Which rank got which device, port and GID, and why that
+//! device, is printed.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ibex::gpu::cuda;
 use ibex::session::DeviceWrapper;
 use ibex_hca::mlx5::{self, Mlx5Config, Mlx5Hca, PortState};
+use ibex_hca::shared::SharedHca;
 use ibex_hca::{Hca, LinkLayer};
 
 use super::CliError;
+use super::doctor::Places;
 use super::flags::{Machine, Nics};
+use super::nearest::{self, Anchor, Choice};
 
 /// What ranks are given.
 pub(super) enum Devices {
     /// Emulated devices, made by the world.
     Emulated,
-    /// Open devices, one per rank; ranks may share one.
-    Real(Vec<Arc<Mlx5Hca>>),
+    /// What each rank has of an open device; of one that ranks share, each has a view.
+    Real(Vec<Arc<dyn Hca>>),
 }
 
 impl Devices {
@@ -28,9 +34,7 @@ impl Devices {
     pub(super) fn wrapper(&self) -> DeviceWrapper {
         match self {
             Self::Emulated => DeviceWrapper::default(),
-            Self::Real(devices) => DeviceWrapper::given(
-                devices.iter().map(|device| Arc::clone(device) as Arc<dyn Hca>).collect(),
-            ),
+            Self::Real(devices) => DeviceWrapper::given(devices.clone()),
         }
     }
 }
@@ -47,34 +51,62 @@ pub(super) fn devices(machine: &Machine, ranks: u32) -> Result<Devices, CliError
         ibex::config::Link::Ib => LinkLayer::Ib,
         ibex::config::Link::Roce => LinkLayer::Roce,
     };
-    let names = names(&machine.nics, link)?;
-    let mut opened: Vec<Arc<Mlx5Hca>> = Vec::new();
-    for rank in 0..ranks as usize {
-        // Several ranks of one device share its context: keys and queues are told apart by their domains.
-        if rank < names.len().max(1) {
-            opened.push(Mlx5Hca::open(&config(&machine.nics, names.get(rank), link))?);
-        } else {
-            opened.push(Arc::clone(&opened[rank % names.len().max(1)]));
+    let choices = choices(machine, link, ranks)?;
+    if choices.is_empty() {
+        // Opening says why there is none.
+        Mlx5Hca::open(&config(&machine.nics, None, link))?;
+    }
+    let mut users: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for (rank, choice) in choices.iter().enumerate() {
+        users.entry(&choice.name).or_default().push(rank);
+    }
+    let mut given: Vec<Option<Arc<dyn Hca>>> = vec![None; choices.len()];
+    for (name, ranks) in users {
+        let device = Mlx5Hca::open(&config(&machine.nics, Some(name), link))?;
+        // Keys and queues are told apart by their domains; events by whose queue they are about.
+        for (view, rank) in SharedHca::split(&device, ranks.len()).into_iter().zip(ranks) {
+            given[rank] = Some(view as Arc<dyn Hca>);
         }
-        let (device, port) = (&opened[rank], opened[rank].port());
+    }
+    let given: Vec<_> = given.into_iter().flatten().collect();
+    for ((rank, choice), device) in choices.iter().enumerate().zip(&given) {
+        let port = device.port();
         println!(
-            "rank {rank:<4} {} port {}, GID {} {}, MTU {}",
-            device.name(),
+            "rank {rank:<4} {} port {}, GID {} {}, MTU {} ({choice})",
+            choice.name,
             port.port_num,
             port.gid_index,
             port.gid,
             port.mtu.bytes()
         );
     }
-    Ok(Devices::Real(opened))
+    Ok(Devices::Real(given))
 }
 
-/// The devices asked for, else every one with an active port of this link layer. None at all leaves it to opening to
-/// say why.
-fn names(nics: &Nics, link: LinkLayer) -> Result<Vec<String>, CliError> {
-    if !nics.nics.is_empty() {
-        return Ok(nics.nics.clone());
-    }
+/// The device of each rank.
+fn choices(machine: &Machine, link: LinkLayer, ranks: u32) -> Result<Vec<Choice>, CliError> {
+    let places = Places::of_this_machine();
+    let found = if machine.nics.nics.is_empty() { active(link)? } else { Vec::new() };
+    let gpus = if machine.is_cuda() { gpus() } else { Vec::new() };
+    let of_process = Anchor::of_process(&places);
+    let anchor = |rank: usize| match gpus.len() {
+        0 => of_process.clone(),
+        count => Anchor::Gpu(gpus[rank % count].clone()),
+    };
+    let anchors: Vec<_> = (0..ranks as usize).map(anchor).collect();
+    let measure = |anchor: &Anchor, name: &str| nearest::measure(&places, anchor, name);
+    Ok(nearest::choose(&machine.nics.nics, &found, &anchors, measure))
+}
+
+/// PCI addresses of the GPUs, in the order in which ranks are given them. A driver that does not answer is told of
+/// where a GPU is opened.
+fn gpus() -> Vec<String> {
+    let devices = cuda::Driver::load().and_then(|driver| driver.devices()).unwrap_or_default();
+    devices.into_iter().map(|device| device.pci).collect()
+}
+
+/// Every device with an active port of this link layer.
+fn active(link: LinkLayer) -> Result<Vec<String>, CliError> {
     let devices = mlx5::devices().map_err(mlx5::OpenError::from)?;
     let is_active = |device: &mlx5::DeviceInfo| {
         device.ports.iter().any(|port| port.state == PortState::Active && port.link == link)
@@ -82,9 +114,9 @@ fn names(nics: &Nics, link: LinkLayer) -> Result<Vec<String>, CliError> {
     Ok(devices.into_iter().filter(is_active).map(|device| device.name).collect())
 }
 
-fn config(nics: &Nics, name: Option<&String>, link: LinkLayer) -> Mlx5Config {
+fn config(nics: &Nics, name: Option<&str>, link: LinkLayer) -> Mlx5Config {
     Mlx5Config {
-        device: name.cloned(),
+        device: name.map(str::to_owned),
         near: None,
         port: nics.nic_port,
         gid_index: nics.gid_index,

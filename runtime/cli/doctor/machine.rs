@@ -5,6 +5,8 @@
 //!
 //! INVARIANT: unknown fields are refused, so that a description of another version is not half understood.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Everything that `ibex doctor` looks at.
@@ -217,7 +219,7 @@ pub(super) struct Distance {
 /// What a transfer between two PCI functions passes, nearest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum PciPath {
+pub(in crate::cli) enum PciPath {
     /// PCI switches only.
     Switch,
     /// One host bridge.
@@ -226,6 +228,17 @@ pub(super) enum PciPath {
     Node,
     /// The link between sockets.
     Sockets,
+}
+
+impl fmt::Display for PciPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Switch => "PCI switches away",
+            Self::HostBridge => "one host bridge away",
+            Self::Node => "two host bridges of one NUMA node away",
+            Self::Sockets => "the link between sockets away",
+        })
+    }
 }
 
 impl PciPath {

@@ -23,6 +23,8 @@ mod probe;
 
 use judge::{Diagnosis, Needs};
 use machine::Machine;
+pub(super) use machine::PciPath;
+pub(super) use probe::Places;
 
 /// Flags of `doctor`.
 #[derive(clap::Args)]

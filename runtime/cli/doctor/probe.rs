@@ -4,6 +4,7 @@
 //!
 //! INVARIANT: every file is read below one root directory, so that a test can lay out a machine of its own.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,8 @@ const VENDOR_NVIDIA: &str = "0x10de";
 const VENDOR_MELLANOX: &str = "0x15b3";
 /// First device number that the mlx5 driver serves; those below are ConnectX-3 and older.
 const MLX5_DEVICE_MIN: u32 = 0x1011;
+/// Most processors of a machine that are told apart.
+const CPUS_MAX: u32 = 1 << 16;
 /// Most entries of a GID table that are looked at.
 const GIDS_MAX: u32 = 256;
 
@@ -127,6 +130,58 @@ fn one_line(error: &dyn std::error::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
+/// Where PCI functions and this process stand, for whoever chooses between NICs.
+pub(in crate::cli) struct Places(Root);
+
+impl Places {
+    /// Those of this machine.
+    pub(in crate::cli) fn of_this_machine() -> Self {
+        Self(Root { path: "/".into() })
+    }
+
+    /// The PCI address of an RDMA device.
+    pub(in crate::cli) fn pci_of_nic(&self, name: &str) -> Option<String> {
+        self.0.link(&format!("sys/class/infiniband/{name}/device"))
+    }
+
+    /// The way between two PCI functions.
+    pub(in crate::cli) fn path(&self, one: &str, other: &str) -> Option<PciPath> {
+        self.0.path_between(one, other)
+    }
+
+    /// The NUMA node of a PCI function, where the machine has several.
+    pub(in crate::cli) fn node(&self, pci: &str) -> Option<i32> {
+        self.0.node(pci)
+    }
+
+    /// The NUMA node that has all processors on which this process may run, where there is another one.
+    pub(in crate::cli) fn own_node(&self) -> Option<i32> {
+        const DIR: &str = "sys/devices/system/node";
+        let status = self.0.read("proc/self/status")?;
+        let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+        let allowed = cpus(allowed)?;
+        let names = self.0.names(DIR);
+        let nodes: Vec<i32> =
+            names.iter().filter_map(|name| name.strip_prefix("node")?.parse().ok()).collect();
+        let has_all = |node: &i32| {
+            let list = self.0.read(format!("{DIR}/node{node}/cpulist")).and_then(|list| cpus(&list));
+            list.is_some_and(|list| allowed.iter().all(|cpu| list.contains(cpu)))
+        };
+        nodes.iter().copied().find(has_all).filter(|_| nodes.len() > 1)
+    }
+}
+
+/// The numbers of a list such as "0-3,8"; `None` if it is none or names nothing.
+fn cpus(list: &str) -> Option<BTreeSet<u32>> {
+    let mut all = BTreeSet::new();
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        all.extend(first..=last.min(CPUS_MAX));
+    }
+    (!all.is_empty()).then_some(all)
+}
+
 /// A file system with `/proc` and `/sys` below a directory.
 struct Root {
     path: PathBuf,
@@ -147,13 +202,16 @@ impl Root {
     fn measure(&self, machine: &mut Machine) {
         for gpu in &machine.gpus {
             for nic in &machine.nics {
-                let (Some(one), Some(other)) = (self.place(&gpu.pci), self.place(&nic.pci)) else { continue };
-                let nodes = (self.node(&gpu.pci), self.node(&nic.pci));
-                let path = PciPath::between(&one, &other, nodes);
+                let Some(path) = self.path_between(&gpu.pci, &nic.pci) else { continue };
                 let distance = Distance { gpu: gpu.pci.clone(), nic: nic.name.clone(), path };
                 machine.distances.push(distance);
             }
         }
+    }
+
+    fn path_between(&self, one: &str, other: &str) -> Option<PciPath> {
+        let nodes = (self.node(one), self.node(other));
+        Some(PciPath::between(&self.place(one)?, &self.place(other)?, nodes))
     }
 
     fn at(&self, file: impl AsRef<Path>) -> PathBuf {

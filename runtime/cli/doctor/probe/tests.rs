@@ -122,6 +122,25 @@ fn a_bare_machine_has_nothing_and_that_is_known() {
 }
 
 #[test]
+fn a_process_has_the_node_that_has_all_its_processors() {
+    let node = |name: &str, allowed: &str, nodes: &[(&str, &str)]| {
+        let status = format!("Name:\tibex\nCpus_allowed_list:\t{allowed}\n");
+        let files: Vec<_> = nodes.iter().copied().chain([("proc/self/status", status.as_str())]).collect();
+        Places(lay_out(name, &files, &[])).own_node()
+    };
+    const TWO: [(&str, &str); 2] = [
+        ("sys/devices/system/node/node0/cpulist", "0-3,8-11"),
+        ("sys/devices/system/node/node1/cpulist", "4-7,12-15"),
+    ];
+    assert_eq!(node("node-a", "4-5,12", &TWO), Some(1));
+    assert_eq!(node("node-b", "0-15", &TWO), None, "it runs on both");
+    assert_eq!(node("node-c", "0-3", &TWO[..1]), None, "there is no other");
+    assert_eq!(node("node-d", "none", &TWO), None);
+    assert_eq!(cpus("0-2,7"), Some([0, 1, 2, 7].into()));
+    assert_eq!([cpus(""), cpus("3-"), cpus("2-1")], [None, None, None]);
+}
+
+#[test]
 fn the_vendors_tool_is_understood() {
     let text = "Configurations:     Next Boot\n         PCI_WR_ORDERING    per_mkey(0)\n";
     assert_eq!(setting(text), Some(PciWriteOrdering::PerMkey));
