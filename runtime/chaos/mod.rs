@@ -5,13 +5,16 @@
 //!
 //! ```text
 //!   sim        one seed in virtual time: every process, the store and the network on one thread
-//!   campaign   many seeds, on all cores
+//!   campaign   many seeds of it, on all cores
+//!   procs      one rank that is a process, and the observer of a group of such
+//!   app        what a rank computes, step after step, each judged
 //!   -------------------------------------------------------------------------------------------
 //!   fault      kinds of faults by name        plan      which strikes when, drawn from a seed
 //!   oracle     one finished step, judged      ledger    what was injected, and so may be lost
 //!   report     what was found, and times      timeline, html   what happened when, to be looked at
 //! ```
 
+mod app;
 pub mod campaign;
 pub mod draws;
 pub mod fault;
@@ -19,6 +22,7 @@ pub mod html;
 pub mod ledger;
 pub mod oracle;
 pub mod plan;
+pub mod procs;
 pub mod report;
 pub mod sim;
 pub mod timeline;

@@ -41,6 +41,9 @@ enum Command {
     Bench(bench::Command),
     /// Kill, stop, cut off and mislead members of a group, and check everything that they compute.
     Chaos(chaos::Args),
+    /// One rank of a campaign, as `chaos` starts it.
+    #[command(name = "chaos-rank", hide = true)]
+    ChaosRank,
     /// Start ranks as processes, here or in network namespaces.
     Launch(launch::Args),
     /// Serve records to other processes, or look into a store.
@@ -153,6 +156,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result = match cli.command {
         Command::Bench(command) => bench::run(command),
         Command::Chaos(args) => chaos::run(&args),
+        Command::ChaosRank => chaos::run_rank(),
         Command::Launch(args) => launch::run(&args).map(Outcome::Ended),
         Command::Store(command) => store::run(&command),
         Command::Doctor(args) => doctor::run(&args),

@@ -17,11 +17,13 @@
 //! INVARIANT: the keeper goes before the session: whatever it has begun, nobody else ends.
 
 use core::time::Duration;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use ibex_hca::emulated::{EmulatedHca, Fabric};
+use ibex_hca::HcaError;
+use ibex_hca::emulated::{AdvertError, EmulatedHca, Fabric, PortId};
 use ibex_metadata::blocking::Blocking;
 use parking_lot::{Condvar, Mutex};
 
@@ -77,9 +79,13 @@ pub struct ElasticMember {
     shared: Arc<Shared>,
     bell: Bell,
     node: Node,
+    ports: Ports,
     advertised: Option<Advertised>,
     instance: Instance,
 }
+
+/// By rank, the port that its newest known incarnation has on this rank's end of the fabric.
+type Ports = Arc<Mutex<BTreeMap<Rank, PortId>>>;
 
 impl ElasticMember {
     /// Claims the rank's name and starts to join; returns before anybody has answered.
@@ -114,11 +120,13 @@ impl ElasticMember {
         let bell = board.bell();
         let membership = Membership::new(limits, board.claimed(), node.pool().now_ns());
         let exits = Arc::new(Mutex::new(Exits::default()));
+        let ports = Ports::default();
         let introduce = Introducer {
             config: config.clone(),
             fabric: Arc::clone(node.fabric()),
             needs_one_host: options.node.fabric == MemberFabric::Shm,
             exits: Arc::clone(&exits),
+            ports: Arc::clone(&ports),
         };
         let keeper = KeeperOptions {
             advert,
@@ -131,7 +139,7 @@ impl ElasticMember {
             is_over: Mutex::new(false),
         });
         let thread = start(&shared, node.pool(), &bell, exits)?;
-        Ok(Self { thread: Some(thread), shared, bell, node, advertised, instance })
+        Ok(Self { thread: Some(thread), shared, bell, node, ports, advertised, instance })
     }
 
     /// This rank's session.
@@ -162,6 +170,12 @@ impl ElasticMember {
     #[must_use]
     pub fn advertised(&self) -> Option<Advertised> {
         self.advertised
+    }
+
+    /// The port of a peer's newest known incarnation, as this rank's end of the fabric numbers it.
+    #[must_use]
+    pub fn port_of(&self, peer: Rank) -> Option<PortId> {
+        self.ports.lock().get(&peer).copied()
     }
 
     /// Which process this is, to the group.
@@ -307,6 +321,7 @@ struct Introducer {
     /// Only ranks of this host can be reached.
     needs_one_host: bool,
     exits: Arc<Mutex<Exits>>,
+    ports: Ports,
 }
 
 impl Introducer {
@@ -322,7 +337,7 @@ impl Introducer {
         if self.needs_one_host {
             check_host(from, host)?;
         }
-        self.fabric.admit(advert)?;
+        self.admit(from, advert)?;
         let (Ok(process), Ok(instance)) = (process[..].try_into(), instance[..].try_into()) else {
             return Err(BootstrapError::Blob { from, what: "a process" }.into());
         };
@@ -332,6 +347,24 @@ impl Introducer {
             self.exits.lock().watch(from, instance, u32::from_le_bytes(process));
         }
         Ok(())
+    }
+
+    /// A replacement may sit behind the socket of the process that it replaces: the port is known then, and numbers
+    /// of queue pairs and packets tell the two apart.
+    fn admit(&self, from: Rank, advert: &[u8]) -> Result<(), HcaError> {
+        let mut ports = self.ports.lock();
+        match self.fabric.admit(advert) {
+            Ok(port) => {
+                ports.insert(from, port);
+                Ok(())
+            }
+            Err(HcaError::Advert(AdvertError::AddressTaken { port }))
+                if ports.get(&from) == Some(&PortId(port)) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -18,8 +18,8 @@ use std::sync::Arc;
 use ibex_hca::emulated::switch::FaultPlan;
 use ibex_hca::emulated::{Doorbells, EmulatedHca, Fabric};
 
-use super::Session;
 use super::node::{Node, check_host, parts};
+use super::{DeviceWrapper, Session};
 use crate::bootstrap::{Advertised, Bootstrap, BootstrapError, Place, TcpBootstrap, advertise};
 use crate::config::{Config, ValidConfig};
 use crate::error::{Error, Violation};
@@ -51,6 +51,8 @@ pub struct MemberOptions {
     pub advertise: Option<String>,
     /// What goes wrong with packets that this rank sends; fabric `Udp` only.
     pub faults: Option<FaultPlan>,
+    /// What stands between the session and its device; a [`given`](DeviceWrapper::given) device is refused.
+    pub devices: DeviceWrapper,
     /// A file for every packet that this rank sends or receives, or on fabric `Shm` would.
     pub capture: Option<PathBuf>,
     /// The first sequence number of every lane and operation, from 1.
@@ -68,6 +70,7 @@ impl Default for MemberOptions {
             advertise_flag: None,
             advertise: None,
             faults: None,
+            devices: DeviceWrapper::default(),
             capture: None,
             first_seq: 1,
             timeout: Duration::from_secs(60),

@@ -11,13 +11,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ibex_hca::emulated::{Capture, EmulatedConfig, EmulatedHca, Fabric, ShmConfig, UdpConfig};
-use ibex_hca::{Hca, HcaError, LinkLayer, Nanos};
+use ibex_hca::{HcaError, LinkLayer, Nanos};
 
 use super::attendant::Attendant;
 use super::{MemberFabric, MemberOptions, Session};
 use crate::bootstrap::{Advertised, BootstrapError};
 use crate::config::{Link, ValidConfig};
-use crate::error::Error;
+use crate::error::{ConfigError, Error, Limit};
 use crate::gpu::pool::{Pool, PoolConfig, Progress};
 use crate::gpu::{Gpu, HostGpu};
 use crate::ids::Rank;
@@ -62,7 +62,9 @@ impl Node {
         let capture = options.capture.as_deref().map(|path| capture(path, &fabric, &pool)).transpose()?;
         meet(&fabric, &device)?;
         let gpu: Arc<dyn Gpu> = Arc::new(HostGpu::shared(Arc::clone(&pool), 0));
-        let hca = Arc::clone(&device) as Arc<dyn Hca>;
+        let given =
+            ConfigError { field: "devices", value: 1_u32.into(), limit: Limit::Range { min: 0, max: 0 } };
+        let hca = options.devices.around(rank, &device).ok_or(given)?;
         let session = Arc::new(Session::new(config, rank, gpu, hca)?);
         let attendant = attendant.start(&session, &pool)?;
         Ok(Self { session, attendant, device, fabric, pool, capture })

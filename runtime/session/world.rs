@@ -87,6 +87,15 @@ impl DeviceWrapper {
         }
     }
 
+    /// What the one emulated device of a member becomes; nothing where another device is given in its place.
+    pub(super) fn around(&self, rank: Rank, emulated: &Arc<EmulatedHca>) -> Option<Arc<dyn Hca>> {
+        match &self.0 {
+            Wrapper::Nothing => Some(Arc::clone(emulated) as _),
+            Wrapper::Around(wrap) => Some(wrap(rank, Arc::clone(emulated))),
+            Wrapper::Instead(_) => None,
+        }
+    }
+
     /// Given devices must be as many as ranks, and cannot be simulated.
     fn validate(&self, options: &WorldOptions, num_ranks: u32) -> Result<(), ConfigError> {
         let Wrapper::Instead(devices) = &self.0 else { return Ok(()) };

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 
 use super::agents::Agents;
-use super::app::{Inputs, THINK_NS_MAX};
 use super::inject::Injector;
 use super::node::{Ground, Holdings, Motion, Node};
 use super::watch::{Process, Watch};
+use crate::chaos::app::{Inputs, THINK_NS_MAX};
 use crate::chaos::draws::Draws;
 use crate::chaos::plan::{CLEAN_STEPS, Plan};
 use crate::chaos::timeline::Happened;

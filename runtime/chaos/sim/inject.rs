@@ -10,9 +10,9 @@ use ibex_hca::emulated::switch::{Fault as PacketFault, FaultPlan, FaultRule};
 use ibex_hca::emulated::{PathState, PortId};
 use ibex_hca::fault::{Effect, Fault as CommandFault};
 
-use super::app::Stage;
 use super::group::{Birth, Group};
 use super::node::Motion;
+use crate::chaos::app::Stage;
 use crate::chaos::draws::Draws;
 use crate::chaos::fault::{Fault, FaultKind, Licence};
 use crate::chaos::plan::Plan;

@@ -4,7 +4,6 @@
 //! decision; [`Outcome::schedule_hash`] proves it.
 
 mod agents;
-mod app;
 mod group;
 mod inject;
 mod node;
@@ -18,6 +17,7 @@ use ibex_abi::types::PathMtu;
 use ibex_hca::emulated::switch::FaultPlan;
 use ibex_hca::emulated::{Fabric, FabricConfig};
 
+use super::app::Style;
 use super::draws::Draws;
 use super::fault::FaultKind;
 use super::plan::Plan;
@@ -29,7 +29,6 @@ use crate::gpu::pool::{Pool, PoolConfig, PoolError, Progress};
 use crate::session::Guard;
 
 use agents::Agents;
-use app::Style;
 use group::Group;
 use node::Ground;
 use store::SimStore;

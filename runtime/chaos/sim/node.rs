@@ -11,8 +11,8 @@ use ibex_hca::emulated::{CommandRecord, EmulatedConfig, EmulatedHca, Fabric};
 use ibex_hca::fault::FaultHca;
 use ibex_hca::{Hca, LinkLayer};
 
-use super::app::{App, Style};
 use super::store::SimStore;
+use crate::chaos::app::{App, Style};
 use crate::chaos::draws::Draws;
 use crate::config::ValidConfig;
 use crate::error::Error;

@@ -5,9 +5,9 @@
 
 use ibex_abi::prm::Op;
 
-use super::app::Finished;
 use super::node::Node;
 use super::store::SimStore;
+use crate::chaos::app::Finished;
 use crate::chaos::ledger::Ledger;
 use crate::chaos::report::{Phase, Report};
 use crate::chaos::timeline::{Happened, Timeline};

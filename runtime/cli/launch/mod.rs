@@ -27,7 +27,8 @@ mod namespaces;
 mod spawn;
 mod watch;
 
-use namespaces::Namespaces;
+pub(super) use namespaces::Namespaces;
+pub(super) use spawn::{random_token, tie};
 
 /// Most hosts that `--hosts netns` makes.
 pub(super) const HOSTS_MAX: u32 = 64;

@@ -24,7 +24,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 use super::LaunchError;
 
 /// The hosts of one launch.
-pub(super) struct Namespaces {
+pub(in crate::cli) struct Namespaces {
     hosts: Vec<OwnedFd>,
     /// Holds the bridge.
     _bridge: OwnedFd,
@@ -32,7 +32,7 @@ pub(super) struct Namespaces {
 
 impl Namespaces {
     /// Makes and joins `num_hosts` namespaces with `num_addresses` addresses each.
-    pub(super) fn create(num_hosts: u32, num_addresses: u32) -> Result<Self, LaunchError> {
+    pub(in crate::cli) fn create(num_hosts: u32, num_addresses: u32) -> Result<Self, LaunchError> {
         let hosts = (0..num_hosts).map(|_| fresh()).collect::<Result<Vec<_>, _>>()?;
         let bridge = fresh()?;
         ip(&bridge, "join network namespaces", &bridge_script(&hosts))?;
@@ -45,12 +45,12 @@ impl Namespaces {
     }
 
     /// The namespace of one host.
-    pub(super) fn host(&self, host: u32) -> BorrowedFd<'_> {
+    pub(in crate::cli) fn host(&self, host: u32) -> BorrowedFd<'_> {
         self.hosts[host as usize].as_fd()
     }
 
     /// The address of one rank of a host.
-    pub(super) fn address(host: u32, local_rank: u32) -> IpAddr {
+    pub(in crate::cli) fn address(host: u32, local_rank: u32) -> IpAddr {
         // CAST: at most 64 hosts; 512 ranks in all, spread over two bytes.
         let [high, low] = (local_rank as u16 + 1).to_be_bytes();
         IpAddr::from([10, 77, (host as u8) << 2 | high, low])

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
@@ -44,11 +44,7 @@ pub(super) fn start(plan: &Plan, seat: &Seat<'_>, meeting: &Meeting) -> Result<R
     if is_piped {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
     }
-    let launcher = getpid();
-    let namespace = seat.host.map(|(spaces, host, _)| spaces.host(host).as_raw_fd());
-    // SAFETY: between fork and exec; `enter` makes system calls only, and the namespace's descriptor stays open until
-    // `spawn` has returned, because the plan borrows it.
-    unsafe { command.pre_exec(move || enter(launcher, namespace)) };
+    tie(&mut command, seat.host.map(|(spaces, host, _)| spaces.host(host)));
     let spawned = command.spawn().map_err(|source| LaunchError::Spawn { command: program, source });
     let mut child = spawned?;
     let mut readers = Vec::new();
@@ -80,6 +76,16 @@ fn set_environment(command: &mut Command, plan: &Plan, seat: &Seat<'_>, meeting:
     }
 }
 
+/// Has what `command` starts die with this process, and live in a namespace. Spawn it on the thread that lives as long
+/// as this process, while the namespace's descriptor is open.
+pub(in crate::cli) fn tie(command: &mut Command, namespace: Option<BorrowedFd<'_>>) {
+    let launcher = getpid();
+    let namespace = namespace.map(|namespace| namespace.as_raw_fd());
+    // SAFETY: between fork and exec; `enter` makes system calls only, on a descriptor that is open until `spawn` has
+    // returned, as the caller was told.
+    unsafe { command.pre_exec(move || enter(launcher, namespace)) };
+}
+
 /// Between fork and exec: dies with the launcher from now on, and moves to its host.
 fn enter(launcher: Pid, namespace: Option<i32>) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
@@ -89,7 +95,7 @@ fn enter(launcher: Pid, namespace: Option<i32>) -> io::Result<()> {
     }
     if let Some(namespace) = namespace {
         // SAFETY: the launcher's descriptor, which a forked process has too.
-        let namespace = unsafe { std::os::fd::BorrowedFd::borrow_raw(namespace) };
+        let namespace = unsafe { BorrowedFd::borrow_raw(namespace) };
         move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
     }
     Ok(())
@@ -103,7 +109,7 @@ fn random<const N: usize>() -> Result<[u8; N], LaunchError> {
 }
 
 /// A token that nobody guesses.
-pub(super) fn random_token() -> Result<String, LaunchError> {
+pub(in crate::cli) fn random_token() -> Result<String, LaunchError> {
     let mut token = String::new();
     for byte in random::<TOKEN_LEN>()? {
         let _ = write!(token, "{byte:02x}");

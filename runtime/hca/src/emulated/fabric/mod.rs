@@ -162,15 +162,18 @@ impl Fabric {
         }
     }
 
-    /// Has the switch of this process follow another plan from now on; frames in flight go on as they were sent.
+    /// Has the switch of this process follow another plan; frames in flight go on as they were sent.
+    ///
+    /// A simulated switch does so at once, one at the exit of a udp fabric's port with the device's next step.
     ///
     /// # Errors
-    /// [`HcaError::Plan`] if a value of the plan is out of its range, [`HcaError::Unreachable`] where there is no
-    /// simulated switch.
+    /// [`HcaError::Plan`] if a value of the plan is out of its range, [`HcaError::Unreachable`] where frames pass no
+    /// switch.
     pub fn set_fault_plan(&self, plan: FaultPlan) -> Result<(), HcaError> {
         match &self.medium {
             Medium::Switched(exchange) => exchange.set_plan(plan),
-            _ => Err(HcaError::Unreachable { reason: "a fabric without a simulated switch follows no plan" }),
+            Medium::Udp(endpoint) => endpoint.set_plan(plan),
+            _ => Err(HcaError::Unreachable { reason: "a fabric without a switch follows no plan" }),
         }
     }
 

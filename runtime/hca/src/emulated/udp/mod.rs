@@ -20,6 +20,7 @@ mod socket;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ibex_abi::types::{Lid, PathMtu};
 use ibex_roce::Mtu;
@@ -30,7 +31,7 @@ use super::capture::Origin;
 use super::fabric::Port;
 use super::fabric::advert::AdvertError;
 use super::frames::{Carrier, EachArrival, PACKET_LEN_MAX, gid_of, ip_of, mac_of, path_mtu, port_of};
-use super::switch::{FaultCounts, FaultPlan, Switch};
+use super::switch::{FaultCounts, FaultPlan, PlanLimit, Switch};
 use crate::{HcaError, LinkLayer, Nanos, PortInfo};
 pub use bare::BareSocket;
 use ident::IdentTable;
@@ -77,6 +78,9 @@ pub(super) struct Endpoint {
     socket: Socket,
     peers: RwLock<HashMap<SocketAddr, Peer>>,
     fault_counts: Mutex<Option<FaultCounts>>,
+    /// A plan that the device is to follow from its next step on.
+    next_plan: Mutex<Option<FaultPlan>>,
+    has_next_plan: AtomicBool,
 }
 
 impl Endpoint {
@@ -85,7 +89,22 @@ impl Endpoint {
             plan.check()?;
         }
         let socket = Socket::bind(config.bind)?;
-        Ok(Arc::new(Self { config, socket, peers: RwLock::default(), fault_counts: Mutex::default() }))
+        Ok(Arc::new(Self {
+            config,
+            socket,
+            peers: RwLock::default(),
+            fault_counts: Mutex::default(),
+            next_plan: Mutex::default(),
+            has_next_plan: AtomicBool::new(false),
+        }))
+    }
+
+    /// Has the device follow another plan from its next step on.
+    pub(super) fn set_plan(&self, plan: FaultPlan) -> Result<(), HcaError> {
+        plan.check()?;
+        *self.next_plan.lock() = Some(plan);
+        self.has_next_plan.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Where the socket is bound.
@@ -177,13 +196,13 @@ impl Endpoint {
     /// What the device behind `port` sends and receives through.
     pub(super) fn carrier(self: &Arc<Self>, port: &Arc<Port>) -> Result<Box<dyn Carrier>, HcaError> {
         self.learn(self.local(), self.config.node, Arc::clone(port));
-        let switch = self.config.faults.clone().map(|plan| Switch::new(plan, Nanos(0))).transpose()?;
+        let exit = self.config.faults.clone().map(Exit::new).transpose()?;
         Ok(Box::new(UdpCarrier {
             outbox: Outbox::new(&self.socket),
             inbox: Inbox::new(),
             idents: IdentTable::default(),
             hidden: HiddenId::default(),
-            exit: switch.map(|switch| Exit { switch, room: vec![0; PACKET_LEN_MAX].into_boxed_slice() }),
+            exit,
             unsent: 0,
             latest: None,
             now: Nanos(0),
@@ -200,6 +219,13 @@ struct Exit {
     switch: Switch,
     /// Where a packet is written before the switch takes it.
     room: Box<[u8]>,
+}
+
+impl Exit {
+    fn new(plan: FaultPlan) -> Result<Self, PlanLimit> {
+        let room = vec![0; PACKET_LEN_MAX].into_boxed_slice();
+        Ok(Self { switch: Switch::new(plan, Nanos(0))?, room })
+    }
 }
 
 #[derive(Debug)]
@@ -230,6 +256,19 @@ impl UdpCarrier {
         let flow = flow_from(self.endpoint.local(), to);
         self.latest = flow.map(|flow| (to, peer, flow));
         self.latest.is_some()
+    }
+
+    /// Takes up another plan, between two packets. Without one before, there was no switch; from now on there is.
+    fn follow_plan(&mut self) {
+        if !self.endpoint.has_next_plan.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let Some(plan) = self.endpoint.next_plan.lock().take() else { return };
+        // Plans are checked when they are set.
+        match &mut self.exit {
+            Some(exit) => drop(exit.switch.set_plan(plan)),
+            None => self.exit = Exit::new(plan).ok(),
+        }
     }
 
     /// Moves what the switch lets go to the outbox.
@@ -323,6 +362,7 @@ impl Carrier for UdpCarrier {
         if !self.outbox.is_empty() {
             self.flush_outbox();
         }
+        self.follow_plan();
     }
 
     fn fill(&mut self, now: Nanos) -> bool {

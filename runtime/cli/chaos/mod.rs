@@ -1,7 +1,13 @@
 //! `ibex chaos`: campaigns of faults, and what they find.
 //!
-//! In simulation one seed is one plan of faults and one schedule; the same seed and flags replay exactly. Owns the
-//! report files.
+//! In simulation one seed is one plan of faults and one schedule; the same seed and flags replay exactly. Between
+//! processes a seed is a plan of faults, and everything else is the machine's. Owns the report files.
+//!
+//! ```text
+//!  procs        flags, what this machine cannot do, what is left behind
+//!  supervisor   the group: who runs, who is to come, when it is over
+//!  inject       faults on processes          process    ranks, the store, the view in it
+//! ```
 
 use std::path::PathBuf;
 
@@ -14,8 +20,17 @@ use ibex::chaos::{ALL_KINDS, FaultKind, html, sim};
 use ibex::error::{ConfigError, Limit};
 use parking_lot::Mutex;
 
+use super::flags::Hosts;
 use super::progress::Progress;
 use super::{CliError, Outcome, claim_output, write_output};
+
+mod inject;
+mod leaks;
+mod process;
+mod procs;
+mod supervisor;
+
+pub(super) use procs::run_rank;
 
 /// Most steps of one plan.
 const STEPS_MAX: u64 = 10_000;
@@ -43,27 +58,29 @@ pub(super) struct Args {
     /// Where ranks run.
     #[arg(long, value_enum, default_value_t = Fabric::Sim)]
     fabric: Fabric,
-    /// Ranks; 2 to 4, drawn from the seed, if absent.
+    /// Ranks [default: 8; in simulation 2 to 4, drawn from the seed].
     #[arg(long)]
     ranks: Option<u32>,
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// How many seeds to run, on all cores.
+    /// How many seeds to run, on all cores; in simulation.
     #[arg(long, default_value_t = 1)]
     seeds: u64,
-    /// Steps at least, of which the last 10 are without faults.
-    #[arg(long, default_value_t = 20)]
-    steps: u64,
+    /// Steps at least, of which the last 10 are without faults; a fault about every 5 [default: 110; in simulation 20].
+    #[arg(long)]
+    steps: Option<u64>,
     /// Kinds of faults to draw from, separated by commas; all if absent.
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     faults: Vec<FaultKind>,
     /// Most tokens per rank.
     #[arg(long, default_value_t = 16)]
     tokens: u32,
-    /// Row width.
-    #[arg(long, default_value_t = 256)]
-    hidden: u32,
+    /// Row width [default: 512; in simulation 256].
+    #[arg(long)]
+    hidden: Option<u32>,
+    #[command(flatten)]
+    procs: procs::Flags,
     /// Write the report as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -78,12 +95,15 @@ impl Args {
             true => Ok(()),
             false => Err(ConfigError { field, value: value.into(), limit: Limit::Range { min, max } }),
         };
-        within("steps", self.steps, CLEAN_STEPS, STEPS_MAX)?;
+        let usual = Ask::default();
+        let steps = self.steps.unwrap_or(usual.steps);
+        within("steps", steps, CLEAN_STEPS, STEPS_MAX)?;
         within("seeds", self.seeds, 1, SEEDS_MAX)?;
         within("tokens", self.tokens.into(), 1, 128)?;
         within("ranks", self.ranks.unwrap_or(2).into(), 2, 16)?;
         let kinds = if self.faults.is_empty() { ALL_KINDS.to_vec() } else { self.faults.clone() };
-        Ok(Ask { ranks: self.ranks, steps: self.steps, kinds, tokens: self.tokens, hidden: self.hidden })
+        let hidden = self.hidden.unwrap_or(usual.hidden);
+        Ok(Ask { ranks: self.ranks, steps, kinds, tokens: self.tokens, hidden })
     }
 
     /// The command that replays one seed.
@@ -94,9 +114,9 @@ impl Args {
             command += &format!(" --ranks {ranks}");
         }
         for (flag, value, default) in [
-            ("steps", self.steps, usual.steps),
+            ("steps", self.steps.unwrap_or(usual.steps), usual.steps),
             ("tokens", self.tokens.into(), usual.tokens.into()),
-            ("hidden", self.hidden.into(), usual.hidden.into()),
+            ("hidden", self.hidden.unwrap_or(usual.hidden).into(), usual.hidden.into()),
         ] {
             if value != default {
                 command += &format!(" --{flag} {value}");
@@ -112,12 +132,10 @@ impl Args {
 
 /// Runs the campaign and reports.
 pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
-    let available = "sim; campaigns over processes are not part of it";
-    match args.fabric {
-        Fabric::Sim => {}
-        Fabric::Shm => return Err(CliError::NotBuilt { flag: "--fabric", value: "shm", available }),
-        Fabric::Udp => return Err(CliError::NotBuilt { flag: "--fabric", value: "udp", available }),
+    if args.fabric != Fabric::Sim {
+        return procs::run(args);
     }
+    args.procs.refuse_in_simulation()?;
     let ask = args.ask()?;
     // A shape that cannot be is refused before a long run.
     sim::check(&Plan::draw(args.seed, &ask))?;
@@ -127,7 +145,11 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         1 => one_seed(args, &ask)?,
         _ => (many_seeds(args, &ask), None),
     };
-    print(args, &campaign);
+    print("virtual time", &campaign.report);
+    for failure in &campaign.failures {
+        println!("failed: {}", args.replay(failure.seed));
+        failure.flaws.iter().take(FLAWS_SHOWN).for_each(|flaw| println!("  {flaw}"));
+    }
     if let Some(path) = &args.json {
         let json = serde_json::to_string_pretty(&campaign.report.to_json()).expect("plain data");
         write_output(path, &(json + "\n"))?;
@@ -171,8 +193,7 @@ fn page(args: &Args, campaign: &Campaign, shown: u64, timeline: &Timeline) -> St
     html::page(&title, &args.replay(shown), &campaign.report.to_json(), timeline, &flaws)
 }
 
-fn print(args: &Args, campaign: &Campaign) {
-    let report: &Report = &campaign.report;
+fn print(clock: &str, report: &Report) {
     let json: ReportJson = report.to_json();
     let found = &json.findings;
     println!(
@@ -197,7 +218,7 @@ fn print(args: &Args, campaign: &Campaign) {
         found.healthy_qps_touched,
         found.graph_recaptures
     );
-    println!("ms of virtual time     count      p50      p99      max");
+    println!("{:<20} {:>7} {:>8} {:>8} {:>8}", format!("ms of {clock}"), "count", "p50", "p99", "max");
     for (name, t) in [
         ("detected", json.detected_ms),
         ("agreed", json.agree_ms),
@@ -207,9 +228,5 @@ fn print(args: &Args, campaign: &Campaign) {
         ("survivor pause", json.survivor_pause_ms),
     ] {
         println!("{name:<20} {:>7} {:>8.2} {:>8.2} {:>8.2}", t.count, t.p50, t.p99, t.max);
-    }
-    for failure in &campaign.failures {
-        println!("failed: {}", args.replay(failure.seed));
-        failure.flaws.iter().take(FLAWS_SHOWN).for_each(|flaw| println!("  {flaw}"));
     }
 }

@@ -1,0 +1,482 @@
+//! What an observer sees of a group of processes. It judges, and takes the times.
+//!
+//! Pure: words and views are handed to it with their times. It believes the store's cell for who is a member, and what
+//! was injected it learns from the injector, through the [`Ledger`]. Words of different ranks, and the view, arrive in
+//! any order; so a loss is judged by the step it belongs to, and a step under an epoch that has not been seen yet
+//! waits for it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::line::{Said, StepWord, Why, Word};
+use crate::chaos::ledger::Ledger;
+use crate::chaos::report::{Phase, Report};
+use crate::chaos::timeline::{Happened, Timeline};
+use crate::ids::Rank;
+use crate::membership::{Instance, SlotState, View};
+
+/// The newest process of a rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Which incarnation it says it is; none before it said so.
+    pub instance: Instance,
+    /// When it was started.
+    pub started_ns: u64,
+    /// It stands still until it was evicted, or is dead.
+    pub is_doomed: bool,
+}
+
+/// One rank, as the observer follows it.
+#[derive(Clone, Debug, Default)]
+struct Watched {
+    died_ns: Option<u64>,
+    /// The first suspicion since, and why.
+    detected: Option<(u64, Why)>,
+    admitted_ns: Option<u64>,
+    /// A member of it is gone, and nobody has taken its place yet.
+    is_missing: bool,
+    /// The newest step and epoch that it has finished.
+    finished: Option<(u64, u32)>,
+    is_gate_closed: bool,
+}
+
+/// See the module documentation.
+pub struct Observer {
+    /// What was injected.
+    pub ledger: Ledger,
+    /// What was found so far.
+    pub report: Report,
+    /// What happened when.
+    pub timeline: Timeline,
+    /// What is wrong, in words.
+    pub flaws: Vec<String>,
+    /// How suspicions began, by what was seen first.
+    pub reasons: BTreeMap<Why, u64>,
+    view: View,
+    ranks: Vec<Watched>,
+    /// Who no longer waits for whom.
+    suspicions: BTreeSet<(Rank, Rank)>,
+    /// Steps that have lost something, until the view has caught up with them.
+    waiting: Vec<(u64, Rank, StepWord)>,
+    clean_from: Option<u64>,
+    hang_ns: u64,
+    origin_ns: u64,
+}
+
+impl Observer {
+    /// An observer of a group that has not met. A step that takes longer than `hang_ns` hangs.
+    #[must_use]
+    pub fn new(num_ranks: u32, hang_ns: u64, now_ns: u64) -> Self {
+        Self {
+            ledger: Ledger::new(num_ranks),
+            report: Report { seeds: 1, ..Report::default() },
+            timeline: Timeline::new(num_ranks),
+            flaws: Vec::new(),
+            reasons: BTreeMap::new(),
+            view: View::empty(num_ranks),
+            ranks: vec![Watched::default(); num_ranks as usize],
+            suspicions: BTreeSet::new(),
+            waiting: Vec::new(),
+            clean_from: None,
+            hang_ns,
+            origin_ns: now_ns,
+        }
+    }
+
+    /// The newest view.
+    #[must_use]
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// Puts an entry on the timeline.
+    pub fn note(&mut self, now_ns: u64, rank: Option<Rank>, what: Happened) {
+        self.timeline.push(now_ns.saturating_sub(self.origin_ns), rank, what);
+    }
+
+    /// Something is wrong.
+    pub fn flaw(&mut self, now_ns: u64, text: String) {
+        // CAST: times far below 2^53 ns.
+        let at = now_ns.saturating_sub(self.origin_ns) as f64 / 1e6;
+        self.note(now_ns, None, Happened::Flaw(text.clone()));
+        self.flaws.push(format!("{at:.3} ms: {text}"));
+    }
+
+    /// Something did not end, or ended as it should not.
+    pub fn hang(&mut self, now_ns: u64, text: String) {
+        self.report.findings.hangs += 1;
+        self.flaw(now_ns, text);
+    }
+
+    /// A process of `rank` ends now, or stands still for too long.
+    pub fn died(&mut self, now_ns: u64, rank: Rank) {
+        self.ledger.touch_rank(rank);
+        let watched = &mut self.ranks[rank.index()];
+        if watched.died_ns.is_none() {
+            (watched.died_ns, watched.detected) = (Some(now_ns), None);
+        }
+    }
+
+    /// The process whose death was foreseen has ended just now.
+    pub fn died_at(&mut self, now_ns: u64, rank: Rank) {
+        if let Some(died_ns) = &mut self.ranks[rank.index()].died_ns {
+            *died_ns = now_ns;
+        }
+    }
+
+    /// Steps from here on must be whole.
+    pub fn expect_clean(&mut self, from: u64) {
+        self.clean_from = Some(from);
+    }
+
+    /// The newest step that any rank has finished.
+    #[must_use]
+    pub fn step(&self) -> u64 {
+        self.ranks.iter().filter_map(|watched| watched.finished).map(|(step, _)| step).max().unwrap_or(0)
+    }
+
+    /// Whether everybody is a member, is not switching, and has finished a step of the present epoch.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        let has_caught_up = |watched: &Watched| {
+            !watched.is_gate_closed && watched.finished.is_some_and(|(_, epoch)| epoch == self.view.epoch.0)
+        };
+        self.view.members().len() == self.ranks.len()
+            && self.view.plan.is_none()
+            && self.ranks.iter().all(has_caught_up)
+    }
+
+    /// Whether every member waits for every other.
+    #[must_use]
+    pub fn is_trusting(&self) -> bool {
+        self.suspicions.is_empty()
+    }
+
+    /// Another version of the view. `process` is the newest process of a rank.
+    pub fn see(&mut self, now_ns: u64, view: View, process: &dyn Fn(Rank) -> Option<Seen>) {
+        let old = core::mem::replace(&mut self.view, view);
+        let mut joined = Vec::new();
+        // CAST: at most 512 ranks.
+        for rank in (0..self.ranks.len() as u16).map(Rank) {
+            let (before, after) = (old.slot(rank), self.view.slot(rank));
+            let is_another = before.instance != after.instance;
+            if before.state == SlotState::Member && (after.state != SlotState::Member || is_another) {
+                self.evicted(now_ns, rank);
+            }
+            let watched = &mut self.ranks[rank.index()];
+            match after.state {
+                SlotState::Joining if before.state != SlotState::Joining || is_another => {
+                    watched.admitted_ns = Some(now_ns);
+                }
+                SlotState::Member if before.state != SlotState::Member || is_another => joined.push(rank),
+                _ => {}
+            }
+        }
+        if let Some(plan) = self.view.plan.filter(|plan| old.plan.map(|p| p.id) != Some(plan.id)) {
+            for rank in plan.join.iter() {
+                if let Some(admitted) = self.ranks[rank.index()].admitted_ns.take() {
+                    self.report.took(Phase::Recreate, now_ns.saturating_sub(admitted));
+                }
+            }
+        }
+        if self.view.epoch != old.epoch {
+            let what = Happened::Epoch(self.view.epoch, self.view.members());
+            self.note(now_ns, None, what);
+        }
+        if !joined.is_empty() {
+            self.joined(now_ns, &joined, process);
+        }
+        self.judge_waiting();
+    }
+
+    fn evicted(&mut self, now_ns: u64, rank: Rank) {
+        self.report.kills += 1;
+        self.note(now_ns, Some(rank), Happened::Evicted);
+        self.suspicions.retain(|(by, of)| *by != rank && *of != rank);
+        if !self.ledger.evicted(rank) {
+            self.report.findings.false_deaths += 1;
+            self.flaw(now_ns, format!("rank {rank} was evicted and nothing was done to it"));
+        }
+        let watched = &mut self.ranks[rank.index()];
+        watched.is_missing = true;
+        watched.finished = None;
+        let died = watched.died_ns.take();
+        if let Some((detected, why)) = watched.detected.take() {
+            self.report.took(Phase::Agree, now_ns.saturating_sub(detected));
+            if let Some(died) = died {
+                *self.reasons.entry(why).or_default() += 1;
+                self.report.took(Phase::Detected, detected.saturating_sub(died));
+            }
+        }
+    }
+
+    fn joined(&mut self, now_ns: u64, joined: &[Rank], process: &dyn Fn(Rank) -> Option<Seen>) {
+        let from_step = self.view.start.as_ref().map_or(0, |start| start.from_step);
+        self.ledger.joined(joined, from_step);
+        for &rank in joined {
+            self.note(now_ns, Some(rank), Happened::Joined);
+            let present = process(rank).filter(|p| p.instance == self.view.slot(rank).instance);
+            if core::mem::take(&mut self.ranks[rank.index()].is_missing) {
+                self.report.rejoins += 1;
+                if let Some(process) = present {
+                    self.report.took(Phase::Rejoin, now_ns.saturating_sub(process.started_ns));
+                }
+            }
+            if present.is_none_or(|process| process.is_doomed) {
+                // It died, or stands still, since its last word was written.
+                self.died(now_ns, rank);
+            }
+        }
+    }
+
+    /// Takes in a word of a process of `rank`; of one that another has taken the place of only what was lost.
+    pub fn hear(&mut self, rank: Rank, is_newest: bool, word: Word) {
+        let at_ns = word.at_ns;
+        match word.said {
+            Said::Step(step) => self.hear_step(at_ns, rank, is_newest, step),
+            Said::Suspects { peer, why } if is_newest => self.suspects(at_ns, rank, Rank(peer), why),
+            Said::Gate { closed_ns, switched, has_served } if is_newest => {
+                self.ranks[rank.index()].is_gate_closed = closed_ns.is_none();
+                self.gate(at_ns, rank, closed_ns, switched, has_served);
+            }
+            Said::Touched { count, example } => {
+                self.report.findings.healthy_qps_touched += count;
+                self.flaw(at_ns, format!("rank {rank}: {example}"));
+            }
+            Said::Dies => {
+                self.died_at(at_ns, rank);
+                self.note(at_ns, Some(rank), Happened::Died);
+            }
+            Said::Stopped { is_fenced, why } => {
+                self.note(at_ns, Some(rank), Happened::Stopped(why.clone()));
+                if !is_fenced {
+                    self.hang(at_ns, format!("rank {rank} stopped: {why}"));
+                }
+            }
+            Said::Failed { why } => self.hang(at_ns, format!("rank {rank} failed: {why}")),
+            Said::Done { grown, held, recaptures, .. } => {
+                self.report.findings.graph_recaptures += recaptures;
+                self.report.findings.leaked_bytes += grown;
+                if grown != 0 {
+                    self.flaw(at_ns, format!("rank {rank} holds {grown} more: {held}"));
+                }
+            }
+            Said::Gone { left, unrung } => {
+                self.report.findings.leaked_bytes += left;
+                if left != 0 {
+                    self.flaw(at_ns, format!("rank {rank} left {left} objects of its device behind"));
+                }
+                if unrung != 0 {
+                    self.hang(at_ns, format!("rank {rank}: {unrung} WQEs without a doorbell"));
+                }
+            }
+            Said::Hello { .. } | Said::Ready { .. } | Said::Refused { .. } => {}
+            // A zombie's word for the group.
+            Said::Suspects { .. } | Said::Gate { .. } => {}
+        }
+    }
+
+    fn suspects(&mut self, at_ns: u64, rank: Rank, peer: Rank, why: Why) {
+        let is_member = |of| self.view.slot(of).state == SlotState::Member;
+        if !is_member(peer) || !is_member(rank) {
+            return;
+        }
+        self.suspicions.insert((rank, peer));
+        let watched = &mut self.ranks[peer.index()];
+        if watched.died_ns.is_some_and(|died| at_ns < died) {
+            return;
+        }
+        let is_first = watched.detected.is_none();
+        if watched.detected.is_none_or(|(before, _)| at_ns < before) {
+            watched.detected = Some((at_ns, why));
+        }
+        if is_first {
+            self.note(at_ns, Some(rank), Happened::Suspects(peer));
+        }
+    }
+
+    fn gate(&mut self, at_ns: u64, rank: Rank, closed_ns: Option<u64>, switched: bool, has_served: bool) {
+        let Some(closed_ns) = closed_ns else { return self.note(at_ns, Some(rank), Happened::GateClosed) };
+        self.note(at_ns, Some(rank), Happened::GateOpened);
+        if has_served {
+            self.report.took(Phase::SurvivorPause, closed_ns);
+            if switched {
+                self.report.took(Phase::Gate, closed_ns);
+            }
+        }
+    }
+
+    fn hear_step(&mut self, at_ns: u64, rank: Rank, is_newest: bool, step: StepWord) {
+        self.report.steps += 1;
+        let lost = step.lost.iter().map(|lost| lost.count).sum();
+        let since_ns = at_ns.saturating_sub(step.took_ns).saturating_sub(self.origin_ns);
+        self.note(at_ns, Some(rank), Happened::Step { step: step.step, since_ns, lost });
+        if is_newest {
+            self.ranks[rank.index()].finished = Some((step.step, step.epoch));
+        }
+        self.report.findings.wrong_tokens += step.wrong;
+        self.report.findings.unreported_losses += step.unreported;
+        if step.wrong + step.unreported != 0 {
+            let StepWord { step, wrong, unreported, .. } = step;
+            let text = format!("rank {rank}, step {step}: {wrong} wrong, {unreported} unreported losses");
+            self.flaw(at_ns, text);
+        }
+        if step.took_ns > self.hang_ns {
+            self.hang(
+                at_ns,
+                format!("rank {rank}, step {}: took {} ms", step.step, step.took_ns / 1_000_000),
+            );
+        }
+        self.report.lost_picks += lost;
+        if lost != 0 {
+            self.waiting.push((at_ns, rank, step));
+            self.judge_waiting();
+        }
+    }
+
+    /// Judges losses of epochs that the observer has seen begin.
+    fn judge_waiting(&mut self) {
+        let epoch = self.view.epoch.0;
+        let (ripe, rest): (Vec<_>, Vec<_>) =
+            core::mem::take(&mut self.waiting).into_iter().partition(|(_, _, step)| step.epoch <= epoch);
+        self.waiting = rest;
+        for (at_ns, rank, step) in ripe {
+            self.judge(at_ns, rank, &step);
+        }
+    }
+
+    fn judge(&mut self, at_ns: u64, rank: Rank, step: &StepWord) {
+        let is_clean = self.clean_from.is_some_and(|from| step.step >= from);
+        let mut whose = Vec::new();
+        let mut excess = 0;
+        for lost in &step.lost {
+            let owner = lost.owner.map(Rank);
+            let is_explained =
+                owner.is_some_and(|owner| !is_clean && self.ledger.explains(rank, owner, step.step));
+            if !is_explained {
+                excess += lost.count;
+                whose.push(owner.map_or("nobody's".into(), |owner| format!("rank {owner}'s")));
+            }
+        }
+        if excess != 0 {
+            self.report.findings.excess_losses += excess;
+            let text = format!("rank {rank}, step {}: {excess} picks lost without a reason", step.step);
+            self.flaw(at_ns, format!("{text}: {}", whose.join(", ")));
+        }
+    }
+
+    /// Judges what nothing more will be learnt about.
+    pub fn close(&mut self) {
+        for (at_ns, rank, step) in core::mem::take(&mut self.waiting) {
+            self.judge(at_ns, rank, &step);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::line::Lost;
+    use super::*;
+    use crate::ids::Epoch;
+    use crate::membership::{Plan, RankSet, Slot, Start};
+
+    fn view(epoch: u32, from_step: u64, instances: [u128; 3]) -> View {
+        let slot = |instance| Slot {
+            state: if instance == 0 { SlotState::Vacant } else { SlotState::Member },
+            instance: Instance(instance),
+            ..Slot::default()
+        };
+        let plan = Plan {
+            id: epoch.into(),
+            join: RankSet::default(),
+            leave: RankSet::default(),
+            placement_version: 1,
+        };
+        let start = Start { plan, epoch: Epoch(epoch), from_step, from_seq: vec![[from_step + 1; 2]] };
+        View {
+            epoch: Epoch(epoch),
+            slots: instances.map(slot).to_vec(),
+            start: Some(start),
+            ..View::empty(3)
+        }
+    }
+
+    fn step(step: u64, epoch: u32, lost: Option<u16>) -> Said {
+        let lost = lost.map(|owner| Lost { owner: Some(owner), count: 1 }).into_iter().collect();
+        Said::Step(StepWord { step, epoch, lost, ..StepWord::default() })
+    }
+
+    fn group() -> Observer {
+        let mut observer = Observer::new(3, 1_000, 0);
+        observer.see(1, view(1, 0, [1, 2, 3]), &|_| None);
+        // Nobody knows a process of those instances: that is as if all had died just now.
+        observer = Observer { ledger: Ledger::new(3), ..observer };
+        observer.ranks.iter_mut().for_each(|watched| *watched = Watched::default());
+        observer
+    }
+
+    fn hear(observer: &mut Observer, rank: u16, at_ns: u64, said: Said) {
+        observer.hear(Rank(rank), true, Word { at_ns, said });
+    }
+
+    #[test]
+    fn a_loss_without_a_reason_is_found_and_one_with_a_reason_is_not() {
+        let mut observer = group();
+        hear(&mut observer, 0, 2, step(4, 1, Some(2)));
+        assert_eq!(observer.report.findings.excess_losses, 1);
+        observer.died(3, Rank(2));
+        hear(&mut observer, 0, 4, step(5, 1, Some(2)));
+        assert_eq!((observer.report.findings.excess_losses, observer.report.lost_picks), (1, 2));
+    }
+
+    #[test]
+    fn a_death_that_nobody_caused_is_false_and_its_replacement_ends_the_excuse() {
+        let mut observer = group();
+        observer.see(5, view(2, 6, [1, 2, 0]), &|_| None);
+        assert_eq!((observer.report.kills, observer.report.findings.false_deaths), (1, 1));
+        let process = |_| Some(Seen { instance: Instance(9), started_ns: 5, is_doomed: false });
+        observer.see(9, view(3, 8, [1, 2, 9]), &process);
+        assert_eq!((observer.report.rejoins, observer.ledger.is_whole()), (1, true));
+        hear(&mut observer, 0, 10, step(7, 3, Some(2)));
+        assert_eq!(observer.report.findings.excess_losses, 0, "before the switch");
+        hear(&mut observer, 0, 11, step(8, 3, Some(2)));
+        assert_eq!(observer.report.findings.excess_losses, 1);
+    }
+
+    #[test]
+    fn versions_of_the_view_that_nobody_saw_are_made_up_for() {
+        let mut observer = group();
+        observer.died(2, Rank(1));
+        let process = |_| Some(Seen { instance: Instance(8), started_ns: 3, is_doomed: false });
+        observer.see(6, view(3, 5, [1, 8, 3]), &process);
+        let report = &observer.report;
+        assert_eq!((report.kills, report.rejoins, report.findings.false_deaths), (1, 1, 0));
+    }
+
+    #[test]
+    fn detection_is_from_the_death_to_the_first_suspicion() {
+        let mut observer = group();
+        observer.died(1_000_000, Rank(2));
+        let suspects = Said::Suspects { peer: 2, why: Why::Exit };
+        hear(&mut observer, 0, 9_000_000, Said::Suspects { peer: 2, why: Why::Deadline });
+        hear(&mut observer, 1, 4_000_000, suspects);
+        observer.see(14_000_000, view(2, 6, [1, 2, 0]), &|_| None);
+        let json = observer.report.to_json();
+        assert_eq!((json.detected_ms.p50, json.agree_ms.p50), (3.0, 10.0));
+        assert_eq!(observer.reasons, BTreeMap::from([(Why::Exit, 1)]));
+    }
+
+    #[test]
+    fn what_is_wrong_slow_or_left_behind_is_counted() {
+        let mut observer = group();
+        let bad = StepWord { step: 1, epoch: 1, took_ns: 1_001, wrong: 2, unreported: 3, lost: vec![] };
+        hear(&mut observer, 0, 2, Said::Step(bad));
+        hear(&mut observer, 0, 3, Said::Gone { left: 4, unrung: 0 });
+        hear(&mut observer, 1, 3, Said::Touched { count: 5, example: "2RST".into() });
+        let done = Said::Done { step: 9, grown: 6, held: String::new(), recaptures: 7 };
+        hear(&mut observer, 1, 4, done);
+        let found = &observer.report.findings;
+        assert_eq!((found.wrong_tokens, found.unreported_losses, found.hangs), (2, 3, 1));
+        assert_eq!((found.leaked_bytes, found.healthy_qps_touched, found.graph_recaptures), (10, 5, 7));
+        assert_eq!(observer.flaws.len(), 5);
+    }
+}

@@ -1,0 +1,458 @@
+//! One rank of a campaign between processes: it joins, computes, is broken, and says what it sees.
+//!
+//! A [`Worker`] owns its [`ElasticMember`] and its [`App`]; a thread reads orders. It never waits longer than a nap, so
+//! an order is carried out while a step runs.
+
+use core::time::Duration;
+use std::collections::BTreeMap;
+use std::io::{BufRead, Write};
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use ibex_abi::cqe::Syndrome;
+use ibex_abi::prm::Status;
+use ibex_hca::emulated::{EmulatedHca, PathState};
+use ibex_hca::fault::{Effect, Fault, FaultHca};
+use ibex_hca::{Hca, Nanos};
+use ibex_metadata::blocking::Blocking;
+use ibex_metadata::clock::Clock;
+use ibex_metadata::error::StoreError;
+use ibex_metadata::url::StoreUrl;
+use rustix::process::{Signal, getpid, kill_process};
+
+use super::commands::Commands;
+use super::line::{Between, Lost, Moment, Order, Role, Said, StepWord, Word};
+use crate::chaos::app::{App, Finished, Inputs, Stage};
+use crate::chaos::draws::Draws;
+use crate::config::ValidConfig;
+use crate::error::{Error, OsError};
+use crate::ids::Rank;
+use crate::membership::{RankSet, Stop};
+use crate::session::{
+    DeviceWrapper, ElasticMember, ElasticOptions, GroupName, Happening, MemberFabric, MemberOptions,
+};
+use crate::time::{Deadline, sleep, unix_ns};
+
+/// Longest nap while a step runs.
+const NAP: Duration = Duration::from_micros(300);
+/// How long to wait for the next step to be allowed before orders are looked at again.
+const WAIT: Duration = Duration::from_millis(1);
+/// How long one question to the store may take.
+const STORE_BUDGET: Duration = Duration::from_secs(2);
+/// How long a rank tries to claim its name.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(120);
+/// Pause between two attempts.
+const CLAIM_PAUSE: Duration = Duration::from_millis(20);
+/// How long nothing must be posted before doorbells are counted.
+const QUIET: Duration = Duration::from_millis(20);
+
+/// How a rank's process is to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerEnd {
+    /// It was told to, or the group goes on without it.
+    Good,
+    /// Something that no fault explains.
+    Bad,
+}
+
+/// Where words go.
+struct Mouth<W> {
+    out: W,
+    /// From the pool's clock to nanoseconds since 1970.
+    offset_ns: u64,
+}
+
+impl<W: Write> Mouth<W> {
+    /// Says something that happened at an instant of the pool's clock. A supervisor that is gone hears nothing; the
+    /// kernel ends this process then.
+    fn say_at(&mut self, at_ns: u64, said: Said) {
+        let word = Word { at_ns: at_ns.saturating_add(self.offset_ns), said };
+        // PANIC: numbers and texts always serialise.
+        let line = serde_json::to_string(&word).expect("words are plain data") + "\n";
+        let _ = self.out.write_all(line.as_bytes()).and_then(|()| self.out.flush());
+    }
+}
+
+/// See the module documentation.
+pub struct Worker<W> {
+    // What it computes goes before what that stands on.
+    app: App,
+    inputs: Inputs,
+    member: ElasticMember,
+    hca: Option<Arc<FaultHca<EmulatedHca>>>,
+    orders: Receiver<Order>,
+    mouth: Mouth<W>,
+    commands: Commands,
+    baseline: Option<Held>,
+    dies_in: Option<(Moment, Duration)>,
+    finish: Option<u64>,
+    is_ready: bool,
+    is_done: bool,
+    has_served: bool,
+}
+
+/// What a rank holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Held {
+    control_bytes: u64,
+    gpu_bytes: u64,
+    descriptors: u64,
+    objects: BTreeMap<&'static str, i64>,
+}
+
+impl Held {
+    /// Bytes and objects beyond `before`.
+    fn beyond(&self, before: &Self) -> u64 {
+        let objects = self.objects.iter().map(|(kind, count)| {
+            let had = before.objects.get(kind).copied().unwrap_or_default();
+            (count - had).max(0).unsigned_abs()
+        });
+        self.control_bytes.saturating_sub(before.control_bytes)
+            + self.gpu_bytes.saturating_sub(before.gpu_bytes)
+            + self.descriptors.saturating_sub(before.descriptors)
+            + objects.sum::<u64>()
+    }
+}
+
+/// A rank that has claimed its name.
+struct Joined {
+    app: App,
+    member: ElasticMember,
+    hca: Option<Arc<FaultHca<EmulatedHca>>>,
+}
+
+impl<W: Write> Worker<W> {
+    /// Runs one rank: its first order says who to be. Returns when it is told to end, or cannot go on.
+    ///
+    /// # Errors
+    /// `Os` if there can be no thread for orders. Everything else is said to the supervisor.
+    pub fn run(input: impl BufRead + Send + 'static, out: W) -> Result<WorkerEnd, Error> {
+        let orders = read_orders(input)?;
+        let mut mouth = Mouth { out, offset_ns: 0 };
+        let Ok(Order::Be(role)) = orders.recv() else { return Ok(WorkerEnd::Bad) };
+        let joined = role.shape.config().map_err(Error::from).and_then(|config| join(&role, &config));
+        let Joined { app, member, hca } = match joined {
+            Ok(joined) => joined,
+            Err(error) => {
+                mouth.say_at(unix_ns(), Said::Failed { why: error.to_string() });
+                return Ok(WorkerEnd::Bad);
+            }
+        };
+        mouth.offset_ns = unix_ns().saturating_sub(member.pool().now_ns());
+        let mut worker = Self {
+            app,
+            inputs: Inputs::new(role.shape.seed, member.session().config()),
+            member,
+            hca,
+            orders,
+            mouth,
+            commands: Commands::default(),
+            baseline: None,
+            dies_in: None,
+            finish: None,
+            is_ready: false,
+            is_done: false,
+            has_served: false,
+        };
+        let instance = worker.member.instance().0;
+        // CAST: both halves.
+        worker.say(Said::Hello { instance: [instance as u64, (instance >> 64) as u64] });
+        let end = worker.serve();
+        Ok(worker.end(end))
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.member.pool().now_ns()
+    }
+
+    fn say(&mut self, said: Said) {
+        let now_ns = self.now_ns();
+        self.mouth.say_at(now_ns, said);
+    }
+
+    /// Step after step, until something ends it.
+    fn serve(&mut self) -> Result<Ending, Error> {
+        loop {
+            if self.obey()? {
+                return Ok(Ending::Told);
+            }
+            self.tell_events();
+            if !self.is_ready && self.member.wait_linked(Duration::ZERO).unwrap_or(false) {
+                self.become_ready();
+            }
+            let is_idle = self.app.stage() == Stage::Idle;
+            let patience = if is_idle { WAIT } else { Duration::ZERO };
+            let is_open = match self.member.wait_open(patience) {
+                Ok(is_open) => is_open,
+                Err(Error::Membership(stop)) => return Ok(Ending::Stopped(stop)),
+                Err(error) => return Err(error),
+            };
+            let next = self.member.session().next_step();
+            let may_begin = is_open && self.finish.is_none_or(|until| next < until);
+            if !self.turn(may_begin)? {
+                sleep(NAP);
+            }
+            self.die_if_due();
+            if is_idle && !self.is_done && self.finish.is_some_and(|until| next >= until) {
+                self.is_done = true;
+                self.tell_done(next);
+            }
+        }
+    }
+
+    /// Goes on with the present step, or begins the next; whether one is finished.
+    fn turn(&mut self, may_begin: bool) -> Result<bool, Error> {
+        let now_ns = self.now_ns();
+        match self.app.turn(now_ns, &mut self.inputs, may_begin) {
+            Ok(Some(finished)) => {
+                self.tell_step(&finished);
+                Ok(true)
+            }
+            Ok(None) => Ok(false),
+            Err(Error::Gated(_)) => {
+                self.app.wait_until(now_ns + 200_000);
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Carries out what was ordered; whether to end.
+    fn obey(&mut self) -> Result<bool, Error> {
+        loop {
+            match self.orders.try_recv() {
+                Ok(Order::End) | Err(TryRecvError::Disconnected) => return Ok(true),
+                Ok(order) => self.carry_out(order)?,
+                Err(TryRecvError::Empty) => return Ok(false),
+            }
+        }
+    }
+
+    fn carry_out(&mut self, order: Order) -> Result<(), Error> {
+        match order {
+            Order::Cut { peer, is_cut } => {
+                let state = if is_cut { PathState::Cut } else { PathState::Up };
+                let port = self.member.device().port_id();
+                if let Some(to) = self.member.port_of(Rank(peer)) {
+                    self.member.fabric().set_path(port, to, state);
+                }
+            }
+            Order::Packets(plan) => self.member.fabric().set_fault_plan(plan)?,
+            Order::FailQueue { peer, syndrome, draw } => {
+                let qpns = self.member.session().queue_pairs(Rank(peer));
+                if !qpns.is_empty() {
+                    // CAST: an index into a short list.
+                    let qpn = qpns[(draw % qpns.len() as u64) as usize];
+                    let now = Nanos(self.now_ns());
+                    self.member.device().set_qp_error(qpn, Syndrome(syndrome), now);
+                }
+            }
+            Order::Refuse { skip } => {
+                if let Some(hca) = &self.hca {
+                    hca.inject(Fault { op: None, skip, effect: Effect::Refuse(Status::IntErr) });
+                }
+            }
+            Order::DieIn { moment, after_us } => {
+                self.dies_in = Some((moment, Duration::from_micros(after_us)));
+            }
+            Order::Baseline => {
+                self.look_at_commands();
+                self.baseline = Some(self.held());
+            }
+            Order::Finish { until } => self.finish = Some(until),
+            Order::Be(_) | Order::End => {}
+        }
+        Ok(())
+    }
+
+    /// Ends as kill -9 does, if this is the moment.
+    fn die_if_due(&mut self) {
+        let stage = self.app.stage();
+        if let Some((_, after)) = self.dies_in.filter(|(moment, _)| moment.is(stage)) {
+            self.say(Said::Dies);
+            sleep(after);
+            // Nothing comes behind it.
+            let _ = kill_process(getpid(), Signal::KILL);
+        }
+    }
+
+    fn become_ready(&mut self) {
+        self.is_ready = true;
+        self.member.ready(u128::from(self.member.session().rank().0));
+        self.say(Said::Ready { read_bytes: 0 });
+    }
+
+    /// Passes on what the keeper has seen and done.
+    fn tell_events(&mut self) {
+        let events = self.member.take_events();
+        if events.is_empty() {
+            return;
+        }
+        self.look_at_commands();
+        for event in events {
+            let said = match event.what {
+                Happening::Suspected { peer, evidence, .. } => {
+                    Said::Suspects { peer: peer.0, why: evidence.into() }
+                }
+                Happening::GateClosed { .. } => {
+                    Said::Gate { closed_ns: None, switched: false, has_served: self.has_served }
+                }
+                Happening::GateOpened { closed_ns } => {
+                    let has_served = self.has_served;
+                    Said::Gate { closed_ns: Some(closed_ns), switched: false, has_served }
+                }
+                Happening::Switched { closed_ns, .. } => {
+                    let has_served = core::mem::replace(&mut self.has_served, true);
+                    Said::Gate { closed_ns: Some(closed_ns), switched: true, has_served }
+                }
+                Happening::Refused { doing, attempts, .. } => Said::Refused { doing: doing.into(), attempts },
+                _ => continue,
+            };
+            self.mouth.say_at(event.at_ns, said);
+        }
+    }
+
+    fn tell_step(&mut self, finished: &Finished) {
+        self.look_at_commands();
+        let mut lost: BTreeMap<Option<u16>, u64> = BTreeMap::new();
+        for owner in &finished.lost {
+            *lost.entry(owner.map(|rank| rank.0)).or_default() += 1;
+        }
+        let word = StepWord {
+            step: finished.step,
+            epoch: self.member.session().epoch().0,
+            took_ns: self.now_ns().saturating_sub(finished.launched_ns),
+            wrong: finished.wrong,
+            unreported: finished.unreported,
+            lost: lost.into_iter().map(|(owner, count)| Lost { owner, count }).collect(),
+        };
+        self.say(Said::Step(word));
+    }
+
+    fn look_at_commands(&mut self) {
+        let (session, view) = (self.member.session(), self.member.view());
+        let me = (session.rank(), self.member.instance());
+        let touched = self.commands.look(self.member.device(), session, me, &view);
+        if let Some(example) = touched.first() {
+            let said = Said::Touched { count: touched.len() as u64, example: example.clone() };
+            self.say(said);
+        }
+    }
+
+    fn held(&self) -> Held {
+        let session = self.member.session();
+        Held {
+            control_bytes: session.control_report().live_bytes,
+            gpu_bytes: session.gpu().allocated_bytes(),
+            descriptors: std::fs::read_dir("/proc/self/fd").map_or(0, |all| all.count() as u64),
+            objects: self.commands.objects().clone(),
+        }
+    }
+
+    fn tell_done(&mut self, step: u64) {
+        self.look_at_commands();
+        let held = self.held();
+        let grown = self.baseline.as_ref().map_or(0, |before| held.beyond(before));
+        let held = format!("{:?}, now {held:?}", self.baseline);
+        self.say(Said::Done { step, grown, held, recaptures: self.app.recaptures() });
+    }
+
+    /// Takes everything down, and says what is left.
+    fn end(mut self, ending: Result<Ending, Error>) -> WorkerEnd {
+        self.tell_events();
+        let told = match ending {
+            Ok(Ending::Told) => true,
+            Ok(Ending::Stopped(stop)) => {
+                let is_fenced = matches!(stop, Stop::Fenced { .. });
+                self.say(Said::Stopped { is_fenced, why: stop.to_string() });
+                if !is_fenced {
+                    return WorkerEnd::Bad;
+                }
+                false
+            }
+            Err(error) => {
+                self.say(Said::Failed { why: error.to_string() });
+                return WorkerEnd::Bad;
+            }
+        };
+        let mut unrung = 0;
+        if told {
+            self.member.set_silent(true);
+            // A sign of life that was being sent when the rank fell silent is out by then.
+            sleep(QUIET);
+            unrung = self.member.device().check_unrung();
+        }
+        let Self { app, member, hca, mut mouth, mut commands, .. } = self;
+        let device = Arc::clone(member.device());
+        let at_ns = member.pool().now_ns();
+        drop(app);
+        drop(member);
+        drop(hca);
+        mouth.say_at(at_ns, Said::Gone { left: commands.left(&device), unrung });
+        WorkerEnd::Good
+    }
+}
+
+/// Why a rank no longer computes.
+enum Ending {
+    Told,
+    Stopped(Stop),
+}
+
+fn read_orders(input: impl BufRead + Send + 'static) -> Result<Receiver<Order>, Error> {
+    let (sender, orders) = mpsc::channel();
+    let read = move || {
+        for line in input.lines().map_while(Result::ok) {
+            // A line that is none ends the rank: whoever wrote it is no supervisor of ours.
+            let Ok(order) = serde_json::from_str(&line) else { return };
+            if sender.send(order).is_err() {
+                return;
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("ibex-orders".into()).spawn(read);
+    thread.map_err(|error| OsError::from_io("pthread_create", &error))?;
+    Ok(orders)
+}
+
+/// Claims the rank's name, as often as it takes: a predecessor's lease may still run, the store may be away.
+fn join(role: &Role, config: &ValidConfig) -> Result<Joined, Error> {
+    let patience = Deadline::after(CLAIM_PATIENCE);
+    loop {
+        match try_join(role, config) {
+            Err(Error::Store(error)) if is_passing(&error) && !patience.has_passed() => sleep(CLAIM_PAUSE),
+            other => return other,
+        }
+    }
+}
+
+fn is_passing(error: &StoreError) -> bool {
+    matches!(error, StoreError::Held { .. } | StoreError::Unavailable { .. } | StoreError::Deadline { .. })
+}
+
+fn try_join(role: &Role, config: &ValidConfig) -> Result<Joined, Error> {
+    let url = StoreUrl::parse(&role.shape.store).map_err(StoreError::from)?;
+    let store = Blocking::open(&url, Clock::system(), STORE_BUDGET)?;
+    let hca: Arc<OnceLock<Arc<FaultHca<EmulatedHca>>>> = Arc::default();
+    let kept = Arc::clone(&hca);
+    let devices = DeviceWrapper::new(move |_, device| {
+        let device = FaultHca::new(device);
+        // There is one device, and so one call.
+        Arc::clone(kept.get_or_init(|| device)) as Arc<dyn Hca>
+    });
+    let fabric = match role.shape.between {
+        Between::Shm => MemberFabric::Shm,
+        Between::Udp => MemberFabric::Udp,
+    };
+    let options = ElasticOptions {
+        group: GroupName { cluster: "chaos".into(), group: role.shape.group.clone() },
+        rank: Rank(role.rank),
+        initial: RankSet::first(role.shape.ranks),
+        takeover: role.takeover,
+        node: MemberOptions { fabric, devices, ..MemberOptions::default() },
+    };
+    let member = ElasticMember::join(config, &store, &options)?;
+    let app = App::new(member.session(), Draws::new(role.draw, 4), Some(role.way.style()))?;
+    Ok(Joined { app, member, hca: hca.get().cloned() })
+}
