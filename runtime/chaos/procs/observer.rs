@@ -56,7 +56,7 @@ pub struct Observer {
     /// Who no longer waits for whom.
     suspicions: BTreeSet<(Rank, Rank)>,
     /// Steps that have lost something, until the view has caught up with them.
-    waiting: Vec<(u64, Rank, StepWord)>,
+    waiting: Vec<(u64, (Rank, Instance), StepWord)>,
     clean_from: Option<u64>,
     hang_ns: u64,
     origin_ns: u64,
@@ -221,18 +221,21 @@ impl Observer {
                     self.report.took(Phase::Rejoin, now_ns.saturating_sub(process.started_ns));
                 }
             }
+        }
+        // Who has died, or stands still, since its last word for this switch was written.
+        for rank in self.view.members().iter() {
+            let present = process(rank).filter(|p| p.instance == self.view.slot(rank).instance);
             if present.is_none_or(|process| process.is_doomed) {
-                // It died, or stands still, since its last word was written.
                 self.died(now_ns, rank);
             }
         }
     }
 
-    /// Takes in a word of a process of `rank`; of one that another has taken the place of only what was lost.
-    pub fn hear(&mut self, rank: Rank, is_newest: bool, word: Word) {
+    /// Takes in a word of an incarnation of `rank`; `is_newest`: no other has been started since.
+    pub fn hear(&mut self, (rank, instance): (Rank, Instance), is_newest: bool, word: Word) {
         let at_ns = word.at_ns;
         match word.said {
-            Said::Step(step) => self.hear_step(at_ns, rank, is_newest, step),
+            Said::Step(step) => self.hear_step(at_ns, (rank, instance), is_newest, step),
             Said::Suspects { peer, why } if is_newest => self.suspects(at_ns, rank, Rank(peer), why),
             Said::Gate { closed_ns, switched, has_served } if is_newest => {
                 self.ranks[rank.index()].is_gate_closed = closed_ns.is_none();
@@ -305,7 +308,8 @@ impl Observer {
         }
     }
 
-    fn hear_step(&mut self, at_ns: u64, rank: Rank, is_newest: bool, step: StepWord) {
+    fn hear_step(&mut self, at_ns: u64, from: (Rank, Instance), is_newest: bool, step: StepWord) {
+        let rank = from.0;
         self.report.steps += 1;
         let lost = step.lost.iter().map(|lost| lost.count).sum();
         let since_ns = at_ns.saturating_sub(step.took_ns).saturating_sub(self.origin_ns);
@@ -328,7 +332,7 @@ impl Observer {
         }
         self.report.lost_picks += lost;
         if lost != 0 {
-            self.waiting.push((at_ns, rank, step));
+            self.waiting.push((at_ns, from, step));
             self.judge_waiting();
         }
     }
@@ -339,12 +343,16 @@ impl Observer {
         let (ripe, rest): (Vec<_>, Vec<_>) =
             core::mem::take(&mut self.waiting).into_iter().partition(|(_, _, step)| step.epoch <= epoch);
         self.waiting = rest;
-        for (at_ns, rank, step) in ripe {
-            self.judge(at_ns, rank, &step);
+        for (at_ns, from, step) in ripe {
+            self.judge(at_ns, from, &step);
         }
     }
 
-    fn judge(&mut self, at_ns: u64, rank: Rank, step: &StepWord) {
+    fn judge(&mut self, at_ns: u64, (rank, instance): (Rank, Instance), step: &StepWord) {
+        // Whoever was evicted and does not know it yet loses everything, and says so.
+        if self.view.holder(rank) != Some(instance) {
+            return;
+        }
         let is_clean = self.clean_from.is_some_and(|from| step.step >= from);
         let mut whose = Vec::new();
         let mut excess = 0;
@@ -366,8 +374,8 @@ impl Observer {
 
     /// Judges what nothing more will be learnt about.
     pub fn close(&mut self) {
-        for (at_ns, rank, step) in core::mem::take(&mut self.waiting) {
-            self.judge(at_ns, rank, &step);
+        for (at_ns, from, step) in core::mem::take(&mut self.waiting) {
+            self.judge(at_ns, from, &step);
         }
     }
 }
@@ -405,17 +413,19 @@ mod tests {
         Said::Step(StepWord { step, epoch, lost, ..StepWord::default() })
     }
 
+    fn runs(instances: [u128; 3], rank: Rank) -> Seen {
+        Seen { instance: Instance(instances[rank.index()]), started_ns: 5, is_doomed: false }
+    }
+
     fn group() -> Observer {
         let mut observer = Observer::new(3, 1_000, 0);
-        observer.see(1, view(1, 0, [1, 2, 3]), &|_| None);
-        // Nobody knows a process of those instances: that is as if all had died just now.
-        observer = Observer { ledger: Ledger::new(3), ..observer };
-        observer.ranks.iter_mut().for_each(|watched| *watched = Watched::default());
+        observer.see(1, view(1, 0, [1, 2, 3]), &|rank| Some(runs([1, 2, 3], rank)));
         observer
     }
 
     fn hear(observer: &mut Observer, rank: u16, at_ns: u64, said: Said) {
-        observer.hear(Rank(rank), true, Word { at_ns, said });
+        let instance = observer.view.slot(Rank(rank)).instance;
+        observer.hear((Rank(rank), instance), true, Word { at_ns, said });
     }
 
     #[test]
@@ -433,7 +443,7 @@ mod tests {
         let mut observer = group();
         observer.see(5, view(2, 6, [1, 2, 0]), &|_| None);
         assert_eq!((observer.report.kills, observer.report.findings.false_deaths), (1, 1));
-        let process = |_| Some(Seen { instance: Instance(9), started_ns: 5, is_doomed: false });
+        let process = |rank| Some(runs([1, 2, 9], rank));
         observer.see(9, view(3, 8, [1, 2, 9]), &process);
         assert_eq!((observer.report.rejoins, observer.ledger.is_whole()), (1, true));
         hear(&mut observer, 0, 10, step(7, 3, Some(2)));
@@ -443,10 +453,33 @@ mod tests {
     }
 
     #[test]
+    fn who_died_before_a_switch_that_still_names_it_excuses_losses_behind_it() {
+        let mut observer = group();
+        observer.died(2, Rank(1));
+        observer.see(3, view(2, 4, [1, 2, 0]), &|_| None);
+        let process = |rank| Some(Seen { is_doomed: rank == Rank(1), ..runs([1, 2, 9], rank) });
+        observer.see(6, view(3, 8, [1, 2, 9]), &process);
+        hear(&mut observer, 2, 7, step(9, 3, Some(1)));
+        assert_eq!(observer.report.findings.excess_losses, 0);
+        hear(&mut observer, 2, 7, step(9, 3, Some(0)));
+        assert_eq!(observer.report.findings.excess_losses, 1);
+    }
+
+    #[test]
+    fn what_a_zombie_loses_is_its_own_affair_and_what_it_gets_wrong_is_not() {
+        let mut observer = group();
+        let lost = vec![Lost { owner: Some(0), count: 3 }];
+        let said = Said::Step(StepWord { step: 4, epoch: 1, wrong: 1, lost, ..StepWord::default() });
+        observer.hear((Rank(2), Instance(77)), false, Word { at_ns: 2, said });
+        let found = &observer.report.findings;
+        assert_eq!((found.excess_losses, found.wrong_tokens), (0, 1));
+    }
+
+    #[test]
     fn versions_of_the_view_that_nobody_saw_are_made_up_for() {
         let mut observer = group();
         observer.died(2, Rank(1));
-        let process = |_| Some(Seen { instance: Instance(8), started_ns: 3, is_doomed: false });
+        let process = |rank| Some(runs([1, 8, 3], rank));
         observer.see(6, view(3, 5, [1, 8, 3]), &process);
         let report = &observer.report;
         assert_eq!((report.kills, report.rejoins, report.findings.false_deaths), (1, 1, 0));

@@ -144,7 +144,12 @@ impl Injector {
                 if fault.kind.licence() == Licence::Rank && !can_lose(group, victim) {
                     return Ok(Some((victim, next)));
                 }
-                self.strike(group, now_ns, fault, victim)
+                let way = group.newest(victim).map(|process| process.role.way);
+                let is_named =
+                    moment_of(fault.kind).is_none_or(|moment| way.is_some_and(|way| way.has(moment)));
+                // Nobody's steps have such a moment: it is a death like any other.
+                let kind = if is_named { fault.kind } else { FaultKind::Kill };
+                self.strike(group, now_ns, &Fault { kind, ..*fault }, victim)
             }
             Next::Death { process, told_ns } => {
                 Ok(self.await_death(group, now_ns, fault, victim, process, told_ns))
@@ -292,6 +297,7 @@ impl Injector {
         let Some(process) = group.newest_mut(victim) else { return };
         process.kill();
         group.observer.died(now_ns, victim);
+        group.observer.died_at(now_ns, victim);
         let is_quick = matches!(fault.kind, FaultKind::QuickRejoin | FaultKind::Flapping);
         let wait = if is_quick { self.draws.between(1_000, QUICK_NS) } else { fault.lasts_us * 1_000 };
         let takes_over = is_quick || !self.draws.one_in(4);

@@ -141,6 +141,13 @@ impl RankProcess {
         self.signal(Signal::KILL);
     }
 
+    /// Takes in the last that it said; it has ended.
+    pub(super) fn hear_out(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+
     /// Its end, if it has come.
     pub(super) fn ended(&mut self) -> Option<ExitStatus> {
         // A child that cannot be waited for is gone.
@@ -153,9 +160,7 @@ impl Drop for RankProcess {
         // One that has ended is not hurt by it.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if let Some(reader) = self.reader.take() {
-            let _ = reader.join();
-        }
+        self.hear_out();
     }
 }
 

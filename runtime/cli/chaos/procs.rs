@@ -133,10 +133,8 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     })?;
     drop(namespaces);
     look_for_leaks(&mut observer, &before, &homes);
-    if is_interrupted.load(Ordering::Relaxed) {
-        return Ok(Outcome::Ended(130));
-    }
-    tell(args, &observer)
+    let outcome = tell(args, &observer)?;
+    Ok(if is_interrupted.load(Ordering::Relaxed) { Outcome::Ended(130) } else { outcome })
 }
 
 fn check(args: &Args, between: Between, ranks: u32, hosts: Hosts) -> Result<(), CliError> {

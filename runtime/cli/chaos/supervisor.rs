@@ -213,9 +213,12 @@ impl Supervisor<'_> {
             Heard::Word(id, word) => {
                 let Some(process) = self.procs.iter_mut().find(|process| process.id == id) else { return };
                 let rank = process.rank();
+                if let Said::Hello { instance: [low, high] } = &word.said {
+                    process.seen.instance = Instance(u128::from(*high) << 64 | u128::from(*low));
+                }
+                let from = (rank, process.seen.instance);
                 match &word.said {
-                    Said::Hello { instance: [low, high] } => {
-                        process.seen.instance = Instance(u128::from(*high) << 64 | u128::from(*low));
+                    Said::Hello { .. } => {
                         if let Stage::Finishing { until } = self.stage {
                             process.tell(&Order::Finish { until });
                         }
@@ -227,7 +230,7 @@ impl Supervisor<'_> {
                     _ => {}
                 }
                 let is_newest = self.newest(rank).is_some_and(|newest| newest.id == id);
-                self.observer.hear(rank, is_newest, word);
+                self.observer.hear(from, is_newest, word);
             }
         }
     }
@@ -240,18 +243,18 @@ impl Supervisor<'_> {
                 index += 1;
                 continue;
             };
-            // Its reader is waited for, and what it said last is taken in by the next turns.
+            // What it said last counts as its own.
+            self.procs[index].hear_out();
+            self.take_in_words();
             let process = self.procs.remove(index);
             let (rank, was_newest) = (process.rank(), self.newest(process.rank()).is_none());
-            if process.is_condemned || self.stage == Stage::Ending {
+            if process.is_condemned || process.seen.is_doomed || self.stage == Stage::Ending {
                 self.observer.note(now_ns, Some(rank), Happened::Died);
             } else if !status.success() {
                 self.crashes += 1;
                 self.observer.died(now_ns, rank);
                 self.observer.hang(now_ns, format!("a process of rank {rank} ended: {status}"));
             }
-            drop(process);
-            self.take_in_words();
             let is_awaited = self.births.iter().any(|birth| birth.rank == rank);
             if was_newest && !is_awaited && self.stage != Stage::Ending {
                 let at_ns = now_ns + self.draws.between(100_000, 5_000_000);
@@ -273,8 +276,10 @@ impl Supervisor<'_> {
                 continue;
             }
             let index = birth.rank.index();
-            // Every way of launching steps is somebody's, and in time everybody's.
-            let way = Way::ALL[(index + self.incarnations[index]) % Way::ALL.len()];
+            // Every way of launching steps is somebody's; in a small group in time everybody's.
+            let is_small = (self.shape.ranks as usize) < Way::ALL.len();
+            let turn = if is_small { self.incarnations[index] } else { 0 };
+            let way = Way::ALL[(index + turn) % Way::ALL.len()];
             self.incarnations[index] += 1;
             let role = Role {
                 shape: self.shape.clone(),
