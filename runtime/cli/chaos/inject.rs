@@ -42,6 +42,12 @@ enum Lasting {
     Store,
 }
 
+impl Lasting {
+    fn is_path(&self, from: Rank, to: Rank) -> bool {
+        matches!(self, Self::Path { src, dst, .. } if (*src, *dst) == (from, to))
+    }
+}
+
 /// What a fault waits for between its parts.
 #[derive(Clone, Copy, Debug)]
 enum Next {
@@ -433,8 +439,7 @@ impl Injector {
                     if let Some(process) = group.with_id(process) {
                         process.tell(&Order::Cut { peer: dst.0, is_cut: false });
                     }
-                    let is_back = |other: &Lasting| matches!(other, Lasting::Path { src: s, dst: d, .. } if (*s, *d) == (dst, src));
-                    if !self.lasting.iter().any(|(_, _, other)| is_back(other)) {
+                    if !self.lasting.iter().any(|(_, _, other)| other.is_path(dst, src)) {
                         group.observer.ledger.pair_ended(src, dst);
                         group.heal_if_unharmed(now_ns, src, dst);
                     }
