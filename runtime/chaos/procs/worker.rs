@@ -432,7 +432,7 @@ fn is_passing(error: &StoreError) -> bool {
 }
 
 fn try_join(role: &Role, config: &ValidConfig) -> Result<Joined, Error> {
-    let url = StoreUrl::parse(&role.shape.store).map_err(StoreError::from)?;
+    let url = StoreUrl::parse(&role.shape.store)?;
     let store = Blocking::open(&url, Clock::system(), STORE_BUDGET)?;
     let hca: Arc<OnceLock<Arc<FaultHca<EmulatedHca>>>> = Arc::default();
     let kept = Arc::clone(&hca);

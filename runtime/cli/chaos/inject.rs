@@ -288,7 +288,7 @@ impl Injector {
         process: u64,
         told_ns: u64,
     ) -> Option<(Rank, Next)> {
-        let Some(dying) = group.with_id(process) else { return None };
+        let dying = group.with_id(process)?;
         let is_dying = dying.seen.is_doomed;
         dying.is_condemned |= is_dying;
         if !is_dying && now_ns.saturating_sub(told_ns) > MOMENT_NS_MAX {

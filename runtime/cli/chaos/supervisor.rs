@@ -87,7 +87,7 @@ pub(super) struct Supervisor<'a> {
 
 /// Runs a plan; what was seen. Nothing of it stays.
 pub(super) fn run(ground: Ground<'_>) -> Result<Observer, CliError> {
-    let url = StoreUrl::parse(&ground.shape.store).map_err(ibex_metadata::error::StoreError::from)?;
+    let url = StoreUrl::parse(&ground.shape.store)?;
     let config = ground.shape.config()?;
     let (sender, heard) = mpsc::channel();
     let follower = Follower::start(&url, &ground.shape.group, sender.clone())?;
