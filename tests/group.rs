@@ -11,6 +11,7 @@ use ibex::membership::{RankSet, Stop};
 use ibex::session::{Happening, Tokens};
 use ibex::{Config, Rank};
 use ibex_abi::prm::{Op, Status};
+use ibex_hca::AsyncEvent;
 use ibex_hca::emulated::EmulatedHca;
 use ibex_hca::fault::{Fault, FaultHca};
 use parking_lot::Mutex;
@@ -187,6 +188,10 @@ impl Faulty {
         assert!(self.0.lock()[&rank].inject(Fault::refuse(op, Status::IntErr)));
     }
 
+    fn report(&self, rank: Rank, event: AsyncEvent) {
+        assert!(self.0.lock()[&rank].report(event));
+    }
+
     fn pending(&self, rank: Rank) -> usize {
         self.0.lock()[&rank].pending()
     }
@@ -216,4 +221,31 @@ fn whatever_command_is_refused_a_replacement_comes_in_all_the_same() {
             assert!(whole.iter().all(|rank| rank.lost_topk == [0; 4]), "{op:?} of rank {rank}");
         }
     }
+}
+
+#[test]
+fn what_a_device_reports_of_a_queue_is_evidence_on_which_the_group_agrees() {
+    let inputs = Inputs::new();
+    let (all, left) = ([0, 1, 2, 3], [0, 1, 2]);
+    let faulty = Faulty::default();
+    let mut group = formed(&all, faulty.wrap());
+    let qpn = group.queue_pairs(Rank(1), Rank(3))[0];
+    let event = AsyncEvent::QpAccessError { qpn };
+    faulty.report(Rank(1), AsyncEvent::PortDown { port_num: 1 });
+    faulty.report(Rank(1), event);
+    group.run_until_members(&left);
+    let by_device = |what: &Happening| {
+        let expected = Evidence::Device { event };
+        matches!(what, Happening::Suspected { peer: Rank(3), evidence, fault: None } if *evidence == expected)
+    };
+    assert_eq!(group.happened(Rank(1), by_device), 1, "{}", group.report());
+    let told = |what: &Happening| matches!(what, Happening::Device(_));
+    assert_eq!([0, 1, 2].map(|rank| group.happened(Rank(rank), told)), [0, 2, 0], "{}", group.report());
+    // Who is outside has stopped; its successor comes in.
+    assert!(matches!(group.stop_of(Rank(3)), Some(Stop::Fenced { .. })), "{}", group.report());
+    group.kill(Rank(3));
+    group.start(Rank(3)).ready(1);
+    group.run_until_members(&all);
+    let whole = group.finish(&group.launch(&all, &inputs.with(&PICKS), TOPK), TOKENS);
+    assert!(whole.iter().all(|rank| rank.lost_topk == [0; 4]));
 }

@@ -10,6 +10,7 @@ use ibex::session::{
     Combined, Happening, Keeper, KeeperEvent, KeeperOptions, Session, SessionGraph, Tensors, Tokens,
 };
 use ibex::{Config, Error, Rank};
+use ibex_abi::types::QpNum;
 use ibex_hca::emulated::{EmulatedConfig, EmulatedHca, Fabric, FabricConfig, PortId};
 use ibex_hca::{Hca, Nanos};
 use parking_lot::Mutex;
@@ -162,6 +163,11 @@ impl Group {
         let node = nodes.get_mut(&rank).unwrap();
         node.next_step_ns = 0;
         call(&mut node.keeper, self.pool.now_ns())
+    }
+
+    /// Numbers of the queue pairs of one rank to another.
+    pub(crate) fn queue_pairs(&self, rank: Rank, peer: Rank) -> Vec<QpNum> {
+        self.agents.nodes.lock()[&rank].session.queue_pairs(peer)
     }
 
     pub(crate) fn stop_of(&self, rank: Rank) -> Option<Stop> {
