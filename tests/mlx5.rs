@@ -86,12 +86,13 @@ fn counters(report: &PathBuf, key: &str) -> Vec<u64> {
 }
 
 /// What the kernels can be asked for: each is another set of WQEs.
-const MODES: [&str; 5] = [
+const MODES: [&str; 6] = [
     "--dtype fp8 --combine exact",
     "--dtype bf16 --combine reduced",
     "--dtype fp8 --combine reduced --graph",
     "--dtype bf16 --combine exact --graph --hooks --lanes 2",
     "--dtype bf16 --combine exact --signal fetch-add",
+    "--dtype fp8 --combine reduced --assist-doorbells",
 ];
 
 /// Runs `bench ep` on eight ranks and this many devices; everything is right, and every WQE was rung.

@@ -74,6 +74,9 @@ pub(super) struct Nics {
     /// Traffic class of packets; its upper six bits are the DSCP [default: 0].
     #[arg(long, value_name = "N")]
     pub(super) traffic_class: Option<u8>,
+    /// A thread of the host carries doorbells to the device, for GPUs that cannot reach its pages.
+    #[arg(long)]
+    pub(super) assist_doorbells: bool,
 }
 
 impl Nics {
@@ -86,6 +89,7 @@ impl Nics {
             ("--pkey-index", self.pkey_index.is_some()),
             ("--service-level", self.service_level.is_some()),
             ("--traffic-class", self.traffic_class.is_some()),
+            ("--assist-doorbells", self.assist_doorbells),
         ];
         given.into_iter().find(|(_, is_given)| *is_given).map(|(flag, _)| flag)
     }
@@ -629,6 +633,7 @@ mod tests {
             (&["--provider", "mlx5", "--fabric", "inproc"], "a fabric of their own"),
             (&["--nics", "mlx5_0"], "--nics cannot be combined with --provider emulated"),
             (&["--traffic-class", "104"], "--traffic-class"),
+            (&["--assist-doorbells"], "--assist-doorbells cannot be combined with --provider emulated"),
         ] {
             let error = flags(args).config().unwrap_err();
             assert!(error.to_string().contains(message), "{args:?}: {error}");

@@ -6,8 +6,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ibex::error::OsError;
 use ibex::gpu::cuda;
 use ibex::session::DeviceWrapper;
+use ibex_hca::assisted::{AssistedHca, Forwarder, PAGES_MAX};
 use ibex_hca::mlx5::{self, Mlx5Config, Mlx5Hca, PortState};
 use ibex_hca::shared::SharedHca;
 use ibex_hca::{Hca, LinkLayer};
@@ -21,20 +23,24 @@ use super::nearest::{self, Anchor, Choice};
 pub(super) enum Devices {
     /// Emulated devices, made by the world.
     Emulated,
-    /// What each rank has of an open device; of one that ranks share, each has a view.
-    Real(Vec<Arc<dyn Hca>>),
+    /// What each rank has of an open device; of one that ranks share, each has a view. The threads that carry
+    /// doorbells, if the host does.
+    Real(Vec<Arc<dyn Hca>>, #[expect(dead_code, reason = "owned until the run is over")] Vec<Forwarder>),
 }
+
+/// Most doorbell pages of one device that the host carries for: one per queue pair of every rank on it.
+const ASSISTED_PAGES: u32 = PAGES_MAX;
 
 impl Devices {
     pub(super) const fn is_given(&self) -> bool {
-        matches!(self, Self::Real(_))
+        matches!(self, Self::Real(..))
     }
 
     /// What a world is made with.
     pub(super) fn wrapper(&self) -> DeviceWrapper {
         match self {
             Self::Emulated => DeviceWrapper::default(),
-            Self::Real(devices) => DeviceWrapper::given(devices.clone()),
+            Self::Real(devices, _) => DeviceWrapper::given(devices.clone()),
         }
     }
 }
@@ -61,8 +67,14 @@ pub(super) fn devices(machine: &Machine, ranks: u32) -> Result<Devices, CliError
         users.entry(&choice.name).or_default().push(rank);
     }
     let mut given: Vec<Option<Arc<dyn Hca>>> = vec![None; choices.len()];
+    let mut forwarders = Vec::new();
     for (name, ranks) in users {
-        let device = Mlx5Hca::open(&config(&machine.nics, Some(name), link))?;
+        let mut device: Arc<dyn Hca> = Mlx5Hca::open(&config(&machine.nics, Some(name), link))?;
+        if machine.nics.assist_doorbells {
+            let (assisted, forwarder) = assist(device)?;
+            forwarders.push(forwarder);
+            device = assisted;
+        }
         // Keys and queues are told apart by their domains; events by whose queue they are about.
         for (view, rank) in SharedHca::split(&device, ranks.len()).into_iter().zip(ranks) {
             given[rank] = Some(view as Arc<dyn Hca>);
@@ -80,7 +92,14 @@ pub(super) fn devices(machine: &Machine, ranks: u32) -> Result<Devices, CliError
             port.mtu.bytes()
         );
     }
-    Ok(Devices::Real(given))
+    Ok(Devices::Real(given, forwarders))
+}
+
+/// A device for which the host carries doorbells, and the thread that does.
+fn assist(device: Arc<dyn Hca>) -> Result<(Arc<dyn Hca>, Forwarder), ibex::Error> {
+    let assisted = AssistedHca::new(device, ASSISTED_PAGES)?;
+    let forwarder = assisted.spawn().map_err(|error| OsError::from_io("pthread_create", &error))?;
+    Ok((assisted, forwarder))
 }
 
 /// The device of each rank.
