@@ -9,17 +9,19 @@ use std::sync::Arc;
 
 use ibex::config::{Config, RoutePolicy};
 use ibex::error::Error;
+use ibex::gpu::pool::{Pool, PoolConfig};
+use ibex::gpu::{Gpu, GpuError, HostGpu};
 use ibex::harness::{Rig, StepPlan};
 use ibex::ids::Rank;
 use ibex::recovery::{DeviceEvent, DeviceEventCounts};
 use ibex::reference::inputs::RankInput;
 use ibex::reference::rng::InputKey;
 use ibex::reference::routing::Routing;
-use ibex::session::{DeviceWrapper, Replacement, World, WorldOptions};
+use ibex::session::{DeviceWrapper, Replacement, Session, World, WorldOptions};
 use ibex_abi::prm::Status;
 use ibex_abi::types::{CqNum, QpNum};
 use ibex_hca::AsyncEvent;
-use ibex_hca::emulated::{EmulatedHca, ObjectCounts};
+use ibex_hca::emulated::{EmulatedConfig, EmulatedHca, Fabric, FabricConfig, ObjectCounts};
 use ibex_hca::fault::{Effect, Fault, FaultHca};
 use parking_lot::Mutex;
 
@@ -196,6 +198,53 @@ fn refuse(rank: Rank, skip: u32) -> Option<Error> {
         assert_eq!(left, ObjectCounts::default(), "call {skip} of rank {rank} refused: {error:?}");
     }
     error
+}
+
+/// Two ranks without anything that works beside them, so that every call is the bring-up's own.
+fn pair(gpus: &[Arc<HostGpu>; 2], devices: &[Arc<EmulatedHca>; 2]) -> Result<[Session; 2], Error> {
+    let config = Config { num_ranks: 2, num_experts: 4, channels: Some(1), ..config() }.validate()?;
+    let base = [[1; 2]];
+    let session = |rank: u16| {
+        let (gpu, hca) = (Arc::clone(&gpus[usize::from(rank)]), Arc::clone(&devices[usize::from(rank)]));
+        Session::new(&config, Rank(rank), gpu, hca)
+    };
+    let [near, far] = [session(0)?, session(1)?];
+    near.start_at(&base)?;
+    far.start_at(&base)?;
+    let (to_far, to_near) = (near.offer(Rank(1), None)?, far.offer(Rank(0), None)?);
+    near.connect(&to_near, &base)?;
+    far.connect(&to_far, &base)?;
+    near.activate(Rank(1))?;
+    far.activate(Rank(0))?;
+    Ok([near, far])
+}
+
+#[test]
+fn every_call_to_a_gpu_may_fail_while_ranks_come_up_and_nothing_is_left() {
+    let pool = Arc::new(Pool::new(PoolConfig::simulation(1)).unwrap());
+    let gpus = [0, 1].map(|device| Arc::new(HostGpu::new(Arc::clone(&pool), device)));
+    let fabric = Fabric::inproc(FabricConfig::default());
+    let devices = [0, 1].map(|_| EmulatedHca::new(Arc::clone(&fabric), EmulatedConfig::default()).unwrap());
+    for end in 0..2 {
+        for skip in 0.. {
+            gpus[end].fail_access(Some(skip));
+            let made = pair(&gpus, &devices);
+            let has_struck = !gpus[end].fail_access(None);
+            match &made {
+                Ok(_) if !has_struck => {
+                    assert!(skip >= 25, "rank {end}: {skip} calls");
+                    break;
+                }
+                Err(Error::Gpu(GpuError::Os { code: libc::EIO, .. })) => {}
+                other => panic!("call {skip} of rank {end}: {:?}", other.as_ref().err()),
+            }
+            drop(made);
+            assert_eq!(gpus.each_ref().map(|gpu| gpu.allocated_bytes()), [0; 2], "call {skip} of rank {end}");
+            for device in &devices {
+                assert_eq!(device.object_counts(), ObjectCounts::default(), "call {skip} of rank {end}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -160,6 +160,12 @@ impl HostGpu {
         self.device.executor.freeze(frozen)
     }
 
+    /// Tests: lets the allocation or access of the host behind the next `skip` ones fail, as a driver's calls may; with
+    /// `None` none does. Whether a failure was waiting.
+    pub fn fail_access(&self, skip: Option<u32>) -> bool {
+        self.device.allocations.fail_access(skip)
+    }
+
     fn stream_idx(&self, stream: &Stream) -> Result<StreamIdx, GpuError> {
         Ok(stream.of::<HostStream>(self.device.id)?.stream)
     }
@@ -194,6 +200,7 @@ fn check(field: GpuField, value: u64, max: u64) -> Result<(), GpuError> {
 
 impl Gpu for HostGpu {
     fn alloc(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError> {
+        self.device.allocations.strike()?;
         let map = if self.device.is_shared { Mapping::shared } else { Mapping::new };
         let mapping = map(len, align, self.backing)?;
         let addr = mapping.addr();

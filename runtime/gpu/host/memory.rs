@@ -162,9 +162,28 @@ pub(super) struct Allocations {
     /// First address -> length.
     live: RwLock<BTreeMap<u64, usize>>,
     retired: Mutex<Vec<Mapping>>,
+    /// n: the n-th access or allocation from now fails; 0: none does.
+    failing: AtomicU64,
 }
 
 impl Allocations {
+    /// Lets the access behind the next `skip` ones fail, or none; whether a failure was waiting.
+    pub(super) fn fail_access(&self, skip: Option<u32>) -> bool {
+        self.failing.swap(skip.map_or(0, |skip| u64::from(skip) + 1), Ordering::Relaxed) != 0
+    }
+
+    /// The failure that strikes this access, if one does.
+    pub(super) fn strike(&self) -> Result<(), GpuError> {
+        if self.failing.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        let count_down = |left: u64| left.checked_sub(1);
+        match self.failing.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count_down) {
+            Ok(1) => Err(GpuError::Os { call: "an access that was to fail", code: libc::EIO }),
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn insert(&self, mapping: &Mapping, len: usize) {
         self.live.write().insert(mapping.addr(), len);
     }
@@ -245,6 +264,7 @@ impl Allocations {
 
     /// Runs `access` while the range is known to stay mapped.
     fn with_live<T>(&self, addr: u64, len: usize, access: impl FnOnce() -> T) -> Result<T, GpuError> {
+        self.strike()?;
         let live = self.live.read();
         let refused = GpuError::NotAllocated { addr, len };
         let Some((&begin, &live_len)) = live.range(..=addr).next_back() else {
