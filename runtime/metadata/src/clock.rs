@@ -81,11 +81,17 @@ impl Clock {
     }
 }
 
-/// Milliseconds since 1970: information for people and for protocols that want it, never part of a rule.
+/// Nanoseconds since 1970: information for people and for protocols that want it, never part of a rule.
+#[cfg(feature = "grpc")]
+pub(crate) fn unix_ns() -> i64 {
+    let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// The same in milliseconds.
 #[cfg(feature = "grpc")]
 pub(crate) fn unix_ms() -> i64 {
-    let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+    unix_ns() / 1_000_000
 }
 
 fn shifted(ns: u64, by_ns: i64) -> Moment {

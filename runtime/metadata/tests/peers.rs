@@ -116,7 +116,20 @@ fn the_real_model_express_client_works_unchanged() {
         let filter = Filter::under(Prefix::parse(&format!("modelexpress/{source_id}")).unwrap());
         let page = store.list(&filter).await.unwrap();
         let names: Vec<_> = page.entries.iter().map(|entry| entry.snapshot.name.parts().2).collect();
-        assert_eq!(names, ["artifact", "empty-nixl", "engine", "large", "nixl", "none"]);
+        assert_eq!(
+            names,
+            [
+                "artifact.r0",
+                "empty-nixl.r0",
+                "engine.r1",
+                "large.r4",
+                "nixl.r3",
+                "none.r2",
+                "shared.r1",
+                "shared.r12",
+                "shared.r6"
+            ]
+        );
         for entry in &page.entries {
             let record = &entry.snapshot.record;
             assert_eq!(record.source.as_ref().unwrap().source_id(), source_id);
@@ -195,6 +208,43 @@ fn an_outsider_finds_its_way_by_reflection_and_sees_an_orderly_end() {
     }
 }
 
+#[test]
+fn a_crashed_mooncake_engine_registers_again_and_a_live_one_keeps_its_name() {
+    let server = memory(ServerConfig { listen: loopback(), ..ServerConfig::default() });
+    let address = server.address.unwrap();
+    runtime().block_on(async {
+        let store = client(address);
+        let url = format!("http://{address}/metadata");
+        let Some(said) = ended(script("crash.py", &[&url])) else { return };
+        let mut said = said.lines();
+        let name = said.next().unwrap().strip_prefix("again ").unwrap().replace(':', "_3a");
+        assert_eq!(said.next(), Some("refused while it lives"));
+        // What the dead process had was given back, and nothing of it came back.
+        let name = RecordName::parse(&format!("mooncake/segments/{name}")).unwrap();
+        let mut watch = store.watch(&Prefix::from(&name), Revision(0)).await.unwrap();
+        let (mut fences, mut lens) = (Vec::new(), Vec::new());
+        loop {
+            match watch.next().await.unwrap().change {
+                Change::Put(snapshot) if snapshot.stamp.version > Version(0) => {
+                    let addresses = snapshot.record.buffers.iter().map(|buffer| buffer.len);
+                    lens.push(addresses.collect::<Vec<_>>());
+                    fences.push(snapshot.stamp.fence);
+                }
+                Change::Put(_) => {}
+                Change::Released { fence, .. } if Some(&fence) == fences.first() => {
+                    lens.push(vec![0]);
+                }
+                Change::Released { .. } => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        fences.dedup();
+        assert_eq!(fences.len(), 2, "another fence for another process");
+        assert_eq!(lens, [vec![], vec![1 << 20], vec![0], vec![], vec![2 << 20], vec![]]);
+    });
+    server.kill();
+}
+
 /// Status and body of an answer.
 fn parts(reply: &str) -> (u16, &str) {
     let (head, body) = reply.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{reply:?}"));
@@ -209,7 +259,9 @@ fn mooncakes_keys_answer_as_its_own_servers_do_and_refuse_by_name() {
         r#"{"name":"10.0.0.1:1","buffers":[{"addr":1,"length":2,"name":"cpu:0"}],"tcp_data_port":7}"#;
     let large = format!(r#"{{"name":"10.0.0.1:1","filler":"{}"}}"#, "x".repeat(200_000));
     let huge = vec![b' '; 5 << 20];
-    let meta = "/metadata?key=mooncake%2Frpc_meta%2Fa";
+    let meta = "/metadata?key=mooncake%2Frpc_meta%2Fm";
+    let gone = "/metadata?key=mooncake%2Frpc_meta%2Fb";
+    let alive = format!(r#"{{"ip_or_host_name":"127.0.0.1","rpc_port":{}}}"#, address.port());
     let ram = "/metadata?key=mooncake%2Fram%2Fa";
     let cases: &[(&str, &str, &[u8], u16, &str)] = &[
         ("GET", ram, b"", 404, "metadata not found"),
@@ -238,6 +290,12 @@ fn mooncakes_keys_answer_as_its_own_servers_do_and_refuse_by_name() {
         ("DELETE", meta, b"", 200, "metadata deleted"),
         ("GET", meta, b"", 404, "metadata not found"),
         ("PUT", meta, b"second", 200, "metadata updated"),
+        // Nobody listens at a port that is as good as never given out; a name that says nothing is kept.
+        ("PUT", gone, br#"{"ip_or_host_name":"127.0.0.1","rpc_port":1}"#, 200, "metadata updated"),
+        ("PUT", gone, br#"{"ip_or_host_name":"127.0.0.1","rpc_port":2}"#, 200, "metadata updated"),
+        ("PUT", gone, alive.as_bytes(), 200, "metadata updated"),
+        ("PUT", gone, br#"{"ip_or_host_name":"127.0.0.1","rpc_port":3}"#, 400, "no longer answered"),
+        ("GET", gone, b"", 200, &alive),
         ("PUT", "/metadata?key=anything", b"", 200, "metadata updated"),
         ("GET", "/metadata?key=anything", b"", 200, ""),
         ("PUT", "/metadata?key=anything", &huge[..70_000], 413, "a cell of 70000 is too large"),

@@ -1,9 +1,13 @@
 //! ModelExpress's `P2pService`: its clients publish, list, fetch and update workers as if this were its
 //! server.
 //!
-//! A worker is a record under `modelexpress/SOURCE-ID/WORKER-ID`; whoever reads records sees its source,
-//! rank, state and transport. Its tensors, which may be megabytes, lie in cells behind the record's
-//! manifest. The other way round, every record that names a source and a transport ModelExpress knows is
+//! A rank of a worker is a record `modelexpress/SOURCE-ID/WORKER-ID.rRANK`; whoever reads records sees its
+//! source, rank, state and transport. Its tensors, which may be megabytes, lie in cells behind the record's
+//! manifest. Ranks that share a worker id are kept apart, as in the original: a status belongs to one of
+//! them, a fetch answers the lowest, and a listing has one line per worker id, that of the rank which was
+//! published last.
+//!
+//! The other way round, every record that names a source and a transport ModelExpress knows is
 //! listed; its worker id is its name. A worker is alive as long as it publishes or updates its status: the
 //! lease takes the place of the original's heartbeat timeout, and an expired one is `STALE`.
 //!
@@ -16,6 +20,8 @@ mod generated;
 mod mapping;
 
 use core::time::Duration;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
@@ -25,7 +31,7 @@ pub(super) use self::generated::p2p_service_server::P2pServiceServer;
 use super::gate::Gate;
 use super::metrics::Op;
 use super::{convert, views};
-use crate::clock::unix_ms;
+use crate::clock::{unix_ms, unix_ns};
 use crate::error::{Corruption, InputError, Result, StoreError};
 use crate::name::RecordName;
 use crate::store::{Listed, Store};
@@ -64,24 +70,41 @@ fn not_empty(value: &str, field: &'static str) -> Result<()> {
     if value.is_empty() { Err(InputError::new(field, value, "not empty").into()) } else { Ok(()) }
 }
 
-/// The record that a worker id means, if it can mean one: a name as a whole for a record that ModelExpress
-/// did not publish.
-fn name_of(source_id: &str, worker_id: &str) -> Result<RecordName, InputError> {
-    if worker_id.contains('/') {
-        return RecordName::parse(worker_id);
+/// The record of a worker's rank.
+fn name_of(source_id: &str, worker_id: &str, rank: u32) -> Result<RecordName, InputError> {
+    if worker_id.is_empty() || worker_id.contains('/') {
+        return Err(InputError::new("worker_id", worker_id, "that of a worker that this protocol published"));
     }
-    RecordName::new(CLUSTER, source_id, worker_id).map_err(|error| match &*error.field {
+    let name = mapping::worker_prefix(worker_id) + &rank.to_string();
+    RecordName::new(CLUSTER, source_id, &name).map_err(|error| match &*error.field {
         "group" => InputError { field: "mx_source_id".into(), ..error },
         _ => InputError { field: "worker_id".into(), ..error },
     })
 }
 
 impl ExpressService {
-    /// The record that the two ids mean; `None` for a worker that nobody published, of this source.
+    /// The record that the two ids mean: of the ranks that share a worker id the lowest. `None` for a worker
+    /// that nobody published, of this source.
     async fn find(&self, source_id: &str, worker_id: &str) -> Result<Option<Listed>> {
-        let Ok(name) = name_of(source_id, worker_id) else { return Ok(None) };
-        let found = views::look(&*self.store, &name).await?;
-        Ok(found.filter(|entry| mapping::source_id(&entry.snapshot.record).as_deref() == Some(source_id)))
+        if worker_id.contains('/') {
+            // The name as a whole: a record that ModelExpress did not publish.
+            let Ok(name) = RecordName::parse(worker_id) else { return Ok(None) };
+            let found = views::look(&*self.store, &name).await?;
+            let is_wanted =
+                |entry: &Listed| mapping::source_id(&entry.snapshot.record).as_deref() == Some(source_id);
+            return Ok(found.filter(is_wanted));
+        }
+        let start = RecordName::new(CLUSTER, source_id, &mapping::worker_prefix(worker_id));
+        let Ok(start) = start else { return Ok(None) };
+        let mut found: Option<Listed> = None;
+        views::for_each_like(&*self.store, &start, |entry| {
+            let is_lower = |known: &Listed| entry.snapshot.record.rank < known.snapshot.record.rank;
+            if mapping::is_of(&entry, worker_id) && found.as_ref().is_none_or(is_lower) {
+                found = Some(entry);
+            }
+        })
+        .await?;
+        Ok(found)
     }
 
     async fn publish(&self, request: pb::PublishMetadataRequest) -> Result<pb::PublishMetadataResponse> {
@@ -90,12 +113,10 @@ impl ExpressService {
         not_empty(&request.worker_id, "worker_id")?;
         let source = mapping::source(identity)?;
         let source_id = source.source_id();
-        if request.worker_id.contains('/') {
-            return Err(InputError::new("worker_id", &request.worker_id, "without slashes").into());
-        }
-        let name = name_of(&source_id, &request.worker_id)?;
+        let rank = required(request.worker.as_ref(), "worker")?.worker_rank;
+        let name = name_of(&source_id, &request.worker_id, rank)?;
         let worker_id = request.worker_id.clone();
-        let (published, bulk) = mapping::Published::split(request, source)?;
+        let (published, bulk) = mapping::Published::split(request, source, unix_ns())?;
         let manifest = views::parcel::put(&*self.store, &name, mapping::PARCEL, &bulk).await?;
         let before = views::change(&*self.store, &name, TTL, |_| published.record(&name, manifest.clone()));
         if let Some(before) = before.await?
@@ -111,17 +132,22 @@ impl ExpressService {
     async fn list(&self, request: pb::ListSourcesRequest) -> Result<pb::ListSourcesResponse> {
         let identity = request.identity.as_ref().filter(|identity| !identity.model_name.is_empty());
         let wanted = identity.map(mapping::source).transpose()?.map(|source| source.source_id());
-        let (mut instances, now_ms) = (Vec::new(), unix_ms());
+        let (mut workers, now_ms) = (BTreeMap::<_, mapping::Worker>::new(), unix_ms());
         views::for_each(&*self.store, |entry| {
-            if let Some(instance) = mapping::instance(&entry, now_ms, TTL)
-                && wanted.as_ref().is_none_or(|wanted| *wanted == instance.mx_source_id)
-                && mapping::passes(&request, &entry, &instance)
+            if let Some(worker) = mapping::Worker::of(&entry, &request, now_ms, TTL)
+                && wanted.as_ref().is_none_or(|wanted| *wanted == worker.instance.mx_source_id)
             {
-                instances.push(instance);
+                let key = (worker.instance.mx_source_id.clone(), worker.instance.worker_id.clone());
+                match workers.entry(key) {
+                    Entry::Vacant(place) => drop(place.insert(worker)),
+                    Entry::Occupied(mut known) => known.get_mut().add(worker),
+                }
             }
         })
         .await?;
-        // Stable: equally new ones stay in the order of names.
+        let passing = workers.into_values().filter(|worker| worker.passes(&request));
+        let mut instances: Vec<_> = passing.map(|worker| worker.instance).collect();
+        // Stable: equally new ones stay in the order of ids.
         instances.sort_by_key(|instance| core::cmp::Reverse(instance.updated_at));
         let limit = request.limit.filter(|&limit| limit > 0).map_or(usize::MAX, |limit| limit as usize);
         instances.truncate(limit);
@@ -157,13 +183,10 @@ impl ExpressService {
         not_empty(&request.mx_source_id, "mx_source_id")?;
         not_empty(&request.worker_id, "worker_id")?;
         let state = mapping::state(request.status)?;
-        let name = name_of(&request.mx_source_id, &request.worker_id)?;
-        if name.parts().0 != CLUSTER {
-            return Err(InputError::new("worker_id", &request.worker_id, "published by this protocol").into());
-        }
+        let name = name_of(&request.mx_source_id, &request.worker_id, request.worker_rank)?;
         let update = |before: Option<&crate::store::Snapshot>| {
             let before = before.ok_or(StoreError::NotFound)?;
-            mapping::updated(&before.record, request.worker_rank, state, request.source_load)
+            mapping::updated(&before.record, state, request.source_load)
         };
         views::change(&*self.store, &name, TTL, update).await.map(|_| ())
     }
@@ -303,6 +326,46 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn ranks_that_share_a_worker_id_are_kept_apart() {
+        let rig = Rig::new();
+        let service = rig.service();
+        let mut source_id = String::new();
+        for rank in [7, 2, 11] {
+            let mut request = publication();
+            request.worker.as_mut().unwrap().worker_rank = rank;
+            let reply = service.publish_metadata(Request::new(request)).await.unwrap().into_inner();
+            assert!(reply.success, "{}", reply.message);
+            source_id = reply.mx_source_id;
+        }
+        // Names that only look as if they were this worker's.
+        for other in ["w.r2x", "w.r", "w.r2", "w-0"] {
+            let request = pb::PublishMetadataRequest { worker_id: other.into(), ..publication() };
+            assert!(service.publish_metadata(Request::new(request)).await.unwrap().into_inner().success);
+        }
+        assert_eq!(fetch(&service, &source_id).await.worker_rank, 2, "a fetch answers the lowest");
+        let listed = service.list_sources(Request::new(pb::ListSourcesRequest::default())).await.unwrap();
+        let refs = listed.into_inner().instances;
+        let ours: Vec<_> = refs.iter().filter(|listed| listed.worker_id == "w").collect();
+        assert_eq!((refs.len(), ours.len(), ours[0].worker_rank), (5, 1, 11), "one line, the newest rank");
+        // One rank initialises: the worker is listed under either status, and nobody else changed.
+        let update = async |rank, status| {
+            let (mx_source_id, worker_id) = (source_id.clone(), "w".to_owned());
+            let more = pb::UpdateStatusRequest::default();
+            let request =
+                pb::UpdateStatusRequest { mx_source_id, worker_id, worker_rank: rank, status, ..more };
+            service.update_status(Request::new(request)).await.unwrap().into_inner().success
+        };
+        assert!(update(7, 1).await);
+        assert!(!update(3, 1).await, "a rank that was never published");
+        for (status, wanted) in [(1, true), (2, true), (3, false)] {
+            let request = pb::ListSourcesRequest { status_filter: Some(status), ..Default::default() };
+            let listed = service.list_sources(Request::new(request)).await.unwrap().into_inner().instances;
+            assert_eq!(listed.iter().any(|listed| listed.worker_id == "w"), wanted, "status {status}");
+        }
+        assert_eq!(fetch(&service, &source_id).await.status, 2);
+    }
+
+    #[tokio::test]
     async fn servers_in_front_of_one_store_are_one_holder_and_a_stranger_is_not_robbed() {
         let rig = Rig::new();
         let source_id = publish(&rig.service()).await;
@@ -310,7 +373,7 @@ mod tests {
         publish(&rig.service()).await;
         assert_eq!(fetch(&rig.service(), &source_id).await.status, 2);
         // The name of a worker under which somebody else is.
-        let name = RecordName::new(CLUSTER, &source_id, "taken").unwrap();
+        let name = name_of(&source_id, "taken", 3).unwrap();
         let instance = InstanceId::new(7).unwrap();
         let claim = Claim { name, instance, ttl: TTL, takeover: false };
         let hold = rig.store.claim(&claim).await.unwrap();

@@ -4,13 +4,20 @@
 //! transfer engine and its buffers, and a watch sees it change; the bytes that were put are kept beside
 //! them and come back as they were. Every other key is a cell under `mooncake/keys`. The other way round,
 //! a record of anybody's that offers a transfer engine is found under its session. Mooncake gives no signs
-//! of life, so a segment is not gone when its lease runs out, only when it is deleted; `ibex store ls`
-//! shows it as expired.
+//! of life, so a segment is not gone when its lease runs out, only when it is deleted or its engine comes
+//! back; `ibex store ls` shows it as expired.
+//!
+//! An engine that crashed leaves its keys behind, and registers under a new port when it starts again. The
+//! original refuses that until somebody deletes them. Here the address that the name has is asked: while
+//! something listens there, or nothing can be said, the newcomer is refused; if the host answers that nothing
+//! does, the name changes hands (`mooncake/listener.rs`). Whoever gets a name begins with an empty record. An
+//! engine that was refused deletes the name's `rpc_meta` as it goes: that is Mooncake's, and nothing in the
+//! request tells it from the owner's.
 //!
 //! | request | answer |
 //! |---|---|
 //! | `GET` | 200 and the value, or 404 |
-//! | `PUT` | 200; 400 if the key holds `rpc_meta` and another value, or a segment is no JSON object |
+//! | `PUT` | 200; 400 if the key holds the `rpc_meta` of a live engine and another value, or a segment is no JSON object |
 //! | `DELETE` | 200, or 404 |
 //! | another method | 405 |
 //! | no key | 400 |
@@ -18,6 +25,7 @@
 //! | any, while the store is away | 503 |
 
 mod key;
+mod listener;
 mod segment;
 
 use core::time::Duration;
@@ -27,7 +35,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::http::{Extensions, HeaderMap, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use tonic::metadata::MetadataMap;
@@ -37,12 +45,16 @@ use super::gate::Gate;
 use super::metrics::Op;
 use super::views;
 use crate::error::{Bounded, InputError, Result, StoreError};
+use crate::ids::Version;
 use crate::limits::{CELL_LEN_MAX, HTTP_VALUE_LEN_MAX, TTL_MAX};
 use crate::name::RecordName;
-use crate::store::{Store, check_count};
+use crate::store::{Cell, Store, check_count};
 
 /// Mooncake gives no signs of life between registrations.
 const TTL: Duration = TTL_MAX;
+/// How often a name is tried to be given because somebody else took it meanwhile.
+const ATTEMPTS: usize = 4;
+const UPDATED: &str = "metadata updated";
 /// What stands before a value in a cell. An empty cell is a key that was deleted.
 const PRESENT: u8 = 1;
 
@@ -73,6 +85,7 @@ async fn answer(
     method: Method,
     uri: Uri,
     headers: HeaderMap,
+    extensions: Extensions,
     body: Bytes,
 ) -> Response {
     let op = match method {
@@ -85,7 +98,7 @@ async fn answer(
         let key = Key::from_query(uri.query().unwrap_or_default())?;
         match op {
             Op::MooncakeGet => view.get(&key).await.map(Answer::Value),
-            Op::MooncakePut => view.put(&key, &body).await.map(Answer::Done),
+            Op::MooncakePut => view.put(&key, &body, listener::is_local(&extensions)).await.map(Answer::Done),
             _ => view.delete(&key).await.map(|()| Answer::Done("metadata deleted")),
         }
     };
@@ -126,37 +139,77 @@ impl Mooncake {
         }
     }
 
-    async fn put(&self, key: &Key, value: &[u8]) -> Result<&'static str> {
+    async fn put(&self, key: &Key, value: &[u8], is_local: bool) -> Result<&'static str> {
         match key {
             Key::Segment { name, .. } => self.put_segment(name, value).await?,
             Key::Other { name, text } => {
-                // The original's guard against two engines of one name.
-                if text.contains("rpc_meta")
-                    && let Some(present) = self.cell(name).await?
-                {
-                    if present == value {
-                        return Ok("metadata unchanged");
-                    }
-                    return Err(InputError::new("rpc_meta", text, "deleted before it is changed").into());
-                }
                 check_count(Bounded::Cell, value.len(), CELL_LEN_MAX - 1)?;
-                views::parcel::write(&*self.store, name, &[&[PRESENT], value].concat()).await?;
+                let value = [&[PRESENT], value].concat();
+                if text.contains("rpc_meta") {
+                    return self.put_meta(key, name, &value, is_local).await;
+                }
+                views::parcel::write(&*self.store, name, &value).await?;
             }
         }
-        Ok("metadata updated")
+        Ok(UPDATED)
+    }
+
+    /// Gives a name an engine, unless it has another one that lives.
+    async fn put_meta(
+        &self,
+        key: &Key,
+        name: &RecordName,
+        value: &[u8],
+        is_local: bool,
+    ) -> Result<&'static str> {
+        let mut conflict = StoreError::Conflict { current: Version(0) };
+        for _ in 0..ATTEMPTS {
+            let present = match self.store.read_cell(name).await {
+                Ok(cell) => cell,
+                Err(StoreError::NotFound) => Cell { version: Version(0), value: Vec::new() },
+                Err(error) => return Err(error),
+            };
+            if present.value == value {
+                return Ok("metadata unchanged");
+            }
+            let held_by = present.value.strip_prefix(&[PRESENT]);
+            if let Some(other) = held_by
+                && !listener::is_gone(other, is_local).await
+            {
+                let limit = "deleted, or no longer answered at its port, before it is changed";
+                return Err(InputError::new("rpc_meta", &String::from_utf8_lossy(other), limit).into());
+            }
+            match self.store.swap_cell(name, present.version, value).await {
+                Ok(_) => {
+                    // What an earlier process had registered is not this one's.
+                    if let Some(segment) = key.segment() {
+                        self.forget(&segment).await?;
+                    }
+                    return Ok(UPDATED);
+                }
+                // Somebody else took the name meanwhile, and may live.
+                Err(error @ StoreError::Conflict { .. }) => conflict = error,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(conflict)
+    }
+
+    /// Takes a segment out, if it is there.
+    async fn forget(&self, name: &RecordName) -> Result<bool> {
+        let Some(entry) = views::look(&*self.store, name).await? else { return Ok(false) };
+        let hold = views::hold(&*self.store, name, TTL).await?;
+        self.store.release(&hold).await?;
+        if let Some(manifest) = segment::manifest(&entry.snapshot.record) {
+            views::parcel::clear(&*self.store, name, manifest).await?;
+        }
+        Ok(true)
     }
 
     async fn delete(&self, key: &Key) -> Result<()> {
         match key {
-            Key::Segment { name, .. } => {
-                let entry = views::look(&*self.store, name).await?.ok_or(StoreError::NotFound)?;
-                let hold = views::hold(&*self.store, name, TTL).await?;
-                self.store.release(&hold).await?;
-                if let Some(manifest) = segment::manifest(&entry.snapshot.record) {
-                    views::parcel::clear(&*self.store, name, manifest).await?;
-                }
-                Ok(())
-            }
+            Key::Segment { name, .. } if self.forget(name).await? => Ok(()),
+            Key::Segment { .. } => Err(StoreError::NotFound),
             Key::Other { name, .. } => {
                 self.cell(name).await?.ok_or(StoreError::NotFound)?;
                 views::parcel::write(&*self.store, name, &[]).await

@@ -16,12 +16,15 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Corruption, Result, StoreError};
 use crate::ids::{InstanceId, Version};
+use crate::limits::PAGE_LEN_MAX;
 use crate::name::{Prefix, RecordName};
 use crate::record::PeerRecord;
 use crate::store::{Claim, Filter, Hold, Listed, Snapshot, Store};
 
 /// How often a change is tried anew because another one came in between.
 const ATTEMPTS: usize = 8;
+/// Length of the first page where few entries are expected.
+const FEW: usize = 4;
 
 /// What a name holds now, also if its lease ran out; `None` if nobody owns it or nothing was published.
 pub(super) async fn look(store: &dyn Store, name: &RecordName) -> Result<Option<Listed>> {
@@ -77,5 +80,33 @@ pub(super) async fn for_each(store: &dyn Store, mut see: impl FnMut(Listed)) -> 
         if filter.after.is_none() {
             return Ok(());
         }
+    }
+}
+
+/// The same for those names of a group that begin with `start`.
+pub(super) async fn for_each_like(
+    store: &dyn Store,
+    start: &RecordName,
+    mut see: impl FnMut(Listed),
+) -> Result<()> {
+    let (cluster, group, _) = start.parts();
+    let group = Prefix::parse(&format!("{cluster}/{group}"))?;
+    // Few are expected, and what follows them is somebody else's.
+    let mut filter = Filter { after: Some(start.clone()), limit: FEW, ..Filter::under(group) };
+    loop {
+        let page = store.list(&filter).await?;
+        for entry in page.entries {
+            if !entry.snapshot.name.as_str().starts_with(start.as_str()) {
+                return Ok(());
+            }
+            if entry.snapshot.stamp.version > Version(0) {
+                see(entry);
+            }
+        }
+        filter.after = page.next;
+        if filter.after.is_none() {
+            return Ok(());
+        }
+        filter.limit = PAGE_LEN_MAX;
     }
 }

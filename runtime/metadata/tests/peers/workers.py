@@ -130,6 +130,20 @@ assert not listed(identity=identity())["nixl"].HasField("source_load"), "no read
 assert client.update_status(source_id, "nixl", 3, STALE)
 assert client.get_metadata(source_id, "nixl").worker.status == STALE
 
+# Ranks that share a worker id: each with its own status, a fetch of the lowest, one line in a listing.
+shared = {
+    rank: pb.WorkerMetadata(worker_rank=rank, nixl_metadata=bytes([rank]), status=READY) for rank in (6, 12, 1)
+}
+for rank in (12, 1, 6):
+    client.publish_metadata(identity(), shared[rank], "shared")
+same(client.get_metadata(source_id, "shared").worker, shared[1])
+assert [r.worker_rank for r in client.list_sources(identity()).instances if r.worker_id == "shared"] == [6]
+assert client.update_status(source_id, "shared", 12, STALE)
+assert client.get_metadata(source_id, "shared").worker.status == READY, "another rank's status"
+assert "shared" in {r.worker_id for r in client.list_sources(identity(), STALE).instances}
+assert "shared" in {r.worker_id for r in client.list_sources(identity(), READY).instances}
+assert not client.update_status(source_id, "shared", 2, READY), "a rank that nobody published"
+
 # Publishing again replaces, also what is large.
 smaller = pb.WorkerMetadata(worker_rank=4, nixl_metadata=b"\x01", status=READY)
 client.publish_metadata(identity(), smaller, "large")

@@ -44,6 +44,9 @@ struct Kept {
     pod_uid: String,
     #[prost(string, tag = "5")]
     pod_namespace: String,
+    /// When, by the clock of the server that took it in: among ranks of one worker the newest is listed.
+    #[prost(int64, tag = "6")]
+    published_ns: i64,
 }
 
 /// A publication, taken apart.
@@ -61,6 +64,7 @@ impl Published {
     pub(super) fn split(
         request: pb::PublishMetadataRequest,
         source: SourceIdentity,
+        now_ns: i64,
     ) -> Result<(Self, Vec<u8>)> {
         let mut worker = super::required(request.worker, "worker")?;
         let (state, rank) = (state(worker.status)?, worker.worker_rank);
@@ -85,6 +89,7 @@ impl Published {
             pod_name: request.pod_name,
             pod_uid: request.pod_uid,
             pod_namespace: request.pod_namespace,
+            published_ns: now_ns,
         };
         Ok((Self { source, kept, state, rank, native }, bulk.encode_to_vec()))
     }
@@ -191,27 +196,91 @@ fn updated_at(entry: &Listed, now_ms: i64, ttl: Duration) -> i64 {
     now_ms.saturating_sub(silent_ms)
 }
 
-/// A worker id is what its client gave, or the whole name of a record that has none.
-fn worker_id(entry: &Listed, is_kept: bool) -> String {
-    let name = &entry.snapshot.name;
-    if is_kept { name.parts().2.to_owned() } else { name.to_string() }
+/// What the names of a worker's ranks begin with; the rank follows.
+pub(super) fn worker_prefix(worker_id: &str) -> String {
+    format!("{worker_id}.r")
 }
 
-/// The entry of a listing; `None` for a record that is no source of ModelExpress's.
-pub(super) fn instance(entry: &Listed, now_ms: i64, ttl: Duration) -> Option<pb::SourceInstanceRef> {
+/// Worker id and rank in the name of a record that ModelExpress published. Only the last dot counts, so that
+/// an id which itself ends like a rank is no other's.
+fn worker_of(name: &RecordName) -> Option<(&str, u32)> {
+    let (worker_id, rank) = name.parts().2.rsplit_once('.')?;
+    Some((worker_id, rank.strip_prefix('r')?.parse().ok()?))
+}
+
+/// Whether a record is one of this worker's ranks.
+pub(super) fn is_of(entry: &Listed, worker_id: &str) -> bool {
+    worker_of(&entry.snapshot.name).is_some_and(|(id, _)| id == worker_id)
+}
+
+/// A worker as a listing has it.
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) instance: pb::SourceInstanceRef,
+    /// When the rank that stands in the line was published.
+    published_ns: i64,
+    /// Whether any rank has the status that is asked for.
+    has_status: bool,
+}
+
+impl Worker {
+    /// From a record; `None` for one that is no source of ModelExpress's.
+    pub(super) fn of(
+        entry: &Listed,
+        request: &pb::ListSourcesRequest,
+        now_ms: i64,
+        ttl: Duration,
+    ) -> Option<Self> {
+        let record = &entry.snapshot.record;
+        let kept = kept(record).ok()?;
+        let published_ns = kept.as_ref().map_or(0, |kept| kept.published_ns);
+        let worker_id = match kept {
+            Some(_) => worker_of(&entry.snapshot.name)?.0.to_owned(),
+            // A record that has no worker id has a name.
+            None => foreign_backend(record).map(|_| entry.snapshot.name.to_string())?,
+        };
+        let instance = instance(entry, kept.unwrap_or_default(), worker_id, now_ms, ttl)?;
+        let has_status = request.status_filter.is_none_or(|wanted| wanted == status(entry) as i32);
+        Some(Self { instance, published_ns, has_status })
+    }
+
+    /// Takes in another rank of the same worker.
+    pub(super) fn add(&mut self, rank: Self) {
+        self.has_status |= rank.has_status;
+        if rank.published_ns >= self.published_ns {
+            (self.instance, self.published_ns) = (rank.instance, rank.published_ns);
+        }
+    }
+
+    /// Whether it is what a client asked for, apart from its source.
+    pub(super) fn passes(&self, request: &pb::ListSourcesRequest) -> bool {
+        let instance = &self.instance;
+        self.has_status
+            && request.model_name_filter.as_ref().is_none_or(|wanted| *wanted == instance.model_name)
+            && request.worker_rank_filter.is_none_or(|wanted| wanted == instance.worker_rank)
+            && request
+                .min_training_step
+                .is_none_or(|min| instance.training_step.is_some_and(|step| step >= min))
+            && request.min_updated_at.is_none_or(|min| instance.updated_at >= min)
+    }
+}
+
+/// The entry of a listing; `None` for a record without a source.
+fn instance(
+    entry: &Listed,
+    kept: Kept,
+    worker_id: String,
+    now_ms: i64,
+    ttl: Duration,
+) -> Option<pb::SourceInstanceRef> {
     let record = &entry.snapshot.record;
     let source = record.source.as_ref()?;
-    let kept = kept(record).ok()?;
-    if kept.is_none() && foreign_backend(record).is_none() {
-        return None;
-    }
     let extra = |key: &str| source.extra.iter().find(|(name, _)| name == key).map(|(_, value)| value);
-    let is_kept = kept.is_some();
-    let Kept { worker, source_load, .. } = kept.unwrap_or_default();
+    let Kept { worker, source_load, .. } = kept;
     let worker = worker.unwrap_or_default();
     Some(pb::SourceInstanceRef {
         mx_source_id: source.source_id(),
-        worker_id: worker_id(entry, is_kept),
+        worker_id,
         model_name: source.model.clone(),
         worker_rank: record.rank.unwrap_or_default(),
         accelerator: worker.accelerator,
@@ -221,20 +290,6 @@ pub(super) fn instance(entry: &Listed, now_ms: i64, ttl: Duration) -> Option<pb:
         topology: worker.topology,
         source_load,
     })
-}
-
-/// Whether a listed worker is what a client asked for, apart from its source.
-pub(super) fn passes(
-    request: &pb::ListSourcesRequest,
-    entry: &Listed,
-    instance: &pb::SourceInstanceRef,
-) -> bool {
-    let status = status(entry) as i32;
-    request.status_filter.is_none_or(|wanted| wanted == status)
-        && request.model_name_filter.as_ref().is_none_or(|wanted| *wanted == instance.model_name)
-        && request.worker_rank_filter.is_none_or(|wanted| wanted == instance.worker_rank)
-        && request.min_training_step.is_none_or(|min| instance.training_step.is_some_and(|step| step >= min))
-        && request.min_updated_at.is_none_or(|min| instance.updated_at >= min)
 }
 
 /// The whole worker: what the record keeps of it, its bulk, and what the record says natively.
@@ -284,16 +339,10 @@ fn foreign_backend(record: &PeerRecord) -> Option<BackendMetadata> {
 /// The record after a change of status.
 pub(super) fn updated(
     record: &PeerRecord,
-    rank: u32,
     state: RecordState,
     source_load: Option<f32>,
 ) -> Result<PeerRecord> {
     let Some(mut kept) = kept(record)? else { return Err(StoreError::NotFound) };
-    if record.rank != Some(rank) {
-        return Err(
-            InputError::new("worker_rank", &rank.to_string(), "the rank it was published with").into()
-        );
-    }
     let mut record = PeerRecord { state, ..record.clone() };
     if kept.source_load != source_load {
         kept.source_load = source_load;

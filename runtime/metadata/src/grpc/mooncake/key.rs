@@ -66,6 +66,15 @@ impl Key {
         })
     }
 
+    /// The segment of the engine whose `rpc_meta` this key is.
+    pub(super) fn segment(&self) -> Option<RecordName> {
+        let Self::Other { text, .. } = self else { return None };
+        match Self::parse(&text.replacen("rpc_meta/", "ram/", 1)).ok()? {
+            Self::Segment { name, .. } => Some(name),
+            Self::Other { .. } => None,
+        }
+    }
+
     /// The session that a key of the default cluster speaks of.
     pub(super) fn session(&self) -> Option<(&str, What)> {
         match self {
@@ -133,6 +142,16 @@ mod tests {
         assert_eq!(name("key=mooncake/rpc_meta/a").1, "mooncake/keys/mooncake_2frpc_5fmeta_2fa");
         for other in ["key=mooncake/ram/", "key=ram/a", "key=x", "key=mooncake/program/a", "key=.."] {
             assert!(!name(other).0, "{other}");
+        }
+    }
+
+    #[test]
+    fn an_engines_keys_belong_together() {
+        let segment = |query: &str| Key::from_query(query).unwrap().segment().map(|name| name.to_string());
+        assert_eq!(segment("key=mooncake/rpc_meta/a%3A1").as_deref(), Some("mooncake/segments/a_3a1"));
+        assert_eq!(segment("key=mooncake/c1/rpc_meta/a").as_deref(), Some("mooncake/segments/c1_2fa"));
+        for other in ["key=mooncake/ram/a", "key=mooncake/rpc_meta/", "key=rpc_meta/a", "key=rpc_meta"] {
+            assert_eq!(segment(other), None, "{other}");
         }
     }
 
