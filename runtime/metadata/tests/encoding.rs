@@ -131,6 +131,19 @@ fn schema_1_is_read_into_todays_form() {
     }
 }
 
+/// Found by cargo-fuzz: a range of schema 1 with a field that today's buffers use for something else.
+#[test]
+fn a_field_that_schema_1_never_had_is_refused_and_not_carried_into_todays_form() {
+    let range = |field: &[u8]| {
+        let range = [&[0x10, 16, 0x08, 1][..], field].concat();
+        let head = [0x08, 1, 0x1a, 1, b'c', 0x22, 1, b'g', 0x2a, 1, b'n', 0xc2, 0x01];
+        [&head[..], &[u8::try_from(range.len()).unwrap()], &range].concat()
+    };
+    for (field, is_good) in [(&[][..], true), (&[0x35, 1, 1, 1, 1], false), (&[0x55, 1, 1, 1, 1], true)] {
+        assert_eq!(fuzz::record(&range(field)), is_good, "{field:02x?}");
+    }
+}
+
 #[test]
 fn records_that_only_newer_readers_understand_are_refused() {
     let record = PeerRecord { readable_from: SCHEMA + 1, ..samples::every_variant().remove(0).1 };
