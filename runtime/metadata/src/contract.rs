@@ -5,6 +5,8 @@
 //! printed before it by the test that runs it.
 
 mod batches;
+#[cfg(feature = "layered")]
+mod cached;
 mod cells;
 mod claims;
 mod leases;
@@ -24,6 +26,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::task::JoinSet;
 
+#[cfg(feature = "layered")]
+pub use self::cached::Cached;
 #[cfg(feature = "layered")]
 pub use self::long_outage::{OutagePlan, OutageReport, long_outage};
 use crate::clock::Clock;
@@ -55,6 +59,11 @@ pub trait Subject: Send + Sync {
     /// Where the store listens, if on TCP.
     fn address(&self) -> Option<SocketAddr> {
         None
+    }
+
+    /// Whether a client may go on saying what it knows, within its lease, while the store is away.
+    fn serves_what_it_knows(&self) -> bool {
+        false
     }
 
     /// Lets time pass for the store and for all clients.
