@@ -183,6 +183,20 @@ fn nothing_is_made_from_a_snapshot_that_is_not_the_newest() {
 }
 
 #[test]
+fn a_second_content_under_one_stamp_changes_nothing_and_makes_nothing() {
+    let first = snapshot(1, 1, 1, &record(&[7], vec![]));
+    let mut registry: Registry<()> = Registry::new(8);
+    let _ = registry.observe(&first);
+    let other = snapshot(1, 1, 1, &record(&[8], vec![]));
+    assert_eq!(registry.observe(&other).verdict, Some(Verdict::ConcurrentPublisher));
+    assert!(Arc::ptr_eq(registry.known(&name()).unwrap(), &first), "the first is kept");
+    // The stamp alone does not make it the newest: it is another process's.
+    let stranger = snapshot(2, 1, 1, &record(&[7], vec![]));
+    let refused = registry.derive(&stranger, Part::Owner, Kind::Handle, ()).unwrap_err();
+    assert!(matches!(refused.0, DeriveError::Outdated { .. }), "{refused:?}");
+}
+
+#[test]
 fn a_name_given_back_takes_everything_with_it_and_stays_dated() {
     let before = record(&[4, 5], vec![buffer(1, 11)]);
     let (mut registry, handles) = stocked(&snapshot(1, 8, 3, &before));

@@ -82,6 +82,43 @@ impl Rig {
     }
 }
 
+impl Rig {
+    /// One that tracks a name and has a lease on it.
+    async fn settled() -> (Self, Hold) {
+        let rig = Self::new();
+        let hold = rig.claimed("a").await;
+        rig.refresher.track(&hold.name);
+        rig.until("a lease", |rig| rig.refresher.latest(&name("a")).is_some()).await;
+        rig.until("a watch", |rig| rig.refresher.counters().follows == 1).await;
+        rig.until("the ack", |rig| rig.refresher.is_registered(&name("a"), Stamp::default())).await;
+        (rig, hold)
+    }
+
+    fn set(&self, mood: Mood) {
+        *self.spy.mood.lock() = mood;
+    }
+
+    /// Lets so many failures happen, with all the pauses between them.
+    async fn fail(&self, times: u64) {
+        self.set(Mood::Away);
+        let wanted = self.refresher.counters().failures + times;
+        self.refresher.force(&name("a"));
+        self.until("failures", |rig| {
+            rig.clock.advance(Duration::from_millis(50));
+            rig.refresher.counters().failures >= wanted
+        })
+        .await;
+    }
+
+    /// For how long the next question waits.
+    fn pause(&self) -> Duration {
+        match self.refresher.force(&name("a")) {
+            Forced::NotBefore(at) => at.since(self.clock.now()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 fn run(test: impl Future<Output = ()>) {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test);
 }
@@ -166,5 +203,159 @@ fn absence_and_outage_are_asked_for_ever_more_rarely_until_there_is_news() {
         rig.refresher.force(&hold.name);
         rig.until("a failure", |rig| rig.refresher.counters().failures > 0).await;
         assert!(rig.refresher.latest(&hold.name).is_some(), "an outage is no answer");
+    });
+}
+
+#[test]
+fn what_was_granted_ends_with_its_time_and_so_does_the_owners_memory_of_a_reader() {
+    run(async {
+        let (rig, hold) = Rig::settled().await;
+        let stamp = Stamp::new(hold.fence, Version(0));
+        rig.set(Mood::Away);
+        rig.clock.advance(TTL + TTL / 10);
+        assert_eq!(rig.refresher.latest(&hold.name), None, "the lease ran out");
+        assert!(rig.refresher.is_registered(&hold.name, stamp));
+        rig.clock.advance(TTL * 100);
+        assert!(!rig.refresher.is_registered(&hold.name, stamp), "the owner waits no longer");
+    });
+}
+
+#[test]
+fn news_is_asked_for_at_once_however_long_the_pause_was() {
+    run(async {
+        let rig = Rig::new();
+        rig.refresher.track(&name("a"));
+        rig.until("refusals", |rig| {
+            rig.clock.advance(Duration::from_millis(50));
+            rig.refresher.counters().refusals >= 9
+        })
+        .await;
+        assert!(rig.pause() > Duration::from_millis(600));
+        let before = rig.clock.now();
+        rig.claimed("a").await;
+        rig.until("the news", |rig| rig.refresher.latest(&name("a")).is_some()).await;
+        assert!(rig.clock.now().since(before) < Duration::from_millis(400));
+    });
+}
+
+#[test]
+fn a_name_that_nobody_tracks_concerns_nobody() {
+    run(async {
+        let (rig, _) = Rig::settled().await;
+        rig.until("rest", |rig| rig.spy.asked().is_empty()).await;
+        let before = rig.told.0.lock().len();
+        let (stranger, tracked) = (rig.claimed("stranger").await, rig.claimed("b").await);
+        rig.publish(&stranger, 0).await;
+        rig.refresher.track(&tracked.name);
+        rig.until("the other", |rig| rig.refresher.latest(&name("b")).is_some()).await;
+        let told = rig.told.0.lock()[before..].to_vec();
+        assert!(!told.iter().any(|line| line == "seen 1"), "{told:?}");
+    });
+}
+
+#[test]
+fn the_end_of_an_ownership_ends_what_was_granted_before_anybody_is_asked() {
+    run(async {
+        let (rig, hold) = Rig::settled().await;
+        rig.spy.passes.forget_permits(usize::MAX);
+        rig.spy.inner.release(&hold).await.unwrap();
+        rig.until("the end", |rig| rig.told.0.lock().iter().any(|line| line == "ended true")).await;
+        assert_eq!(rig.refresher.latest(&hold.name), None);
+    });
+}
+
+#[test]
+fn an_answer_of_the_wrong_length_is_a_refusal_of_all_and_takes_what_was_granted() {
+    run(async {
+        let (rig, hold) = Rig::settled().await;
+        rig.set(Mood::Short);
+        rig.refresher.force(&hold.name);
+        rig.until("the refusal", |rig| rig.refresher.counters().refusals == 1).await;
+        assert_eq!(rig.refresher.latest(&hold.name), None);
+        rig.set(Mood::Good);
+        rig.until("the recovery", |rig| rig.refresher.latest(&name("a")).is_some()).await;
+    });
+}
+
+#[test]
+fn what_an_answer_retires_goes_before_what_it_grants() {
+    run(async {
+        let rig = Rig::new();
+        let hold = rig.claimed("a").await;
+        rig.publish(&hold, 0).await;
+        rig.until("a watch", |rig| rig.refresher.counters().follows == 1).await;
+        rig.refresher.track(&hold.name);
+        rig.until("a lease", |rig| rig.refresher.latest(&name("a")).is_some()).await;
+        assert_eq!(rig.told.0.lock()[..2], ["seen 1", "granted 1"]);
+    });
+}
+
+#[test]
+fn a_success_makes_the_next_pause_short_again_unless_the_store_says_how_long() {
+    run(async {
+        let (rig, hold) = Rig::settled().await;
+        let until = |rig: &Rig| rig.refresher.latest(&name("a")).map(|leased| leased.valid_until());
+        let before = until(&rig);
+        rig.fail(8).await;
+        assert!(rig.pause() > Duration::from_millis(300));
+        rig.spy.inner.renew(&hold).await.unwrap();
+        rig.set(Mood::Good);
+        rig.until("the recovery", |rig| until(rig) > before).await;
+        rig.fail(1).await;
+        assert!(rig.pause() < Duration::from_millis(100));
+        rig.set(Mood::Busy);
+        let failures = rig.refresher.counters().failures;
+        rig.until("a busy store", |rig| rig.refresher.counters().failures > failures).await;
+        assert!(rig.pause() > Duration::from_millis(500));
+    });
+}
+
+#[test]
+fn an_owner_is_told_once_and_again_only_if_it_did_not_hear() {
+    run(async {
+        let (rig, hold) = Rig::settled().await;
+        let acks = || rig.spy.acks.load(std::sync::atomic::Ordering::SeqCst);
+        let before = acks();
+        for batches in 1..=5 {
+            let wanted = rig.refresher.counters().batches + 1;
+            rig.refresher.force(&hold.name);
+            rig.until("a batch", |rig| rig.refresher.counters().batches >= wanted).await;
+            assert_eq!(acks(), before, "after {batches} batches");
+        }
+        rig.set(Mood::Deaf);
+        rig.publish(&hold, 0).await;
+        rig.until("words that are lost", |_| acks() > before + 1).await;
+        let stamp = Stamp::new(hold.fence, Version(1));
+        assert!(!rig.refresher.is_registered(&hold.name, stamp));
+        rig.set(Mood::Good);
+        let since = rig.clock.now();
+        rig.until("the ack", |rig| rig.refresher.is_registered(&name("a"), stamp)).await;
+        assert!(rig.clock.now().since(since) < TTL / 4, "the next renewal is later than that");
+    });
+}
+
+#[test]
+fn who_follows_returns_with_pauses_and_asks_for_what_changed_meanwhile() {
+    run(async {
+        let (rig, hold) = Rig::settled().await;
+        rig.set(Mood::Away);
+        rig.spy.cut.notify_waiters();
+        let before = rig.refresher.counters().follows;
+        for _ in 0..200 {
+            rig.clock.advance(Duration::from_millis(2));
+            for _ in 0..8 {
+                tokio::task::yield_now().await;
+            }
+        }
+        let follows = rig.refresher.counters().follows - before;
+        assert!((1..=12).contains(&follows), "{follows} attempts in 400 ms");
+        rig.publish(&hold, 0).await;
+        rig.set(Mood::Good);
+        let since = rig.clock.now();
+        rig.until("the change", |rig| {
+            rig.refresher.latest(&name("a")).is_some_and(|leased| leased.stamp().version == Version(1))
+        })
+        .await;
+        assert!(rig.clock.now().since(since) < TTL / 4, "the next renewal is later than that");
     });
 }

@@ -35,6 +35,8 @@ pub(crate) struct Spy {
     pub(crate) cut: Arc<Notify>,
     /// Renewals that it was asked for.
     pub(crate) renewals: AtomicU64,
+    /// Readers' words for owners.
+    pub(crate) acks: AtomicU64,
 }
 
 impl Spy {
@@ -42,8 +44,26 @@ impl Spy {
         let passes = Semaphore::new(Semaphore::MAX_PERMITS);
         let mood = Mutex::new(Mood::Good);
         let replies = Semaphore::new(Semaphore::MAX_PERMITS);
-        let (made, renewals, cut) = (AtomicU64::new(0), AtomicU64::new(0), Arc::default());
-        Self { inner, asked: Mutex::default(), mood, passes, replies, made, cut, renewals }
+        let [made, renewals, acks] = [0; 3].map(AtomicU64::new);
+        Self {
+            inner,
+            asked: Mutex::default(),
+            mood,
+            passes,
+            replies,
+            made,
+            cut: Arc::default(),
+            renewals,
+            acks,
+        }
+    }
+
+    fn there(&self) -> Result<()> {
+        match *self.mood.lock() {
+            Mood::Away => Err(StoreError::Unavailable { retry_after: Duration::ZERO }),
+            Mood::Busy => Err(StoreError::Unavailable { retry_after: Duration::from_secs(1) }),
+            _ => Ok(()),
+        }
     }
 
     /// The batches since the last look, by the last parts of their names.
@@ -58,6 +78,10 @@ pub(crate) enum Mood {
     Good,
     /// As if it could not be reached.
     Away,
+    /// Away, and it says for how long.
+    Busy,
+    /// It reads, and does not listen.
+    Deaf,
     /// With one outcome too few.
     Short,
     /// With the outcomes in another order.
@@ -70,9 +94,7 @@ impl Store for Spy {
         self.asked.lock().push(names.iter().map(|name| name.parts().2.to_owned()).collect());
         let _pass = self.passes.acquire().await;
         let mood = *self.mood.lock();
-        if mood == Mood::Away {
-            return Err(StoreError::Unavailable { retry_after: Duration::ZERO });
-        }
+        self.there()?;
         let mut outcomes = self.inner.batch_get(names).await?;
         if mood == Mood::Short {
             outcomes.pop();
@@ -89,13 +111,12 @@ impl Store for Spy {
         self.inner.claim(claim).await
     }
     async fn publish(&self, hold: &Hold, expect: Version, record: &PeerRecord) -> Result<Version> {
+        self.there()?;
         self.inner.publish(hold, expect, record).await
     }
     async fn renew(&self, hold: &Hold) -> Result<()> {
         self.renewals.fetch_add(1, Ordering::SeqCst);
-        if *self.mood.lock() == Mood::Away {
-            return Err(StoreError::Unavailable { retry_after: Duration::ZERO });
-        }
+        self.there()?;
         self.inner.renew(hold).await
     }
     async fn release(&self, hold: &Hold) -> Result<()> {
@@ -109,9 +130,14 @@ impl Store for Spy {
         Ok(Watch::new(CutWatch { inner, cut }))
     }
     async fn ack(&self, ack: &Ack) -> Result<()> {
+        self.acks.fetch_add(1, Ordering::SeqCst);
+        if *self.mood.lock() == Mood::Deaf {
+            return Err(StoreError::Unavailable { retry_after: Duration::ZERO });
+        }
         self.inner.ack(ack).await
     }
     async fn readers(&self, name: &RecordName) -> Result<Vec<ReaderState>> {
+        self.there()?;
         self.inner.readers(name).await
     }
     async fn read_cell(&self, name: &RecordName) -> Result<Cell> {
@@ -121,9 +147,7 @@ impl Store for Spy {
         self.inner.swap_cell(name, expect, value).await
     }
     async fn health(&self) -> Result<Health> {
-        if *self.mood.lock() == Mood::Away {
-            return Err(StoreError::Unavailable { retry_after: Duration::ZERO });
-        }
+        self.there()?;
         self.inner.health().await
     }
 }
