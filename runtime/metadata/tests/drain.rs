@@ -1,5 +1,5 @@
-//! Taking memory back when things go wrong: the store is away, the device refuses, the task is cut short. (On real keys:
-//! `tests/transfer/taking_back.rs` of the workspace.)
+//! Taking memory back when things go wrong: the store is away, the device refuses, the task is cut short.
+//! (On real keys: `tests/transfer/taking_back.rs` of the workspace.)
 
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 

@@ -17,7 +17,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET` | 200 and the value, or 404 |
-//! | `PUT` | 200; 400 if the key holds the `rpc_meta` of a live engine and another value, or a segment is no JSON object |
+//! | `PUT` | 200; 400 if the key holds another value, a live engine's `rpc_meta`, or a segment is no JSON object |
 //! | `DELETE` | 200, or 404 |
 //! | another method | 405 |
 //! | no key | 400 |
