@@ -249,6 +249,8 @@ pub enum Said {
         peer: u16,
         /// Why.
         why: Why,
+        /// The same with all that is known, for people.
+        details: String,
     },
     /// Its gate is closed, or open again after so long; `switched`: behind a commit.
     Gate {

@@ -31,6 +31,8 @@ struct Watched {
     died_ns: Option<u64>,
     /// The first suspicion since, and why.
     detected: Option<(u64, Why)>,
+    /// What the first who suspected it knew.
+    reason: String,
     admitted_ns: Option<u64>,
     /// A member of it is gone, and nobody has taken its place yet.
     is_missing: bool,
@@ -194,11 +196,13 @@ impl Observer {
         self.suspicions.retain(|(by, of)| *by != rank && *of != rank);
         if !self.ledger.evicted(rank) {
             self.report.findings.false_deaths += 1;
-            self.flaw(now_ns, format!("rank {rank} was evicted and nothing was done to it"));
+            let reason = &self.ranks[rank.index()].reason;
+            self.flaw(now_ns, format!("rank {rank} was evicted and nothing was done to it; {reason}"));
         }
         let watched = &mut self.ranks[rank.index()];
         watched.is_missing = true;
         watched.finished = None;
+        watched.reason.clear();
         let died = watched.died_ns.take();
         if let Some((detected, why)) = watched.detected.take() {
             self.report.took(Phase::Agree, now_ns.saturating_sub(detected));
@@ -236,7 +240,9 @@ impl Observer {
         let at_ns = word.at_ns;
         match word.said {
             Said::Step(step) => self.hear_step(at_ns, (rank, instance), is_newest, step),
-            Said::Suspects { peer, why } if is_newest => self.suspects(at_ns, rank, Rank(peer), why),
+            Said::Suspects { peer, why, details } if is_newest => {
+                self.suspects(at_ns, rank, Rank(peer), (why, details));
+            }
             Said::Gate { closed_ns, switched, has_served } if is_newest => {
                 self.ranks[rank.index()].is_gate_closed = closed_ns.is_none();
                 self.gate(at_ns, rank, closed_ns, switched, has_served);
@@ -278,7 +284,7 @@ impl Observer {
         }
     }
 
-    fn suspects(&mut self, at_ns: u64, rank: Rank, peer: Rank, why: Why) {
+    fn suspects(&mut self, at_ns: u64, rank: Rank, peer: Rank, (why, details): (Why, String)) {
         let is_member = |of| self.view.slot(of).state == SlotState::Member;
         if !is_member(peer) || !is_member(rank) {
             return;
@@ -291,6 +297,7 @@ impl Observer {
         let is_first = watched.detected.is_none();
         if watched.detected.is_none_or(|(before, _)| at_ns < before) {
             watched.detected = Some((at_ns, why));
+            watched.reason = format!("rank {rank} suspected it: {details}");
         }
         if is_first {
             self.note(at_ns, Some(rank), Happened::Suspects(peer));
@@ -489,8 +496,9 @@ mod tests {
     fn detection_is_from_the_death_to_the_first_suspicion() {
         let mut observer = group();
         observer.died(1_000_000, Rank(2));
-        let suspects = Said::Suspects { peer: 2, why: Why::Exit };
-        hear(&mut observer, 0, 9_000_000, Said::Suspects { peer: 2, why: Why::Deadline });
+        let suspects = Said::Suspects { peer: 2, why: Why::Exit, details: String::new() };
+        let later = Said::Suspects { peer: 2, why: Why::Deadline, details: String::new() };
+        hear(&mut observer, 0, 9_000_000, later);
         hear(&mut observer, 1, 4_000_000, suspects);
         observer.see(14_000_000, view(2, 6, [1, 2, 0]), &|_| None);
         let json = observer.report.to_json();

@@ -34,6 +34,8 @@ use crate::session::{
 };
 use crate::time::{Deadline, sleep, unix_ns};
 
+/// How long ranks compute at most between two launches: cores are for recovery, too.
+const THINK_NS_MAX: u64 = 15_000_000;
 /// Longest nap while a step runs.
 const NAP: Duration = Duration::from_micros(300);
 /// How long to wait for the next step to be allowed before orders are looked at again.
@@ -140,9 +142,11 @@ impl<W: Write> Worker<W> {
             }
         };
         mouth.offset_ns = unix_ns().saturating_sub(member.pool().now_ns());
+        let mut inputs = Inputs::new(role.shape.seed, member.session().config());
+        inputs.think_ns_max = THINK_NS_MAX;
         let mut worker = Self {
             app,
-            inputs: Inputs::new(role.shape.seed, member.session().config()),
+            inputs,
             member,
             hca,
             orders,
@@ -292,8 +296,10 @@ impl<W: Write> Worker<W> {
         self.look_at_commands();
         for event in events {
             let said = match event.what {
-                Happening::Suspected { peer, evidence, .. } => {
-                    Said::Suspects { peer: peer.0, why: evidence.into() }
+                Happening::Suspected { peer, evidence, fault } => {
+                    let details =
+                        fault.map_or_else(|| evidence.to_string(), |f| format!("{evidence}; {f:?}"));
+                    Said::Suspects { peer: peer.0, why: evidence.into(), details }
                 }
                 Happening::GateClosed { .. } => {
                     Said::Gate { closed_ns: None, switched: false, has_served: self.has_served }
