@@ -1,7 +1,8 @@
 //! How ranks that are processes find each other: plain byte blobs through a rendezvous.
 //!
 //! A [`Bootstrap`] gathers one blob of each rank under a key and gives every rank all of them; it knows nothing of
-//! what they mean. [`TcpBootstrap`] is the one that ships: rank 0 listens, everybody connects to it, rank 0 included.
+//! what they mean. [`TcpBootstrap`] needs nothing: rank 0 listens, everybody connects to it, rank 0 included.
+//! [`NcclBootstrap`] is for ranks that have a communicator already.
 //! [`Place`] is a rank's place in its group as launchers say it, [`advertise`] chooses the address that peers are
 //! told.
 //!
@@ -32,6 +33,7 @@ use crate::recovery::{HostId, OfferError};
 
 pub mod advertise;
 mod hub;
+mod nccl;
 mod place;
 mod tcp;
 mod wire;
@@ -39,6 +41,9 @@ mod wire;
 pub use advertise::{AddressSource, Advertised};
 pub(crate) use hub::rendezvous_script;
 pub use hub::{HubCounters, STRANGERS_MAX};
+/// The binding under [`NcclBootstrap`].
+pub use ibex_nccl;
+pub use nccl::NcclBootstrap;
 pub use place::{DEFAULT_PORT, Launcher, Place, TOKEN_LEN_MAX, Token};
 pub use tcp::TcpBootstrap;
 pub use wire::{BLOB_LEN_MAX, KEY_LEN_MAX};
@@ -203,6 +208,20 @@ pub enum BootstrapError {
         /// How long this rank waited.
         waited: Duration,
     },
+    /// Somebody did not come in time, and the communicator does not say who.
+    #[error("not every rank came to {key:?} within {} ms; NCCL does not say who is missing", .waited.as_millis())]
+    Late {
+        /// The exchange.
+        key: String,
+        /// How long this rank waited.
+        waited: Duration,
+    },
+    /// The communicator refused or failed.
+    #[error(transparent)]
+    Nccl(#[from] ibex_nccl::NcclError),
+    /// The GPU under the communicator refused or failed.
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
     /// A rank is gone for good.
     #[error("rank {rank} left before {key:?}")]
     Left {

@@ -130,14 +130,27 @@ fn a_device_that_is_not_there_is_refused_with_a_sentence() {
 }
 
 #[test]
+fn a_gpu_that_is_not_there_is_refused_with_a_sentence() {
+    if ibex::gpu::cuda::Driver::load().is_err() {
+        refused(&["bench", "ep", "--gpu", "cuda"], &["libcuda.so.1"]);
+    }
+    refused(&["bench", "ep", "--gpu", "cuda", "--fabric", "sim"], &["--fabric sim", "simulation"]);
+    refused(&["bench", "ep", "--gpu-uuid", "7"], &["--gpu-uuid", "32 hexadecimal digits"]);
+    let uuid = "GPU-00000000-0000-0000-0000-000000000000";
+    refused(&["bench", "ep", "--gpu-uuid", uuid], &["--gpu-uuid", "--gpu host"]);
+}
+
+#[test]
 fn what_is_not_built_yet_is_refused_and_says_what_is() {
     let refuses = |bench: &'static str, flags: &[&'static str], built: &str| {
         refused(&[&["bench", bench], flags].concat(), &[flags[0], "not built yet", built]);
     };
     refuses("post", &["--provider", "mlx5"], "emulated");
     refuses("ep", &["--provider", "mlx5", "--procs"], "one process");
+    refuses("post", &["--gpu", "cuda"], "host");
+    refuses("ep", &["--gpu", "cuda", "--procs"], "one process");
+    refuses("ep", &["--gpu", "cuda", "--provider", "mlx5"], "emulated");
     for bench in ["ep", "post"] {
-        refuses(bench, &["--gpu", "cuda"], "host");
         refuses(bench, &["--store", "tcp://127.0.0.1:7"], "store");
     }
     refuses("post", &["--fabric", "shm"], "inproc");

@@ -305,6 +305,10 @@ constexpr LayoutEntry kLayoutTable[] = {
     IBEX_OFFSET(ExpertArgs, max_local_experts),
     IBEX_OFFSET(ExpertArgs, wire_dtype),
     IBEX_OFFSET(ExpertArgs, scale_kind),
+    IBEX_SIZE(GroupArgs),
+    IBEX_OFFSET(GroupArgs, args),
+    IBEX_OFFSET(GroupArgs, num_ranks),
+    IBEX_OFFSET(GroupArgs, reserved),
 };
 }  // namespace
 }  // namespace ibex

@@ -370,5 +370,7 @@ IBEX_DEV void combine_body(const CombineArgs& c, BlockRange blocks) {
 
 IBEX_KERNEL(combine_exact, CombineArgs, combine_body<kExact>, 1024, 1)
 IBEX_KERNEL(combine_reduced, CombineArgs, combine_body<kReduced>, 1024, 1)
+IBEX_KERNEL(group_combine_exact, GroupArgs, (group_body<CombineArgs, combine_body<kExact>>), 1024, 1)
+IBEX_KERNEL(group_combine_reduced, GroupArgs, (group_body<CombineArgs, combine_body<kReduced>>), 1024, 1)
 
 }  // namespace ibex

@@ -710,5 +710,7 @@ IBEX_DEV void dispatch_body(const DispatchArgs& d, BlockRange blocks) {
 
 IBEX_KERNEL(dispatch_bf16, DispatchArgs, dispatch_body<kWireBf16>, 1024, 1)
 IBEX_KERNEL(dispatch_fp8, DispatchArgs, dispatch_body<kWireFp8>, 1024, 1)
+IBEX_KERNEL(group_dispatch_bf16, GroupArgs, (group_body<DispatchArgs, dispatch_body<kWireBf16>>), 1024, 1)
+IBEX_KERNEL(group_dispatch_fp8, GroupArgs, (group_body<DispatchArgs, dispatch_body<kWireFp8>>), 1024, 1)
 
 }  // namespace ibex

@@ -36,5 +36,6 @@ IBEX_DEV void expert_body(const ExpertArgs& e, BlockRange blocks) {
 }  // namespace
 
 IBEX_KERNEL(expert, ExpertArgs, expert_body, 1024, 2)
+IBEX_KERNEL(group_expert, GroupArgs, (group_body<ExpertArgs, expert_body>), 1024, 1)
 
 }  // namespace ibex

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use ibex::bootstrap::Place;
 use ibex::config::{CombineMode, Config, Link, RoutePolicy, ScaleKind, SignalMode, ValidConfig, WireDtype};
 use ibex::error::ConfigError;
+use ibex::gpu::cuda::Uuid;
 use ibex::reference::routing::Routing;
 use ibex_hca::emulated::switch::FaultPlan;
 use serde::Serialize;
@@ -106,6 +107,9 @@ pub(super) struct Machine {
     /// What runs kernels.
     #[arg(long, default_value = "host")]
     gpu: GpuKind,
+    /// Which GPU, as nvidia-smi -L prints it [default: the first]; all ranks share it.
+    #[arg(long, value_name = "GPU-UUID")]
+    pub(super) gpu_uuid: Option<Uuid>,
     /// What lies between emulated devices [default: inproc; between processes shm, between hosts udp].
     #[arg(long)]
     fabric: Option<FabricKind>,
@@ -142,9 +146,7 @@ impl Machine {
     /// The first such flag.
     pub(super) fn validate(&self) -> Result<(), CliError> {
         let refuse = |flag, value, available| Err(CliError::NotBuilt { flag, value, available });
-        if self.gpu == GpuKind::Cuda {
-            return refuse("--gpu", "cuda", "kernels on the host");
-        }
+        self.validate_gpu()?;
         if self.store.is_some() {
             return refuse("--store", "URL", "no metadata store");
         }
@@ -152,9 +154,34 @@ impl Machine {
         self.validate_processes()
     }
 
-    /// Whether kernels run on real GPUs.
+    /// Whether kernels run on a GPU.
     pub(super) fn is_cuda(&self) -> bool {
         self.gpu == GpuKind::Cuda
+    }
+
+    /// Ranks that share a GPU are threads of one process, and their devices are emulated.
+    fn validate_gpu(&self) -> Result<(), CliError> {
+        let refuse = |value, available| Err(CliError::NotBuilt { flag: "--gpu", value, available });
+        if !self.is_cuda() {
+            return match self.gpu_uuid {
+                Some(_) => {
+                    let because = "there is only one host";
+                    Err(CliError::Conflict { one: "--gpu-uuid", other: "--gpu host", because })
+                }
+                None => Ok(()),
+            };
+        }
+        if self.is_group() {
+            return refuse("cuda between processes", "one GPU for the ranks of one process");
+        }
+        if self.is_mlx5() {
+            return refuse("cuda with --provider mlx5", "one GPU with emulated devices");
+        }
+        if self.fabric() == FabricKind::Sim {
+            let because = "a simulation runs kernels itself";
+            return Err(CliError::Conflict { one: "--gpu cuda", other: "--fabric sim", because });
+        }
+        Ok(())
     }
 
     /// Whether queue pairs live on real devices.
@@ -238,6 +265,10 @@ impl Machine {
         };
         if self.is_mlx5() {
             return refuse("--provider", "mlx5");
+        }
+        if self.is_cuda() {
+            let available = "kernels on the host";
+            return Err(CliError::NotBuilt { flag: "--gpu", value: "cuda", available });
         }
         if self.procs {
             return refuse("--procs", "(one process per rank)");
@@ -608,9 +639,11 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for args in
-            [&["--provider", "mlx5", "--procs"][..], &["--gpu", "cuda"], &["--store", "tcp://127.0.0.1:1"]]
-        {
+        for args in [
+            &["--provider", "mlx5", "--procs"][..],
+            &["--gpu", "cuda", "--procs"],
+            &["--store", "tcp://127.0.0.1:1"],
+        ] {
             let error = flags(args).config().unwrap_err();
             assert!(matches!(error, CliError::NotBuilt { flag, .. } if flag == args[0]), "{error}");
             assert_eq!(error.exit_code(), 2);
@@ -631,6 +664,8 @@ mod tests {
             (&["--procs", "--advertise", "::1"], "--advertise"),
             (&["--faults-plan", "f"], "--faults-plan"),
             (&["--provider", "mlx5", "--fabric", "inproc"], "a fabric of their own"),
+            (&["--gpu", "cuda", "--fabric", "sim"], "a simulation runs kernels itself"),
+            (&["--gpu-uuid", "GPU-00000000-0000-0000-0000-000000000000"], "--gpu host"),
             (&["--nics", "mlx5_0"], "--nics cannot be combined with --provider emulated"),
             (&["--traffic-class", "104"], "--traffic-class"),
             (&["--assist-doorbells"], "--assist-doorbells cannot be combined with --provider emulated"),

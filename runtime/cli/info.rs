@@ -5,6 +5,7 @@
 use std::num::NonZeroUsize;
 use std::thread;
 
+use ibex::gpu::cuda::Driver;
 use ibex::gpu::image;
 use ibex::ids::Rank;
 use ibex::layout::Plan;
@@ -21,13 +22,22 @@ pub(super) struct Args {
     shape: Shape,
 }
 
+/// What `--gpu cuda` would find.
+fn cuda() -> String {
+    match Driver::load().and_then(|driver| driver.devices()) {
+        Ok(devices) if devices.is_empty() => "there is no gpu".into(),
+        Ok(devices) => devices.into_iter().map(|info| info.name).collect::<Vec<_>>().join(", "),
+        Err(error) => error.to_string(),
+    }
+}
+
 /// Prints the report; nothing is allocated.
 pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     let config = args.shape.config()?.validate()?;
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     println!("ibex {}", env!("CARGO_PKG_VERSION"));
     println!("providers   emulated; mlx5 within one process (`ibex doctor` looks for devices)");
-    println!("gpus        host on {cores} cores (cuda: not built yet)");
+    println!("gpus        host on {cores} cores; cuda within one process ({})", cuda());
     println!("fabrics     inproc, sim; between processes shm, udp");
     println!("cuda image  {}", image::note());
     let ranks = (0..config.num_ranks).map(|rank| {

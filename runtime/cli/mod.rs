@@ -95,6 +95,9 @@ enum CliError {
     /// No real device can be used.
     #[error(transparent)]
     Device(#[from] ibex_hca::mlx5::OpenError),
+    /// No GPU can be used.
+    #[error(transparent)]
+    Cuda(#[from] ibex::gpu::cuda::CudaError),
     /// A store cannot be served.
     #[error(transparent)]
     Serve(ibex_metadata::grpc::HostError),
@@ -127,6 +130,7 @@ impl CliError {
         match self {
             Self::NotBuilt { .. } | Self::Conflict { .. } | Self::Output { .. } | Self::Launch(_) => 2,
             Self::Device(_)
+            | Self::Cuda(_)
             | Self::Input { .. }
             | Self::Plan { .. }
             | Self::Place(_)

@@ -1,14 +1,16 @@
-//! The devices of a run: emulated, or real ones, of which ranks share the nearest.
+//! The devices and GPUs of a run: emulated, or real ones. Ranks share the nearest NICs, and one GPU.
 //!
-//! Owns the devices that it opened until the run is over. Which rank got which device, port and GID, and why that
-//! device, is printed.
+//! Owns what it opened until the run is over. Which rank got which device, port and GID, and why that device, is
+//! printed, and so is the GPU.
 
+use core::num::NonZeroU32;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ibex::error::OsError;
-use ibex::gpu::cuda;
-use ibex::session::DeviceWrapper;
+use ibex::gpu::cuda::{self, CudaError};
+use ibex::gpu::{CudaGpu, CudaMemory, CudaOptions, Gpu};
+use ibex::session::{DeviceWrapper, Gpus};
 use ibex_hca::assisted::{AssistedHca, Forwarder, PAGES_MAX};
 use ibex_hca::mlx5::{self, Mlx5Config, Mlx5Hca, PortState};
 use ibex_hca::shared::SharedHca;
@@ -43,6 +45,33 @@ impl Devices {
             Self::Real(devices, _) => DeviceWrapper::given(devices.clone()),
         }
     }
+}
+
+/// Opens the GPU that the flags ask for, once for each rank: all of them share it.
+///
+/// # Errors
+/// No driver, no such GPU, or one that cannot run the kernels: refused before anything runs.
+pub(super) fn gpus(machine: &Machine, ranks: u32) -> Result<Gpus, CudaError> {
+    if !machine.is_cuda() {
+        return Ok(Gpus::Host);
+    }
+    let options = CudaOptions {
+        uuid: machine.gpu_uuid.map(|uuid| uuid.0),
+        ranks_per_device: NonZeroU32::new(ranks).unwrap_or(NonZeroU32::MIN),
+        // The emulated devices are the processor's work.
+        memory: CudaMemory::HostMapped,
+        ..CudaOptions::default()
+    };
+    let mut opened: Vec<Arc<dyn Gpu>> = Vec::new();
+    for rank in 0..ranks {
+        let gpu = CudaGpu::open(&options)?;
+        if rank == 0 {
+            let info = gpu.info();
+            println!("gpu       {} at {}, {} SMs for {ranks} ranks", info.name, info.pci, info.sms);
+        }
+        opened.push(Arc::new(gpu));
+    }
+    Ok(Gpus::Given(opened))
 }
 
 /// Opens what the flags ask for.

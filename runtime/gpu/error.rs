@@ -2,6 +2,7 @@
 
 use ibex_hca::shared_memory::SharedMemoryError;
 
+use super::cuda::CallError;
 use super::pool::PoolError;
 
 /// A call to a [`Gpu`](super::Gpu) that was refused or failed; nothing was started or changed.
@@ -68,6 +69,15 @@ pub enum GpuError {
     /// Memory cannot be shared with another process, or another process's cannot be reached.
     #[error(transparent)]
     Shared(SharedMemoryError),
+    /// A call of the CUDA driver failed.
+    #[error(transparent)]
+    Cuda(#[from] CallError),
+    /// Memory of a GPU that this one does not reach.
+    #[error("this gpu does not reach the memory of gpu {}: no peer access", super::cuda::Uuid(*.uuid))]
+    NoPeerAccess {
+        /// The other GPU.
+        uuid: [u8; 16],
+    },
     /// The GPU was dropped with work queued that has not run.
     #[error("the gpu was dropped before the work ran")]
     Dropped,

@@ -24,8 +24,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::pool::Pool;
 use super::{
-    ARGS_LEN_MAX, CaptureError, DeviceMemory, Event, Gpu, GpuError, GpuField, GpuId, Graph, Launch, Stream,
-    WARPS_PER_BLOCK_MAX,
+    ARGS_LEN_MAX, CaptureError, DeviceMemory, Event, Gpu, GpuError, GpuField, GpuId, Graph, Launch,
+    Reachable, Stream, WARPS_PER_BLOCK_MAX,
 };
 use crate::time::sleep;
 use capture::{CapturedMark, Plan};
@@ -34,12 +34,13 @@ pub use memory::Backing;
 use memory::{Allocations, Mapping};
 use queue::{FrozenLaunch, Marker, Queues, Ready, StreamIdx, Token};
 
-mod capture;
+pub(super) mod capture;
 mod executor;
 mod memory;
 #[cfg(test)]
 mod order_tests;
-mod queue;
+pub(super) mod queue;
+pub(super) mod raw;
 #[cfg(test)]
 mod tests;
 
@@ -212,6 +213,12 @@ impl Gpu for HostGpu {
     fn alloc_pinned(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError> {
         // Host memory is all there is, and nothing moves it.
         self.alloc(len, align)
+    }
+
+    #[expect(unsafe_code, reason = "the trait's contract about the life of a mapping")]
+    unsafe fn reach(&self, addr: u64, len: usize, _: Reachable) -> Result<DeviceMemory, GpuError> {
+        // Kernels run in this process and see what it sees.
+        Ok(DeviceMemory::new(addr, len, Box::new(())))
     }
 
     fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError> {

@@ -1,7 +1,7 @@
 //! The seam to a GPU: memory, streams, events, launches and captured graphs.
 //!
 //! [`Gpu`] is all that the rest of the runtime knows of the machine that runs kernels. [`HostGpu`]
-//! runs the same kernel source on the CPU.
+//! runs the same kernel source on the CPU, [`CudaGpu`] on a GPU.
 //!
 //! Who owns what: a [`DeviceMemory`] owns its bytes and gives them back when dropped, but not
 //! before every launch that was queued on its GPU has finished. Kernels, the HCA and other ranks
@@ -27,6 +27,7 @@ pub mod host;
 pub mod image;
 pub mod pool;
 
+pub use cuda::{CudaGpu, CudaMemory, CudaOptions};
 pub use error::{CaptureError, GpuError, GpuField, HandleKind};
 pub use host::{Backing, HostGpu};
 pub use pool::{ARGS_LEN_MAX, WARPS_PER_BLOCK_MAX};
@@ -54,6 +55,17 @@ pub enum KernelId {
     DispatchFp8 = 8,
     /// Results back, summed at the expert's side first.
     CombineReduced = 9,
+    /// [`KernelId::DispatchBf16`] of all ranks of a group in one launch, as its siblings below: for sanitizers, which
+    /// may run launches one after the other.
+    GroupDispatchBf16 = 10,
+    /// [`KernelId::DispatchFp8`] of all ranks.
+    GroupDispatchFp8 = 11,
+    /// [`KernelId::CombineExact`] of all ranks.
+    GroupCombineExact = 12,
+    /// [`KernelId::CombineReduced`] of all ranks.
+    GroupCombineReduced = 13,
+    /// [`KernelId::Expert`] of all ranks.
+    GroupExpert = 14,
 }
 
 /// One kernel launch as a caller describes it.
@@ -67,6 +79,15 @@ pub struct Launch<'a> {
     pub blocks: u32,
     /// Warps of each block, 1 to [`WARPS_PER_BLOCK_MAX`].
     pub warps_per_block: u32,
+}
+
+/// What stands behind addresses that kernels are to reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reachable {
+    /// Memory of the host.
+    Memory,
+    /// Registers of a device.
+    Registers,
 }
 
 /// A machine that runs kernels.
@@ -86,6 +107,17 @@ pub trait Gpu: Send + Sync {
     /// # Errors
     /// As [`Gpu::alloc`].
     fn alloc_pinned(&self, len: usize, align: usize) -> Result<DeviceMemory, GpuError>;
+
+    /// Lets kernels reach `len` bytes at `addr` that the host or a device has mapped into this process, such as a
+    /// doorbell page. The result says where kernels see them, and ends the reach when it is dropped.
+    ///
+    /// # Errors
+    /// What the driver refused: for registers, the right to map them.
+    ///
+    /// # Safety
+    /// The pages around the range stay mapped until the result is dropped, and are expected to change at any time.
+    #[expect(unsafe_code, reason = "only the caller knows how long a mapping lives")]
+    unsafe fn reach(&self, addr: u64, len: usize, what: Reachable) -> Result<DeviceMemory, GpuError>;
 
     /// Copies `bytes` to `addr` and returns when they stand there. Not ordered with streams.
     ///
@@ -137,9 +169,13 @@ pub trait Gpu: Send + Sync {
     fn store_u64(&self, addr: u64, value: u64) -> Result<(), GpuError>;
 
     /// Makes a stream: a queue of work that runs in order. Dropping it lets queued work finish.
+    ///
+    /// One that the machine refused answers every use with that refusal.
     fn stream(&self) -> Stream;
 
     /// Makes an event: a mark that streams and the host can ask for. A fresh one counts as completed.
+    ///
+    /// One that the machine refused answers every use with that refusal.
     fn event(&self) -> Event;
 
     /// Marks the work queued on `stream` so far; an earlier mark of the same event is forgotten.

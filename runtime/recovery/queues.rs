@@ -19,10 +19,12 @@ use super::control::{CONTROL_SQ_LOG, ControlQueue};
 use crate::buffer::{OwnedPd, bytes};
 use crate::config::{RcTimers, SQ_DEPTH_LOG, ValidConfig, min_sq_depth_log};
 use crate::error::{ConfigError, Error, Limit};
-use crate::gpu::{DeviceMemory, Gpu};
+use crate::gpu::{DeviceMemory, Gpu, Reachable};
 use crate::ids::{Lane, Rank};
 use crate::layout::{LINE, PAGE, Plan, qp_slot};
 
+/// Bytes of a doorbell register.
+const DOORBELL_LEN: usize = 8;
 /// Bytes of a WQE basic block.
 const WQEBB: u64 = 64;
 /// Control memory is sized for every slot at this many times its depth, so that a deeper queue can be carved while
@@ -73,6 +75,8 @@ impl Queue {
 /// The place a queue pair lives.
 pub(super) struct Slot {
     pub(super) doorbell: DoorbellPage,
+    /// The register as kernels see it.
+    pub(super) register: DeviceMemory,
     pub(super) incarnation: u32,
     pub(super) queue: Option<Queue>,
 }
@@ -152,7 +156,15 @@ impl PeerQueues {
         for _ in 0..u64::from(plan.lanes) * plan.num_qps() {
             // Registers taken so far are given back on drop if one is refused.
             let doorbell = hca.alloc_doorbell()?;
-            queues.slots.push(Slot { doorbell, incarnation: 0, queue: None });
+            let register = match reach_doorbell(gpu, &**hca, doorbell) {
+                Ok(register) => register,
+                Err(refused) => {
+                    // The register that has no slot yet; its refusal to go would change nothing.
+                    let _ = hca.free_doorbell(doorbell);
+                    return Err(refused);
+                }
+            };
+            queues.slots.push(Slot { doorbell, register, incarnation: 0, queue: None });
         }
         Ok(queues)
     }
@@ -357,7 +369,7 @@ impl PeerQueues {
             sq: queue.ring.addr(),
             // The record is {receive counter, send counter}, 4 bytes each.
             doorbell_record: queue.record.addr() + 4,
-            doorbell: place.doorbell.register,
+            doorbell: place.register.addr(),
             cqe: queue.cqe.addr(),
             sq_mask: (1 << queue.sq_log) - 1,
             qpn_be: (queue.qpn?.get() << 8).to_be(),
@@ -399,6 +411,14 @@ impl Drop for PeerQueues {
             let _ = self.hca.free_doorbell(slot.doorbell);
         }
     }
+}
+
+/// Lets kernels ring a doorbell.
+#[expect(unsafe_code, reason = "a device's pages are mapped by the device; it keeps them while it lives")]
+fn reach_doorbell(gpu: &dyn Gpu, hca: &dyn Hca, page: DoorbellPage) -> Result<DeviceMemory, Error> {
+    let what = if hca.doorbells_are_registers() { Reachable::Registers } else { Reachable::Memory };
+    // SAFETY: devices keep doorbell pages mapped until they are dropped, and `PeerQueues` holds its device.
+    Ok(unsafe { gpu.reach(page.register, DOORBELL_LEN, what) }?)
 }
 
 /// Registers the memory that kernels post through.

@@ -54,7 +54,7 @@ pub use regroup::Regroup;
 pub use store_board::{Bell, BoardClaim, GroupName, StoreBoard};
 pub use switch::Switch;
 pub use tensors::Tensors;
-pub use world::{DeviceWrapper, Replacement, World, WorldOptions};
+pub use world::{DeviceWrapper, Gpus, Replacement, World, WorldOptions};
 
 use calls::IndexPool;
 use gate::Steps;

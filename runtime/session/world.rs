@@ -6,11 +6,14 @@
 //! Devices of another kind ([`DeviceWrapper::given`]) work by themselves; then there is no fabric of ours between them.
 //!
 //! Workers that run kernels also step the devices and send the signs of life whenever their fibers wait, so there is
-//! no thread beside them; a simulation does all of it on the caller's thread.
+//! no thread beside them; a simulation does all of it on the caller's thread. Where GPUs are given ([`Gpus::Given`]),
+//! one thread does.
 
+use core::time::Duration;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 
 use ibex_hca::emulated::{
     Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, PathState, Placement, PortId,
@@ -20,11 +23,17 @@ use parking_lot::{Mutex, RwLock};
 
 use super::Session;
 use crate::config::{Config, Link, ValidConfig};
-use crate::error::{ConfigError, Error, Limit, Violation};
+use crate::error::{ConfigError, Error, Limit, OsError, Violation};
 use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
 use crate::gpu::{Backing, Gpu, HostGpu};
 use crate::ids::Rank;
 use crate::membership::RankSet;
+use crate::time::{now_ns, sleep};
+
+/// Looks without work after which the thread that steps devices sleeps between looks. Chosen: some milliseconds.
+const IDLE_SPINS: u32 = 20_000;
+/// How long it sleeps then: less than a step's latency matters to, as no step runs.
+const IDLE_SLEEP: Duration = Duration::from_micros(50);
 
 /// How a [`World`] runs.
 #[derive(Clone, Debug)]
@@ -46,6 +55,57 @@ pub struct WorldOptions {
     pub backing: Backing,
     /// What stands between a session and its device.
     pub devices: DeviceWrapper,
+    /// What runs kernels.
+    pub gpus: Gpus,
+}
+
+/// What runs the kernels of each rank.
+#[derive(Clone, Default)]
+pub enum Gpus {
+    /// The processors of this machine, as fibers; they also step emulated devices.
+    #[default]
+    Host,
+    /// These, one per rank, in order. They work by themselves, and a thread steps emulated devices, whose work must lie
+    /// in memory that the host reaches ([`CudaMemory::HostMapped`](crate::gpu::CudaMemory)).
+    Given(Vec<Arc<dyn Gpu>>),
+}
+
+impl Gpus {
+    /// The GPU of one rank.
+    fn of(&self, rank: Rank, pool: &Arc<Pool>, backing: Backing) -> Arc<dyn Gpu> {
+        match self {
+            Self::Host => Arc::new(HostGpu::new(Arc::clone(pool), rank.0.into()).with_backing(backing)),
+            Self::Given(gpus) => Arc::clone(&gpus[rank.index()]),
+        }
+    }
+
+    const fn are_given(&self) -> bool {
+        matches!(self, Self::Given(_))
+    }
+
+    /// Given ones must be as many as ranks, and cannot be simulated.
+    fn validate(&self, options: &WorldOptions, num_ranks: u32) -> Result<(), ConfigError> {
+        let Self::Given(gpus) = self else { return Ok(()) };
+        let wanted = if options.simulation.is_some() { 0 } else { u64::from(num_ranks) };
+        exactly("gpus", gpus.len() as u64, wanted)
+    }
+}
+
+impl fmt::Debug for Gpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("Host"),
+            Self::Given(gpus) => write!(f, "Given({})", gpus.len()),
+        }
+    }
+}
+
+/// There is one right number of something.
+fn exactly(field: &'static str, value: u64, right: u64) -> Result<(), ConfigError> {
+    if value == right {
+        return Ok(());
+    }
+    Err(ConfigError { field, value: value.into(), limit: Limit::Range { min: right, max: right } })
 }
 
 /// Puts something between each session and its device: scripted faults, a recorder; or another device in its place.
@@ -99,19 +159,8 @@ impl DeviceWrapper {
     /// Given devices must be as many as ranks, and cannot be simulated.
     fn validate(&self, options: &WorldOptions, num_ranks: u32) -> Result<(), ConfigError> {
         let Wrapper::Instead(devices) = &self.0 else { return Ok(()) };
-        let count = devices.len() as u64;
-        let exactly = |field, value: u64, right| ConfigError {
-            field,
-            value: value.into(),
-            limit: Limit::Range { min: right, max: right },
-        };
-        if count != u64::from(num_ranks) {
-            return Err(exactly("devices", count, num_ranks.into()));
-        }
-        match options.simulation {
-            Some(_) => Err(exactly("devices", count, 0)),
-            None => Ok(()),
-        }
+        let wanted = if options.simulation.is_some() { 0 } else { u64::from(num_ranks) };
+        exactly("devices", devices.len() as u64, wanted)
     }
 }
 
@@ -136,6 +185,7 @@ impl Default for WorldOptions {
             members: None,
             backing: Backing::default(),
             devices: DeviceWrapper::default(),
+            gpus: Gpus::default(),
         }
     }
 }
@@ -223,6 +273,46 @@ impl Progress for Agents {
     }
 }
 
+/// A thread that steps devices while kernels run elsewhere; it ends when this is dropped.
+struct Stepper {
+    is_over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Stepper {
+    fn start(agents: &Arc<Agents>) -> Result<Self, Error> {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (agents, over) = (Arc::clone(agents), Arc::clone(&is_over));
+        let run = move || {
+            let mut idle: u32 = 0;
+            while !over.load(Ordering::Relaxed) {
+                match agents.progress(0, now_ns(), 0) {
+                    Progressed::Worked => idle = 0,
+                    Progressed::Idle { .. } => idle = idle.saturating_add(1),
+                }
+                if idle > IDLE_SPINS {
+                    sleep(IDLE_SLEEP);
+                }
+            }
+        };
+        let spawned = std::thread::Builder::new().name("ibex-devices".into()).spawn(run);
+        let thread = spawned.map_err(|error| {
+            Error::Os(OsError { call: "pthread_create", errno: error.raw_os_error().unwrap_or(0) })
+        })?;
+        Ok(Self { is_over, thread: Some(thread) })
+    }
+}
+
+impl Drop for Stepper {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It has panicked already where it could, and said so.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Choices drawn from one random word: splitmix64.
 struct Choices(u64);
 
@@ -284,6 +374,7 @@ impl Choices {
 pub struct World {
     // Sessions first: they destroy their queue pairs while devices and pool still run.
     sessions: Vec<Arc<Session>>,
+    _stepper: Option<Stepper>,
     agents: Arc<Agents>,
     fabric: Arc<Fabric>,
     pool: Arc<Pool>,
@@ -298,6 +389,7 @@ impl World {
     pub fn new(config: &Config, options: &WorldOptions) -> Result<Self, Error> {
         let config = config.validate()?;
         options.devices.validate(options, config.num_ranks)?;
+        options.gpus.validate(options, config.num_ranks)?;
         let fabric = Fabric::inproc(FabricConfig {
             seed: options.simulation.unwrap_or(1),
             placement: options.placement,
@@ -319,16 +411,17 @@ impl World {
         let progress: Arc<dyn Progress> = Arc::clone(&agents) as _;
         let pool =
             Arc::new(Pool::new(pool_config.with_progress(progress)).map_err(crate::gpu::GpuError::from)?);
+        // Before the first queue pair exists: connecting waits for devices too.
+        let stepper = options.gpus.are_given().then(|| Stepper::start(&agents)).transpose()?;
         let mut sessions = Vec::new();
         for rank in 0..config.num_ranks {
-            let gpu = HostGpu::new(Arc::clone(&pool), rank).with_backing(options.backing);
-            let gpu: Arc<dyn Gpu> = Arc::new(gpu);
+            let gpu = options.gpus.of(Rank(rank as u16), &pool, options.backing);
             let hca = options.devices.device_of(Rank(rank as u16), &agents.devices);
             sessions.push(Arc::new(Session::new(&config, Rank(rank as u16), gpu, hca)?));
         }
         *agents.sessions.write() = sessions.iter().map(Arc::downgrade).collect();
         let members = options.members.unwrap_or(RankSet::first(config.num_ranks));
-        let world = Self { sessions, agents, fabric, pool, members: Mutex::new(members) };
+        let world = Self { sessions, _stepper: stepper, agents, fabric, pool, members: Mutex::new(members) };
         let base_seq = vec![[options.first_seq; 2]; config.lanes as usize];
         for rank in &world.sessions {
             rank.start_at(&base_seq)?;

@@ -370,4 +370,10 @@ struct ExpertArgs {
   uint32_t wire_dtype, scale_kind;
 };
 
+/// One launch that is the launches of all ranks: what a sanitizer runs that allows no second launch beside one.
+struct GroupArgs {
+  const void* args;              ///< [num_ranks]: each rank's own argument struct, in device memory
+  uint32_t num_ranks, reserved;
+};
+
 }  // namespace ibex

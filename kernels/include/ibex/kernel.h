@@ -14,6 +14,18 @@
 #include "ibex/defs.h"
 #include "ibex/warp.h"
 
+namespace ibex {
+
+/// A body that runs all ranks of a group in one launch: an equal share of the blocks, and arguments of its own, each.
+template <class Args, void (*kBody)(const Args&, BlockRange), class Group>
+IBEX_DEV void group_body(const Group& group, BlockRange blocks) {
+  const uint32_t share = blocks.num / group.num_ranks;
+  const Args* const args = static_cast<const Args*>(group.args);
+  kBody(args[blocks.idx / share], BlockRange{blocks.idx % share, share});
+}
+
+}  // namespace ibex
+
 #if defined(IBEX_CUDA)
 
 #define IBEX_KERNEL(name, Args, body, threads_max, blocks_per_sm)                                   \

@@ -842,6 +842,19 @@ device_struct! {
     }
 }
 
+device_struct! {
+    /// One launch that is the launches of all ranks, each with an equal share of the blocks.
+    #[repr(C)]
+    pub struct GroupArgs {
+        /// Each rank's own argument struct, one behind the other, in device memory.
+        pub args: u64,
+        /// Ranks of the group.
+        pub num_ranks: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
 /// Size and field offsets of every structure, under the C++ names; what the parity test compares.
 pub fn layout_table() -> Vec<(String, usize)> {
     let mut table = Vec::new();
@@ -878,6 +891,7 @@ pub fn layout_table() -> Vec<(String, usize)> {
         CombineArgs,
         PostArgs,
         ExpertArgs,
+        GroupArgs,
     );
     table
 }

@@ -18,7 +18,7 @@ use ibex::harness::{Rig, RigRank, on_all_cores};
 use ibex::ids::{Lane, Rank};
 use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::{InputKey, RankInput};
-use ibex::session::{DeviceWrapper, WorldOptions};
+use ibex::session::{DeviceWrapper, Gpus, WorldOptions};
 use ibex::time::sleep;
 use ibex_hca::emulated::Doorbells;
 
@@ -73,7 +73,8 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
         let because = "packets of real devices are seen on the wire only";
         return Err(CliError::Conflict { one: "--pcap", other: "--provider mlx5", because });
     }
-    let bench = Bench::new(&args.shared, config, devices.wrapper(), args.corrupt)?;
+    let gpus = provider::gpus(&args.shared.machine, config.num_ranks)?;
+    let bench = Bench::new(&args.shared, config, devices.wrapper(), gpus, args.corrupt)?;
     let (world, is_simulation) = (bench.rig.world(), args.shared.machine.fabric() == FabricKind::Sim);
     let pcap = Pcap::start(args.pcap.as_deref(), world, is_simulation)?;
     let samples = bench.run()?;
@@ -117,6 +118,7 @@ impl<'a> Bench<'a> {
         flags: &'a Shared,
         config: ValidConfig,
         devices: DeviceWrapper,
+        gpus: Gpus,
         corrupt: bool,
     ) -> Result<Self, Error> {
         let is_simulation = flags.machine.fabric() == FabricKind::Sim;
@@ -124,6 +126,7 @@ impl<'a> Bench<'a> {
             doorbells: if flags.check { Doorbells::Strict } else { Doorbells::Record },
             simulation: is_simulation.then_some(flags.seed),
             devices,
+            gpus,
             ..WorldOptions::default()
         };
         let rig = Rig::new(&config, &options)?;
@@ -133,7 +136,9 @@ impl<'a> Bench<'a> {
 
     fn run(&self) -> Result<Samples, Error> {
         let mut samples = Samples::default();
-        let mut floor = (self.flags.machine.fabric() == FabricKind::Inproc).then(Floor::new);
+        let machine = &self.flags.machine;
+        // The processors' copies are no floor of what a GPU does.
+        let mut floor = (machine.fabric() == FabricKind::Inproc && !machine.is_cuda()).then(Floor::new);
         let total = self.flags.warmup + self.flags.iters;
         let mut progress = Progress::new("step", total);
         for iteration in 0..total {

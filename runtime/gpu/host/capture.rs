@@ -21,25 +21,25 @@ use super::queue::{FrozenLaunch, StreamIdx};
 
 /// A finished recording.
 #[derive(Debug)]
-pub(super) struct Plan {
-    pub(super) nodes: Vec<PlanNode>,
+pub(in crate::gpu) struct Plan {
+    pub(in crate::gpu) nodes: Vec<PlanNode>,
 }
 
 /// One launch of a graph.
 #[derive(Debug)]
-pub(super) struct PlanNode {
-    pub(super) launch: Arc<FrozenLaunch>,
-    pub(super) successors: Vec<u32>,
-    pub(super) num_predecessors: u32,
+pub(in crate::gpu) struct PlanNode {
+    pub(in crate::gpu) launch: Arc<FrozenLaunch>,
+    pub(in crate::gpu) successors: Vec<u32>,
+    pub(in crate::gpu) num_predecessors: u32,
 }
 
 /// Names one capture of a GPU; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct CaptureId(u64);
+pub(in crate::gpu) struct CaptureId(u64);
 
 /// What an event recorded in a captured stream stands for.
 #[derive(Debug, Clone)]
-pub(super) struct CapturedMark {
+pub(in crate::gpu) struct CapturedMark {
     capture: CaptureId,
     tips: BTreeSet<u32>,
 }
@@ -56,23 +56,28 @@ struct Capture {
 }
 
 /// Captures in progress on one GPU.
-pub(super) struct Captures {
+pub(in crate::gpu) struct Captures {
     open: BTreeMap<CaptureId, Capture>,
     begun: u64,
 }
 
 impl Captures {
-    pub(super) fn new() -> Self {
+    pub(in crate::gpu) fn new() -> Self {
         Self { open: BTreeMap::new(), begun: 0 }
     }
 
     /// Captures begun so far.
-    pub(super) fn begun(&self) -> u64 {
+    pub(in crate::gpu) fn begun(&self) -> u64 {
         self.begun
     }
 
-    pub(super) fn is_capturing(&self, stream: StreamIdx) -> bool {
+    pub(in crate::gpu) fn is_capturing(&self, stream: StreamIdx) -> bool {
         self.find(stream).is_some()
+    }
+
+    /// Whether anything is being captured.
+    pub(in crate::gpu) fn is_any_open(&self) -> bool {
+        !self.open.is_empty()
     }
 
     fn find(&self, stream: StreamIdx) -> Option<CaptureId> {
@@ -83,7 +88,7 @@ impl Captures {
         self.open.iter_mut().find(|(_, capture)| capture.tips.contains_key(&stream)).map(|(&id, c)| (id, c))
     }
 
-    pub(super) fn begin(&mut self, stream: StreamIdx) -> Result<(), CaptureError> {
+    pub(in crate::gpu) fn begin(&mut self, stream: StreamIdx) -> Result<(), CaptureError> {
         if self.is_capturing(stream) {
             return Err(CaptureError::AlreadyCapturing);
         }
@@ -94,7 +99,7 @@ impl Captures {
     }
 
     /// Records a launch behind the stream's tips.
-    pub(super) fn push(&mut self, stream: StreamIdx, launch: FrozenLaunch) {
+    pub(in crate::gpu) fn push(&mut self, stream: StreamIdx, launch: FrozenLaunch) {
         let (_, capture) = self.of(stream).expect("the caller checked that the stream is captured");
         // CAST: the nodes of a graph are held in memory, 2^32 of them do not fit.
         let node = capture.nodes.len() as u32;
@@ -104,13 +109,17 @@ impl Captures {
     }
 
     /// What an event recorded now in `stream` marks; none if the stream is not captured.
-    pub(super) fn mark(&self, stream: StreamIdx) -> Option<CapturedMark> {
+    pub(in crate::gpu) fn mark(&self, stream: StreamIdx) -> Option<CapturedMark> {
         let id = self.find(stream)?;
         Some(CapturedMark { capture: id, tips: self.open[&id].tips[&stream].clone() })
     }
 
     /// Lets `stream` wait for captured work; it joins that capture.
-    pub(super) fn wait(&mut self, stream: StreamIdx, mark: &CapturedMark) -> Result<(), CaptureError> {
+    pub(in crate::gpu) fn wait(
+        &mut self,
+        stream: StreamIdx,
+        mark: &CapturedMark,
+    ) -> Result<(), CaptureError> {
         if self.find(stream).is_some_and(|id| id != mark.capture) {
             return Err(CaptureError::ForeignEvent);
         }
@@ -120,7 +129,7 @@ impl Captures {
         Ok(())
     }
 
-    pub(super) fn end(&mut self, stream: StreamIdx) -> Result<Plan, CaptureError> {
+    pub(in crate::gpu) fn end(&mut self, stream: StreamIdx) -> Result<Plan, CaptureError> {
         let id = self.find(stream).ok_or(CaptureError::NotCapturing)?;
         if self.open[&id].origin != stream {
             return Err(CaptureError::NotTheOrigin);
@@ -134,7 +143,7 @@ impl Captures {
     }
 
     /// The stream is gone. A capture without its origin can never end.
-    pub(super) fn abandon(&mut self, stream: StreamIdx) {
+    pub(in crate::gpu) fn abandon(&mut self, stream: StreamIdx) {
         self.open.retain(|_, capture| capture.origin != stream);
         if let Some((_, capture)) = self.of(stream) {
             capture.tips.remove(&stream);

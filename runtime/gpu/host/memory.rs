@@ -13,12 +13,13 @@
 )]
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use ibex_hca::shared_memory::{PeerAccess, PeerRegion, SharedMemoryError, SharedRegion};
 use parking_lot::{Mutex, RwLock};
 
 use super::super::{GpuError, GpuField};
+use super::raw;
 
 /// Pages of x86-64.
 const PAGE: usize = 4096;
@@ -212,17 +213,17 @@ impl Allocations {
 
     pub(super) fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError> {
         // SAFETY: `with_live` has checked that the range stays mapped during the call.
-        self.with_live(addr, bytes.len(), || unsafe { copy_in(addr as usize, bytes) })
+        self.with_live(addr, bytes.len(), || unsafe { raw::copy_in(addr as usize, bytes) })
     }
 
     pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         // SAFETY: as above.
-        self.with_live(addr, bytes.len(), || unsafe { copy_out(addr as usize, bytes) })
+        self.with_live(addr, bytes.len(), || unsafe { raw::copy_out(addr as usize, bytes) })
     }
 
     pub(super) fn fill(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
         // SAFETY: as above.
-        self.with_live(addr, len, || unsafe { fill_in(addr as usize, byte, len) })
+        self.with_live(addr, len, || unsafe { raw::fill_in(addr as usize, byte, len) })
     }
 
     pub(super) fn load_u32(&self, addr: u64) -> Result<u32, GpuError> {
@@ -275,88 +276,6 @@ impl Allocations {
             return Err(refused);
         }
         Ok(access())
-    }
-}
-
-/// Splits a range into unaligned head, 8-byte words and tail, as byte counts.
-fn split(addr: usize, len: usize) -> (usize, usize, usize) {
-    let head = (addr.next_multiple_of(8) - addr).min(len);
-    let words = (len - head) / 8;
-    (head, words, len - head - words * 8)
-}
-
-/// # Safety
-/// `addr` must be mapped for `bytes.len()` bytes.
-unsafe fn copy_in(addr: usize, bytes: &[u8]) {
-    let (head, words, _) = split(addr, bytes.len());
-    let (head_bytes, rest) = bytes.split_at(head);
-    let (word_bytes, tail_bytes) = rest.split_at(words * 8);
-    // SAFETY: every byte written lies in the caller's range.
-    unsafe {
-        store_bytes(addr, head_bytes);
-        for (i, word) in word_bytes.chunks_exact(8).enumerate() {
-            let mut value = [0; 8];
-            value.copy_from_slice(word);
-            word_at(addr + head + i * 8).store(u64::from_ne_bytes(value), Ordering::Relaxed);
-        }
-        store_bytes(addr + head + words * 8, tail_bytes);
-    }
-}
-
-/// # Safety
-/// `addr` must be mapped for `bytes.len()` bytes.
-unsafe fn copy_out(addr: usize, bytes: &mut [u8]) {
-    let (head, words, _) = split(addr, bytes.len());
-    let (head_bytes, rest) = bytes.split_at_mut(head);
-    let (word_bytes, tail_bytes) = rest.split_at_mut(words * 8);
-    // SAFETY: every byte read lies in the caller's range.
-    unsafe {
-        load_bytes(addr, head_bytes);
-        for (i, word) in word_bytes.chunks_exact_mut(8).enumerate() {
-            let value = word_at(addr + head + i * 8).load(Ordering::Relaxed);
-            word.copy_from_slice(&value.to_ne_bytes());
-        }
-        load_bytes(addr + head + words * 8, tail_bytes);
-    }
-}
-
-/// # Safety
-/// `addr` must be mapped for `len` bytes.
-unsafe fn fill_in(addr: usize, byte: u8, len: usize) {
-    let (head, words, tail) = split(addr, len);
-    let value = u64::from_ne_bytes([byte; 8]);
-    // SAFETY: every byte written lies in the caller's range.
-    unsafe {
-        store_bytes(addr, &[byte; 8][..head]);
-        for i in 0..words {
-            word_at(addr + head + i * 8).store(value, Ordering::Relaxed);
-        }
-        store_bytes(addr + head + words * 8, &[byte; 8][..tail]);
-    }
-}
-
-/// # Safety
-/// `addr` must be a multiple of 8 and mapped for 8 bytes for as long as the result is used.
-unsafe fn word_at<'a>(addr: usize) -> &'a AtomicU64 {
-    // SAFETY: by the contract of this function.
-    unsafe { AtomicU64::from_ptr(addr as *mut u64) }
-}
-
-/// # Safety
-/// `addr` must be mapped for `bytes.len()` bytes.
-unsafe fn store_bytes(addr: usize, bytes: &[u8]) {
-    for (i, &byte) in bytes.iter().enumerate() {
-        // SAFETY: by the contract of this function.
-        unsafe { AtomicU8::from_ptr((addr + i) as *mut u8) }.store(byte, Ordering::Relaxed);
-    }
-}
-
-/// # Safety
-/// `addr` must be mapped for `bytes.len()` bytes.
-unsafe fn load_bytes(addr: usize, bytes: &mut [u8]) {
-    for (i, byte) in bytes.iter_mut().enumerate() {
-        // SAFETY: by the contract of this function.
-        *byte = unsafe { AtomicU8::from_ptr((addr + i) as *mut u8) }.load(Ordering::Relaxed);
     }
 }
 

@@ -24,16 +24,16 @@ pub(super) const STREAM_QUEUE_MAX: usize = 1 << 16;
 
 /// A launch whose arguments can no longer change.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct FrozenLaunch {
-    pub(super) kernel: KernelId,
-    pub(super) args: Box<[u8]>,
-    pub(super) blocks: u32,
-    pub(super) warps_per_block: u32,
+pub(in crate::gpu) struct FrozenLaunch {
+    pub(in crate::gpu) kernel: KernelId,
+    pub(in crate::gpu) args: Box<[u8]>,
+    pub(in crate::gpu) blocks: u32,
+    pub(in crate::gpu) warps_per_block: u32,
 }
 
 /// Names a stream inside its GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct StreamIdx(pub(super) u32);
+pub(in crate::gpu) struct StreamIdx(pub(in crate::gpu) u32);
 
 /// Names a launch that runs: the head of a stream, or one node of the graph at its head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

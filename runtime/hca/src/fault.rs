@@ -252,6 +252,10 @@ impl<H: Hca> Hca for FaultHca<H> {
         reported.or_else(|| self.inner.poll_async_event())
     }
 
+    fn doorbells_are_registers(&self) -> bool {
+        self.inner.doorbells_are_registers()
+    }
+
     fn unrung_wqes(&self) -> Option<u64> {
         self.inner.unrung_wqes()
     }

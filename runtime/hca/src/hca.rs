@@ -116,6 +116,11 @@ pub trait Hca: Send + Sync {
     /// Takes the oldest asynchronous event that has not been taken.
     fn poll_async_event(&self) -> Option<AsyncEvent>;
 
+    /// Whether doorbells are registers of a device, which a GPU maps by another right than memory.
+    fn doorbells_are_registers(&self) -> bool {
+        false
+    }
+
     /// WQEs of which a doorbell record spoke and no doorbell did, counted so far; `None` if the device cannot tell,
     /// as no real one can.
     fn unrung_wqes(&self) -> Option<u64> {

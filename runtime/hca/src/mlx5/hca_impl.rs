@@ -258,6 +258,10 @@ impl Hca for Mlx5Hca {
         Ok(Path { port_num: self.port.port_num, sl: self.config.sl, to, mtu: self.port.mtu })
     }
 
+    fn doorbells_are_registers(&self) -> bool {
+        true
+    }
+
     fn pkey_index(&self) -> u16 {
         self.config.pkey_index
     }

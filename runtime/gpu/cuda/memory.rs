@@ -1,0 +1,353 @@
+//! What a GPU has allocated: where it lives, how the host reaches it, and when it is given back.
+//!
+//! [`Memory`] owns every live block and every dropped one that a queued launch may still name. Blocks on the device are
+//! reached by copies on a stream of their own, which waits for no kernel; blocks on the host by the processor itself.
+//!
+//! INVARIANT: kernels and devices write this memory while we look at it. Host blocks are accessed by atomics only, and
+//! no reference to any block is ever formed.
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::ptr::null_mut;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::super::host::raw;
+use super::super::{GpuError, GpuField};
+use super::calls::CallError;
+use super::context::{Context, OwnedStream};
+
+/// Longest allocation; far beyond any device.
+const ALLOC_LEN_MAX: usize = 1 << 46;
+/// What the driver aligns every allocation to, at least.
+const ALLOC_ALIGN: usize = 256;
+/// Host memory is reached by kernels of every context, at its own address.
+///
+/// SPEC: cuda.h `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`.
+const HOST_ALLOC_FLAGS: u32 = 0x1 | 0x2;
+/// SPEC: cuda.h `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.
+const HOST_REGISTER_FLAGS: u32 = 0x1 | 0x2;
+/// The range is a device's registers, not memory.
+///
+/// SPEC: cuda.h `CU_MEMHOSTREGISTER_IOMEMORY`.
+const HOST_REGISTER_IO: u32 = 0x4;
+
+/// Where an allocation lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Home {
+    Device,
+    Host,
+}
+
+/// One allocation, given back when dropped.
+#[derive(Debug)]
+pub(super) struct Block {
+    context: Arc<Context>,
+    home: Home,
+    /// What the driver gave; what is used begins at the first aligned address in it.
+    base: u64,
+    pub(super) addr: u64,
+    pub(super) len: usize,
+}
+
+impl Block {
+    fn new(context: &Arc<Context>, home: Home, len: usize, align: usize) -> Result<Self, GpuError> {
+        let align = checked_align(len, align)?;
+        let room = len + (align - ALLOC_ALIGN);
+        let _entered = context.enter()?;
+        let base = match home {
+            Home::Device => {
+                let mut base = 0;
+                // SAFETY: a writable address.
+                unsafe { context.calls.mem_alloc(&mut base, room) }?;
+                base
+            }
+            Home::Host => {
+                let mut base: *mut c_void = null_mut();
+                // SAFETY: a writable pointer.
+                unsafe { context.calls.mem_host_alloc(&mut base, room, HOST_ALLOC_FLAGS) }?;
+                base.expose_provenance() as u64
+            }
+        };
+        let addr = base.next_multiple_of(align as u64);
+        Ok(Self { context: Arc::clone(context), home, base, addr, len })
+    }
+
+    /// First byte of what the driver gave, which is what its handles name.
+    pub(super) fn base(&self) -> u64 {
+        self.base
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: given by the driver, given back once.
+        self.context.release(|calls| unsafe {
+            match self.home {
+                Home::Device => calls.mem_free(self.base),
+                Home::Host => calls.mem_free_host(pointer(self.base)),
+            }
+        });
+    }
+}
+
+fn checked_align(len: usize, align: usize) -> Result<usize, GpuError> {
+    let max = ALLOC_LEN_MAX as u64;
+    for (field, value) in [(GpuField::AllocLen, len), (GpuField::AllocAlign, align)] {
+        let value = value as u64;
+        if !(1..=max).contains(&value) {
+            return Err(GpuError::OutOfRange { field, value, min: 1, max });
+        }
+    }
+    if !align.is_power_of_two() {
+        return Err(GpuError::BadAlignment { align });
+    }
+    Ok(align.max(ALLOC_ALIGN))
+}
+
+/// All blocks of one GPU, and the stream that copies to and from them.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// By first address.
+    live: RwLock<BTreeMap<u64, Block>>,
+    /// Dropped by their owners while work was queued.
+    retired: Mutex<Vec<Block>>,
+    /// One copy at a time: whoever waits for the stream waits for its own copy.
+    copies: Mutex<OwnedStream>,
+    context: Arc<Context>,
+}
+
+impl Memory {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, CallError> {
+        Ok(Self {
+            live: RwLock::default(),
+            retired: Mutex::default(),
+            copies: Mutex::new(OwnedStream::new(context)?),
+            context: Arc::clone(context),
+        })
+    }
+
+    /// Allocates zeroed bytes; returns the address of the first.
+    pub(super) fn alloc(&self, home: Home, len: usize, align: usize) -> Result<u64, GpuError> {
+        let block = Block::new(&self.context, home, len, align)?;
+        let addr = block.addr;
+        match home {
+            Home::Device => self.set_on_device(addr, 0, len)?,
+            // SAFETY: the block is ours alone, and `len` bytes long at `addr`.
+            Home::Host => unsafe { raw::fill_in(addr as usize, 0, len) },
+        }
+        self.live.write().insert(addr, block);
+        Ok(addr)
+    }
+
+    /// Ends a block's life; it is given back by [`take_retired`](Self::take_retired).
+    pub(super) fn retire(&self, addr: u64) {
+        // Waits for copies in progress, which hold the table for reading.
+        let block = self.live.write().remove(&addr);
+        self.retired.lock().extend(block);
+    }
+
+    /// Everything retired so far. Call when no queued work can name it, and drop the result without a lock.
+    pub(super) fn take_retired(&self) -> Vec<Block> {
+        std::mem::take(&mut *self.retired.lock())
+    }
+
+    pub(super) fn has_retired(&self) -> bool {
+        !self.retired.lock().is_empty()
+    }
+
+    pub(super) fn live_bytes(&self) -> u64 {
+        self.live.read().values().map(|block| block.len as u64).sum()
+    }
+
+    /// Runs `access` while the range is known to live; it is told where.
+    pub(super) fn with_live<T>(
+        &self,
+        addr: u64,
+        len: usize,
+        access: impl FnOnce(&Block) -> Result<T, GpuError>,
+    ) -> Result<T, GpuError> {
+        let live = self.live.read();
+        let refused = GpuError::NotAllocated { addr, len };
+        let Some((&begin, block)) = live.range(..=addr).next_back() else {
+            return Err(refused);
+        };
+        let (offset, has) = (addr - begin, block.len as u64);
+        if offset > has || len as u64 > has - offset {
+            return Err(refused);
+        }
+        access(block)
+    }
+
+    pub(super) fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError> {
+        self.with_live(addr, bytes.len(), |block| match block.home {
+            // SAFETY: `with_live` has checked the range, and keeps it.
+            Home::Host => Ok(unsafe { raw::copy_in(addr as usize, bytes) }),
+            Home::Device => self.copy(|calls, stream| {
+                // SAFETY: the range lives, the bytes are ours until the copy is over.
+                unsafe { calls.memcpy_htod(addr, bytes.as_ptr().cast(), bytes.len(), stream) }
+            }),
+        })
+    }
+
+    pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
+        self.with_live(addr, bytes.len(), |block| match block.home {
+            // SAFETY: as in `write`.
+            Home::Host => Ok(unsafe { raw::copy_out(addr as usize, bytes) }),
+            Home::Device => self.copy(|calls, stream| {
+                // SAFETY: as in `write`.
+                unsafe { calls.memcpy_dtoh(bytes.as_mut_ptr().cast(), addr, bytes.len(), stream) }
+            }),
+        })
+    }
+
+    pub(super) fn fill(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
+        self.with_live(addr, len, |block| match block.home {
+            // SAFETY: as in `write`.
+            Home::Host => Ok(unsafe { raw::fill_in(addr as usize, byte, len) }),
+            Home::Device => self.set_on_device(addr, byte, len),
+        })
+    }
+
+    fn set_on_device(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
+        // SAFETY: every caller vouches for the range.
+        self.copy(|calls, stream| unsafe { calls.memset_d8(addr, byte, len, stream) })
+    }
+
+    /// Queues one copy and waits for it; an empty one is none.
+    fn copy(
+        &self,
+        queue: impl FnOnce(&super::calls::Calls, *mut c_void) -> Result<(), CallError>,
+    ) -> Result<(), GpuError> {
+        let stream = self.copies.lock();
+        let _entered = self.context.enter()?;
+        queue(&self.context.calls, stream.raw)?;
+        // SAFETY: a live stream.
+        Ok(unsafe { self.context.calls.stream_synchronize(stream.raw) }?)
+    }
+
+    pub(super) fn load_u32(&self, addr: u64) -> Result<u32, GpuError> {
+        self.with_word(addr, 4, |block| match block.home {
+            // SAFETY: live and aligned; everyone accesses this memory atomically.
+            Home::Host => Ok(unsafe { AtomicU32::from_ptr(pointer(addr).cast()) }.load(Ordering::Acquire)),
+            Home::Device => self.copied_word(addr).map(u32::from_ne_bytes),
+        })
+    }
+
+    pub(super) fn store_u32(&self, addr: u64, value: u32) -> Result<(), GpuError> {
+        self.with_word(addr, 4, |block| match block.home {
+            Home::Host => {
+                // SAFETY: as in `load_u32`.
+                unsafe { AtomicU32::from_ptr(pointer(addr).cast()) }.store(value, Ordering::Release);
+                Ok(())
+            }
+            Home::Device => self.copy_word(addr, &value.to_ne_bytes()),
+        })
+    }
+
+    pub(super) fn load_u64(&self, addr: u64) -> Result<u64, GpuError> {
+        self.with_word(addr, 8, |block| match block.home {
+            // SAFETY: as in `load_u32`.
+            Home::Host => Ok(unsafe { AtomicU64::from_ptr(pointer(addr).cast()) }.load(Ordering::Acquire)),
+            Home::Device => self.copied_word(addr).map(u64::from_ne_bytes),
+        })
+    }
+
+    pub(super) fn store_u64(&self, addr: u64, value: u64) -> Result<(), GpuError> {
+        self.with_word(addr, 8, |block| match block.home {
+            Home::Host => {
+                // SAFETY: as in `load_u32`.
+                unsafe { AtomicU64::from_ptr(pointer(addr).cast()) }.store(value, Ordering::Release);
+                Ok(())
+            }
+            Home::Device => self.copy_word(addr, &value.to_ne_bytes()),
+        })
+    }
+
+    /// A word on the device: one copy, which the copy engine does not split.
+    fn copied_word<const N: usize>(&self, addr: u64) -> Result<[u8; N], GpuError> {
+        let mut word = [0; N];
+        // SAFETY: the caller holds the range, and waits for the copy here.
+        self.copy(|calls, stream| unsafe { calls.memcpy_dtoh(word.as_mut_ptr().cast(), addr, N, stream) })?;
+        Ok(word)
+    }
+
+    fn copy_word(&self, addr: u64, word: &[u8]) -> Result<(), GpuError> {
+        // SAFETY: as in `copied_word`.
+        self.copy(|calls, stream| unsafe {
+            calls.memcpy_htod(addr, word.as_ptr().cast(), word.len(), stream)
+        })
+    }
+
+    fn with_word<T>(
+        &self,
+        addr: u64,
+        len: usize,
+        access: impl FnOnce(&Block) -> Result<T, GpuError>,
+    ) -> Result<T, GpuError> {
+        let align = len as u64;
+        if !addr.is_multiple_of(align) {
+            return Err(GpuError::Misaligned { addr, align });
+        }
+        self.with_live(addr, len, access)
+    }
+
+    /// Where a block lives.
+    pub(super) fn home(block: &Block) -> Home {
+        block.home
+    }
+}
+
+fn pointer(addr: u64) -> *mut c_void {
+    // CAST: a 64-bit host.
+    std::ptr::with_exposed_provenance_mut(addr as usize)
+}
+
+/// Host memory of somebody else that kernels reach; taken back when dropped.
+#[derive(Debug)]
+pub(super) struct Registered {
+    context: Arc<Context>,
+    base: u64,
+    /// Where kernels see the first byte of the page.
+    device_base: u64,
+}
+
+impl Registered {
+    /// Registers the pages around a range.
+    ///
+    /// # Safety
+    /// The pages stay mapped until the result is dropped.
+    pub(super) unsafe fn new(
+        context: &Arc<Context>,
+        addr: u64,
+        len: usize,
+        is_io: bool,
+    ) -> Result<Self, CallError> {
+        const PAGE: u64 = 4096;
+        let base = addr / PAGE * PAGE;
+        // CAST: a range of this process.
+        let room = ((addr + len as u64).next_multiple_of(PAGE) - base) as usize;
+        let flags = HOST_REGISTER_FLAGS | if is_io { HOST_REGISTER_IO } else { 0 };
+        let _entered = context.enter()?;
+        // SAFETY: the caller's contract.
+        unsafe { context.calls.mem_host_register(pointer(base), room, flags) }?;
+        let mut this = Self { context: Arc::clone(context), base, device_base: 0 };
+        // SAFETY: registered above, and a writable address.
+        unsafe { context.calls.mem_host_get_device_pointer(&mut this.device_base, pointer(base), 0) }?;
+        Ok(this)
+    }
+
+    /// Where kernels see host address `addr`.
+    pub(super) fn seen_by_kernels(&self, addr: u64) -> u64 {
+        self.device_base + (addr - self.base)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // SAFETY: registered once. A refusal leaves the pages pinned, which harms nobody.
+        self.context.release(|calls| unsafe { calls.mem_host_unregister(pointer(self.base)) });
+    }
+}

@@ -1,0 +1,381 @@
+//! `CudaGpu` on a double of the CUDA driver: sequences of calls, every one of them failing in turn, nothing leaked.
+//!
+//! The double (`cuda/driver.cpp`) is loaded as a driver is, works on host memory, and counts what lives. It judges how
+//! the driver is called; of kernels on a GPU it says nothing.
+#![expect(unsafe_code, reason = "launches hand addresses to kernels")]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
+
+use std::sync::Arc;
+
+use ibex::gpu::cuda::{CudaError, Uuid};
+use ibex::gpu::pool::{Pool, PoolConfig};
+use ibex::gpu::{
+    CaptureError, CudaGpu, CudaMemory, CudaOptions, DeviceMemory, Gpu, GpuError, GpuField, HostGpu, KernelId,
+    Launch, Reachable, Stream,
+};
+
+#[path = "cuda/double.rs"]
+mod double;
+#[path = "cuda/gang.rs"]
+mod gang;
+#[path = "cuda/group.rs"]
+mod group;
+
+use double::Double;
+
+/// Out of memory, as the driver says it.
+const FAILED: i32 = 2;
+
+fn open(double: &Double, memory: CudaMemory) -> CudaGpu {
+    CudaGpu::open(&double.options(memory, 1)).unwrap()
+}
+
+/// The empty kernel: every warp adds one to a word.
+fn count(gpu: &CudaGpu, stream: &Stream, counter: &DeviceMemory, blocks: u32) -> Result<(), GpuError> {
+    let args = counter.addr().to_ne_bytes();
+    let launch = Launch { kernel: KernelId::SelftestEmpty, args: &args, blocks, warps_per_block: 2 };
+    // SAFETY: the bytes are `SelftestEmptyArgs`; every test keeps the counter until its stream is empty.
+    unsafe { gpu.launch(stream, &launch) }
+}
+
+fn refused(double: &Double, options: &CudaOptions) -> CudaError {
+    let error = match CudaGpu::open(options) {
+        Ok(_) => panic!("a machine that cannot run kernels was accepted"),
+        Err(error) => error,
+    };
+    assert_eq!(double.live(), 0, "{error}: something stayed behind");
+    error
+}
+
+#[test]
+fn machines_that_cannot_run_kernels_are_refused_with_the_reason() {
+    let double = Double::new("unfit");
+    let options = double.options(CudaMemory::Device, 1);
+
+    let nowhere = CudaOptions { library: "libibex-is-not-there.so.1".into(), ..options.clone() };
+    let error = refused(&double, &nowhere);
+    assert!(matches!(error, CudaError::NotFound { .. }), "{error}");
+    assert!(error.to_string().contains("libibex-is-not-there"), "{error}");
+
+    let old = Double::old("old");
+    let error = refused(&old, &old.options(CudaMemory::Device, 1));
+    assert!(matches!(error, CudaError::TooOld { .. }), "{error}");
+    assert!(error.to_string().contains("cuLaunchCooperativeKernel"), "{error}");
+
+    double.machine(11_040, 1, 9, -1);
+    let error = refused(&double, &options);
+    assert!(matches!(error, CudaError::TooOldDriver { found: (11, 4) }), "{error}");
+    double.machine(13_000, 0, 9, -1);
+    let error = refused(&double, &options);
+    assert_eq!(error.to_string(), "there is no gpu, the driver has 0");
+    double.machine(13_000, 1, 7, -1);
+    let error = refused(&double, &options);
+    assert_eq!(error.to_string(), "double 0 has compute capability 7, at least 8 is needed");
+    for (attribute, what) in
+        [(95, "cooperative launches"), (41, "unified addressing"), (19, "mapped host memory")]
+    {
+        double.machine(13_000, 1, 9, attribute);
+        let error = refused(&double, &options);
+        assert!(
+            matches!(&error, CudaError::Unfit { what: found, value: 0, min: 1, .. } if *found == what),
+            "{error}"
+        );
+    }
+    double.machine(13_000, 1, 9, -1);
+    let error = refused(&double, &CudaOptions { image: &[], ..options });
+    assert!(matches!(error, CudaError::NoImage), "{error}");
+}
+
+#[test]
+fn a_device_is_chosen_by_what_it_is_and_not_by_its_place() {
+    let double = Double::new("uuid");
+    let options = double.options(CudaMemory::Device, 1);
+    let second = CudaGpu::open(&CudaOptions { uuid: Some([0x11; 16]), ..options.clone() }).unwrap();
+    assert_eq!((second.info().name.as_str(), second.info().pci.as_str()), ("double 1", "0000:1a:00.0"));
+    assert_eq!(second.info().write_ordering, Some(100));
+    drop(second);
+    let error = refused(&double, &CudaOptions { uuid: Some([0x77; 16]), ..options });
+    assert!(matches!(error, CudaError::NoDevice { wanted: Some(_), found: 2 }), "{error}");
+    let uuid = "GPU-77777777-7777-7777-7777-777777777777";
+    assert!(error.to_string().contains(uuid), "{error}");
+    assert_eq!(Uuid([0x77; 16]).to_string(), uuid);
+}
+
+/// Uses everything once. What it made is given back when it returns, so on success it disarms the double first.
+fn use_everything(double: &Double) -> Result<(), Box<dyn std::error::Error>> {
+    let gpu = CudaGpu::open(&double.options(CudaMemory::Device, 1))?;
+    let memory = gpu.alloc(8192, 4096)?;
+    let pinned = gpu.alloc_pinned(64, 64)?;
+    gpu.write(memory.addr(), &[1; 100])?;
+    gpu.read(memory.addr(), &mut [0; 100])?;
+    gpu.fill(memory.addr(), 7, 8192)?;
+    gpu.store_u64(memory.addr(), 1)?;
+    gpu.load_u64(memory.addr())?;
+    let page = ibex_hca::host_memory::HostMemory::new(4096)?;
+    // SAFETY: the page lives longer than its reach.
+    let reach = unsafe { gpu.reach(page.view().addr(0) + 0x800, 8, Reachable::Registers) }?;
+    assert_eq!(reach.addr(), page.view().addr(0) + 0x800);
+    let (stream, side) = (gpu.stream(), gpu.stream());
+    let (fork, join) = (gpu.event(), gpu.event());
+    count(&gpu, &stream, &pinned, 3)?;
+    gpu.record(&fork, &stream)?;
+    gpu.record(&join, &stream)?;
+    gpu.query(&fork)?;
+    gpu.elapsed_ns(&fork, &join)?;
+    gpu.begin_capture(&stream)?;
+    gpu.record(&fork, &stream)?;
+    gpu.wait(&fork, &side)?;
+    count(&gpu, &side, &pinned, 1)?;
+    gpu.record(&join, &side)?;
+    gpu.wait(&join, &stream)?;
+    let graph = gpu.end_capture(&stream)?;
+    gpu.replay(&graph, &stream)?;
+    gpu.synchronize(&stream)?;
+    let handle = gpu.export(memory.addr() + 4096, 4096)?;
+    let mapped = gpu.import(&handle)?;
+    assert_eq!((mapped.addr(), mapped.len()), (memory.addr() + 4096, 4096));
+    gpu.dma_buf(memory.addr(), 8192)?;
+    double.fail(0, 0);
+    Ok(())
+}
+
+#[test]
+fn every_call_that_fails_is_a_typed_error_and_nothing_stays() {
+    let double = Double::new("failing");
+    use_everything(&double).unwrap();
+    assert_eq!(double.live(), 0, "a run without failures leaves nothing");
+    let calls = double.calls();
+    let mut told = Vec::new();
+    for nth in 1.. {
+        double.fail(nth, FAILED);
+        let result = use_everything(&double);
+        assert_eq!(double.live(), 0, "call {nth}: something stayed behind");
+        match result {
+            Ok(()) => {
+                // What fails in taking things back, or asked only for a description, disturbs nobody.
+                if nth > calls.len() as u64 {
+                    break;
+                }
+            }
+            Err(error) => {
+                assert!(error.to_string().contains("CUDA error 2 (out of memory)"), "call {nth}: {error}");
+                told.push(error.to_string());
+            }
+        }
+    }
+    // Every kind of call was seen to fail, but for those that take back or describe.
+    for name in calls.iter().filter(|name| !is_quiet(name)) {
+        assert!(told.iter().any(|error| error.starts_with(&format!("{name} "))), "{name} never failed");
+    }
+}
+
+/// Calls whose failure is nobody's error: what is being given back, and facts that a driver may not know.
+fn is_quiet(name: &str) -> bool {
+    ["Release", "Destroy", "Unload", "Free", "Unregister", "Close", "cuCtxPop", "cuStreamQuery"]
+        .iter()
+        .any(|part| name.contains(part))
+}
+
+#[test]
+fn memory_is_reached_by_copies_on_the_device_and_by_the_processor_on_the_host() {
+    for memory in [CudaMemory::Device, CudaMemory::HostMapped] {
+        let double = Double::new(&format!("memory-{memory:?}"));
+        let gpu = open(&double, memory);
+        let block = gpu.alloc(10_000, 4096).unwrap();
+        assert!(block.addr().is_multiple_of(4096));
+        let mut bytes = [1; 100];
+        gpu.read(block.addr() + 9_900, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 100], "memory comes zeroed");
+        gpu.write(block.addr() + 3, &[5; 9]).unwrap();
+        gpu.fill(block.addr() + 4, 6, 7).unwrap();
+        gpu.store_u32(block.addr() + 16, 0x0102_0304).unwrap();
+        let mut bytes = [0; 20];
+        gpu.read(block.addr(), &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 0, 0, 5, 6, 6, 6, 6, 6, 6, 6, 5, 0, 0, 0, 0, 4, 3, 2, 1]);
+        assert_eq!(gpu.load_u32(block.addr() + 16), Ok(0x0102_0304));
+        gpu.store_u64(block.addr() + 24, u64::MAX - 1).unwrap();
+        assert_eq!(gpu.load_u64(block.addr() + 24), Ok(u64::MAX - 1));
+        let copies = double.calls().iter().filter(|name| name.starts_with("cuMemcpy")).count();
+        assert_eq!(copies == 0, memory == CudaMemory::HostMapped);
+
+        let beyond = GpuError::NotAllocated { addr: block.addr() + 9_999, len: 2 };
+        assert_eq!(gpu.write(block.addr() + 9_999, &[0; 2]), Err(beyond));
+        assert!(matches!(gpu.load_u32(block.addr() + 2), Err(GpuError::Misaligned { align: 4, .. })));
+        assert!(matches!(gpu.alloc(0, 8), Err(GpuError::OutOfRange { field: GpuField::AllocLen, .. })));
+        assert!(matches!(gpu.alloc(8, 24), Err(GpuError::BadAlignment { align: 24 })));
+        assert_eq!(gpu.allocated_bytes(), 10_000);
+        // Host memory has no handle that another process could open.
+        assert_eq!(gpu.export(block.addr(), 8).is_ok(), memory == CudaMemory::Device);
+        drop((block, gpu));
+        assert_eq!(double.live(), 0);
+    }
+}
+
+#[test]
+fn memory_that_queued_work_may_name_is_given_back_when_the_work_is_done() {
+    let double = Double::new("retired");
+    let gpu = open(&double, CudaMemory::Device);
+    let (stream, counter) = (gpu.stream(), gpu.alloc(4, 4).unwrap());
+    let before = double.live();
+    count(&gpu, &stream, &counter, 1).unwrap();
+    double.set_busy(true);
+    drop(counter);
+    assert_eq!((double.live(), gpu.allocated_bytes()), (before, 0));
+    drop(stream);
+    assert_eq!(double.live(), before, "nor does its stream go before its work");
+    double.set_busy(false);
+    let next = gpu.stream();
+    gpu.synchronize(&next).unwrap();
+    assert_eq!(double.live(), before - 1, "the counter and its stream are gone, the next stream is there");
+    drop((gpu, next));
+    assert_eq!(double.live(), 0);
+}
+
+#[test]
+fn a_grid_has_room_for_its_share_of_the_device() {
+    let double = Double::new("share");
+    let shares = |ranks| {
+        let gpu = CudaGpu::open(&double.options(CudaMemory::Device, ranks)).unwrap();
+        let (stream, counter) = (gpu.stream(), gpu.alloc(4, 4).unwrap());
+        count(&gpu, &stream, &counter, gpu.max_coresident_blocks(2)).unwrap();
+        let too_many = count(&gpu, &stream, &counter, gpu.max_coresident_blocks(2) + 1);
+        assert!(
+            matches!(too_many, Err(GpuError::OutOfRange { field: GpuField::Blocks, .. })),
+            "{too_many:?}"
+        );
+        (gpu.max_coresident_blocks(32), gpu.max_coresident_blocks(2), gpu.max_coresident_blocks(33))
+    };
+    assert_eq!(shares(1), (64, 64 * 16, 0));
+    assert_eq!(double.launches(), (1, 1), "a rank alone launches cooperatively");
+    assert_eq!(shares(8), (8, 8 * 16, 0));
+    assert_eq!(double.launches(), (2, 1), "ranks that share cannot ask for the whole device");
+}
+
+/// A GPU whose kernels run on the CPU.
+fn running(name: &str) -> (Double, CudaGpu) {
+    let pool = Arc::new(Pool::new(PoolConfig::real_time(2)).unwrap());
+    let double = Double::new(name).run_kernels(HostGpu::new(pool, 0));
+    let gpu = open(&double, CudaMemory::HostMapped);
+    (double, gpu)
+}
+
+#[test]
+fn streams_and_graphs_run_what_was_launched_in_its_order() {
+    let (double, gpu) = running("graph");
+    let (main, side) = (gpu.stream(), gpu.stream());
+    let (fork, join) = (gpu.event(), gpu.event());
+    let counter = gpu.alloc(4, 4).unwrap();
+    gpu.begin_capture(&main).unwrap();
+    gpu.record(&fork, &main).unwrap();
+    gpu.wait(&fork, &side).unwrap();
+    count(&gpu, &side, &counter, 1).unwrap();
+    gpu.record(&join, &side).unwrap();
+    count(&gpu, &main, &counter, 1).unwrap();
+    gpu.wait(&join, &main).unwrap();
+    count(&gpu, &main, &counter, 3).unwrap();
+    let graph = gpu.end_capture(&main).unwrap();
+    gpu.synchronize(&side).unwrap();
+    assert_eq!(gpu.load_u32(counter.addr()), Ok(0), "capture runs nothing");
+    for _ in 0..100 {
+        gpu.replay(&graph, &main).unwrap();
+    }
+    gpu.synchronize(&main).unwrap();
+    assert_eq!(gpu.load_u32(counter.addr()), Ok(100 * 10));
+    assert_eq!(gpu.captured_args(&graph).unwrap(), vec![counter.addr().to_ne_bytes().to_vec(); 3]);
+    assert_eq!(gpu.captures(), 1);
+    drop((graph, main, side, fork, join, counter, gpu));
+    assert_eq!(double.live(), 0);
+}
+
+#[test]
+fn what_cannot_be_recorded_is_refused_as_on_the_host() {
+    let (double, gpu) = running("capture");
+    let (main, side, event) = (gpu.stream(), gpu.stream(), gpu.event());
+    let counter = gpu.alloc(4, 4).unwrap();
+    let refused = |result: Result<(), GpuError>| match result {
+        Err(GpuError::Capture(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    let end = |stream| refused(gpu.end_capture(stream).map(|_| ()));
+    assert_eq!(end(&main), CaptureError::NotCapturing);
+    gpu.record(&event, &side).unwrap();
+    gpu.begin_capture(&main).unwrap();
+    assert_eq!(refused(gpu.begin_capture(&main)), CaptureError::AlreadyCapturing);
+    assert_eq!(refused(gpu.wait(&event, &main)), CaptureError::ForeignEvent);
+    assert_eq!(refused(gpu.synchronize(&main)), CaptureError::NotWhileCapturing);
+    gpu.record(&event, &main).unwrap();
+    assert_eq!(refused(gpu.query(&event).map(|_| ())), CaptureError::EventCaptured);
+    gpu.wait(&event, &side).unwrap();
+    count(&gpu, &side, &counter, 1).unwrap();
+    assert_eq!(end(&side), CaptureError::NotTheOrigin);
+    assert_eq!(end(&main), CaptureError::Unjoined { unjoined: 1 });
+    assert!(!gpu.is_capturing(&main).unwrap() && !gpu.is_capturing(&side).unwrap());
+    // A capture whose stream is dropped is discarded, and the next one starts afresh.
+    gpu.begin_capture(&main).unwrap();
+    drop(main);
+    let other = HostGpu::new(Arc::new(Pool::new(PoolConfig::real_time(1)).unwrap()), 0);
+    let foreign = gpu.synchronize(&other.stream());
+    assert!(matches!(foreign, Err(GpuError::ForeignHandle { .. })), "{foreign:?}");
+    drop((side, event, counter, gpu));
+    assert_eq!(double.live(), 0);
+}
+
+#[test]
+fn ranks_that_share_a_gpu_dispatch_combine_and_replace_a_peer_through_the_driver() {
+    for config in group::modes(&group::config(3)) {
+        let pool = Arc::new(Pool::new(PoolConfig::real_time(1)).unwrap());
+        let double = Double::new("group").run_kernels(HostGpu::new(pool, 0));
+        let options = double.options(CudaMemory::HostMapped, 3);
+        let open = || Arc::new(CudaGpu::open(&options).unwrap()) as Arc<dyn Gpu>;
+        let rig = group::rig(&config, (0..3).map(|_| open()).collect());
+        group::run(&rig);
+        drop(rig);
+        assert_eq!(double.live(), 0, "{config:?}");
+    }
+}
+
+#[test]
+fn all_ranks_in_one_cooperative_launch_dispatch_and_combine() {
+    for config in group::modes(&group::config(3)) {
+        let pool = Arc::new(Pool::new(PoolConfig::real_time(1)).unwrap());
+        let double = Double::new("gang").run_kernels(HostGpu::new(pool, 0));
+        let gpu = open(&double, CudaMemory::HostMapped);
+        let rig = group::rig(&config, gang::gang(Arc::new(gpu), 3));
+        group::run_eager(&rig);
+        // Three steps of dispatch, expert and combine, each of all ranks at once.
+        assert_eq!(double.launches(), (9, 9), "{config:?}");
+        drop(rig);
+        assert_eq!(double.live(), 0, "{config:?}");
+    }
+}
+
+#[test]
+fn another_librarys_context_and_stream_are_used_and_left_alone() {
+    use std::ffi::c_void;
+    let double = Double::new("lent");
+    let options = double.options(CudaMemory::Device, 1);
+    // SAFETY: cuda.h's signatures; the double is a driver as far as these calls go.
+    let (context, stream) = unsafe {
+        let library = libloading::Library::new(&options.library).unwrap();
+        let retain: libloading::Symbol<'_, unsafe extern "C" fn(*mut *mut c_void, i32) -> i32> =
+            library.get(b"cuDevicePrimaryCtxRetain").unwrap();
+        let create: libloading::Symbol<'_, unsafe extern "C" fn(*mut *mut c_void, u32) -> i32> =
+            library.get(b"cuStreamCreate").unwrap();
+        let push: libloading::Symbol<'_, unsafe extern "C" fn(*mut c_void) -> i32> =
+            library.get(b"cuCtxPushCurrent_v2").unwrap();
+        let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+        assert_eq!((retain(&mut context, 1), push(context), create(&mut stream, 1)), (0, 0, 0));
+        (context, stream)
+    };
+    // SAFETY: both live until the double goes.
+    let gpu = unsafe { CudaGpu::in_context(context, &options) }.unwrap();
+    assert_eq!(gpu.info().name, "double 1", "the context says which device it is on");
+    // SAFETY: as above.
+    let adopted = unsafe { gpu.adopt_stream(stream) };
+    assert_eq!(gpu.raw_stream(&adopted), Ok(stream));
+    let counter = gpu.alloc(4, 4).unwrap();
+    count(&gpu, &adopted, &counter, 1).unwrap();
+    gpu.synchronize(&adopted).unwrap();
+    drop((adopted, counter, gpu));
+    assert_eq!(double.live(), 2, "the caller's context and stream, and nothing of ours");
+}

@@ -1,0 +1,528 @@
+/// A double of the CUDA driver (libcuda.so.1): the calls that `gpu::CudaGpu` makes, on host memory.
+///
+/// It judges sequences of calls: handles must be live and of the right kind, what is created is counted until it is
+/// released, and any call can be made to fail. It says nothing of kernels on a GPU: a launch is counted, or handed to
+/// the test (`Hooks`), which may run the same kernel on the CPU.
+///
+/// Where NVIDIA's header is found, the compiler compares every signature here with it.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#if __has_include(<cuda.h>)
+#define __CUDA_API_VERSION_INTERNAL
+#include <cuda.h>
+#define RESULT(code) static_cast<CUresult>(code)
+#else
+using CUresult = int;
+using CUdevice = int;
+using CUdeviceptr = unsigned long long;
+using CUcontext = struct CUctx_st*;
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
+using CUstream = struct CUstream_st*;
+using CUevent = struct CUevent_st*;
+using CUgraph = struct CUgraph_st*;
+using CUgraphExec = struct CUgraphExec_st*;
+using CUdevice_attribute = int;
+using CUfunction_attribute = int;
+using CUstreamCaptureMode = int;
+using CUmemRangeHandleType = int;
+using cuuint64_t = std::uint64_t;
+struct CUuuid { char bytes[16]; };
+struct CUipcMemHandle { char reserved[64]; };
+#define CUDAAPI
+#define RESULT(code) (code)
+#endif
+
+namespace {
+
+constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidContext = 201, kInvalidHandle = 400, kNotReady = 600;
+
+/// What the test does for the double; null: nothing happens, and everything is done at once.
+struct Hooks {
+  void* ctx;
+  int (*launch)(void* ctx, uint64_t stream, const char* name, const void* args, uint32_t blocks, uint32_t threads);
+  int (*record)(void* ctx, uint64_t event, uint64_t stream);
+  int (*wait)(void* ctx, uint64_t event, uint64_t stream);
+  int (*begin_capture)(void* ctx, uint64_t stream);
+  int (*end_capture)(void* ctx, uint64_t stream, uint64_t graph);
+  int (*replay)(void* ctx, uint64_t graph, uint64_t stream);
+  int (*synchronize)(void* ctx, uint64_t stream);
+  int (*is_idle)(void* ctx, uint64_t stream);
+  int (*is_done)(void* ctx, uint64_t event);
+};
+
+enum Kind { kContext, kModule, kStream, kEvent, kGraph, kExec, kDeviceMemory, kHostMemory, kRegistered, kIpc, kKinds };
+
+struct Object {
+  Kind kind;
+  size_t len = 0;
+};
+
+/// How a test wants its machine.
+struct Machine {
+  int version = 13000;
+  int devices = 2;
+  int capability = 9;
+  int attribute_off = -1;  ///< this attribute reads as 0
+  int busy = 0;            ///< streams have work
+};
+
+std::mutex lock;
+Machine machine;
+Hooks hooks{};
+std::map<uint64_t, Object> objects;
+std::map<uint64_t, int> ipc_opened;
+std::map<uint64_t, std::string> functions;
+std::vector<std::string> calls;
+uint64_t next_handle = 0x1000;
+uint64_t launches = 0, cooperative = 0;
+/// Countdown to the call that fails; 0: none does.
+uint64_t fail_in = 0;
+int fail_code = 0;
+thread_local std::vector<CUcontext> current;
+
+/// Counts a call; whether it is the one that is to fail.
+bool fails(const char* name) {
+  calls.emplace_back(name);
+  return fail_in != 0 && --fail_in == 0;
+}
+
+template <class T>
+T create(Kind kind) {
+  const uint64_t handle = next_handle += 16;
+  objects[handle] = {kind};
+  return reinterpret_cast<T>(handle);
+}
+
+bool is_live(const void* handle, Kind kind) {
+  const auto found = objects.find(reinterpret_cast<uint64_t>(handle));
+  return found != objects.end() && found->second.kind == kind;
+}
+
+/// Ends an object, also where the call is to fail: the driver's release calls report earlier failures.
+int release(uint64_t handle, Kind kind, bool fail) {
+  const auto found = objects.find(handle);
+  if (found == objects.end() || found->second.kind != kind) return kInvalidHandle;
+  objects.erase(found);
+  return fail ? fail_code : 0;
+}
+
+uint64_t id(const void* handle) { return reinterpret_cast<uint64_t>(handle); }
+
+/// Whether `len` bytes at `addr` lie in one live allocation.
+bool is_memory(uint64_t addr, size_t len) {
+  for (const auto& [base, object] : objects) {
+    const bool is_one = object.kind == kDeviceMemory || object.kind == kHostMemory;
+    if (is_one && addr >= base && addr + len <= base + object.len) return true;
+  }
+  return false;
+}
+
+int allocate(uint64_t* addr, size_t len, Kind kind) {
+  if (len == 0 || len > size_t{1} << 34) return kOutOfMemory;
+  // 512 bytes and not a page: callers must align what they need more of.
+  char* room = static_cast<char*>(std::aligned_alloc(4096, (len + 512 + 4095) / 4096 * 4096));
+  std::memset(room, 0xa5, len + 512);
+  *addr = reinterpret_cast<uint64_t>(room) + 512;
+  objects[*addr] = {kind, len};
+  return 0;
+}
+
+int give_back(uint64_t addr, Kind kind, bool fail) {
+  const int answer = release(addr, kind, fail);
+  if (answer != kInvalidHandle) std::free(reinterpret_cast<void*>(addr - 512));
+  return answer;
+}
+
+}  // namespace
+
+/// `BEGIN(name)` in every call: count it, fail it, and ask for a current context where the driver does.
+#define BEGIN(name)                    \
+  const std::lock_guard guard(lock);   \
+  if (fails(name)) return RESULT(fail_code)
+#define BEGIN_IN_CONTEXT(name) \
+  BEGIN(name);                 \
+  if (current.empty()) return RESULT(kInvalidContext)
+#define NEED(condition) \
+  if (!(condition)) return RESULT(kInvalidHandle)
+
+extern "C" {
+
+// ---- What a test says and asks ----
+
+void ibex_double_reset() {
+  const std::lock_guard guard(lock);
+  machine = {};
+  hooks = {};
+  calls.clear();
+  launches = cooperative = fail_in = 0;
+}
+void ibex_double_machine(int version, int devices, int capability, int attribute_off) {
+  const std::lock_guard guard(lock);
+  machine = {version, devices, capability, attribute_off, 0};
+}
+void ibex_double_busy(int busy) { machine.busy = busy; }
+void ibex_double_hook(const Hooks* wanted) { hooks = *wanted; }
+void ibex_double_fail(uint64_t in, int code) {
+  const std::lock_guard guard(lock);
+  fail_in = in;
+  fail_code = code;
+}
+/// The call that failed has been made.
+int ibex_double_has_failed() { return fail_in == 0; }
+uint64_t ibex_double_calls() { return calls.size(); }
+const char* ibex_double_call(uint64_t at) { return calls[at].c_str(); }
+uint64_t ibex_double_live() { return objects.size(); }
+uint64_t ibex_double_launches() { return launches; }
+uint64_t ibex_double_cooperative() { return cooperative; }
+
+// ---- The driver ----
+
+CUresult CUDAAPI cuInit(unsigned int flags) {
+  BEGIN("cuInit");
+  return RESULT(flags == 0 ? 0 : kInvalidValue);
+}
+CUresult CUDAAPI cuDriverGetVersion(int* version) {
+  BEGIN("cuDriverGetVersion");
+  *version = machine.version;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceGetCount(int* count) {
+  BEGIN("cuDeviceGetCount");
+  *count = machine.devices;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceGet(CUdevice* device, int ordinal) {
+  BEGIN("cuDeviceGet");
+  if (ordinal < 0 || ordinal >= machine.devices) return RESULT(101);
+  *device = ordinal;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceGetName(char* name, int len, CUdevice device) {
+  BEGIN("cuDeviceGetName");
+  snprintf(name, static_cast<size_t>(len), "double %d", device);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
+  BEGIN("cuDeviceGetUuid");
+  std::memset(uuid->bytes, 0x10 + device, 16);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceGetPCIBusId(char* name, int len, CUdevice device) {
+  BEGIN("cuDeviceGetPCIBusId");
+  snprintf(name, static_cast<size_t>(len), "0000:%02X:00.0", 0x19 + device);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceTotalMem_v2(size_t* bytes, CUdevice) {
+  BEGIN("cuDeviceTotalMem_v2");
+  *bytes = size_t{1} << 34;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+  BEGIN("cuDeviceGetAttribute");
+  switch (static_cast<int>(attribute)) {
+    case 16: *value = 64; break;                    // multiprocessors
+    case 75: *value = machine.capability; break;    // major
+    case 76: *value = 0; break;                     // minor
+    case 118: *value = 100; break;                  // writes ordered for their owner
+    default: *value = 1;
+  }
+  if (static_cast<int>(attribute) == machine.attribute_off) *value = 0;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDeviceCanAccessPeer(int* can, CUdevice, CUdevice) {
+  BEGIN("cuDeviceCanAccessPeer");
+  *can = 0;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
+  BEGIN("cuDevicePrimaryCtxRetain");
+  *context = create<CUcontext>(kContext);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuDevicePrimaryCtxRelease_v2(CUdevice) {
+  const std::lock_guard guard(lock);
+  const bool fail = fails("cuDevicePrimaryCtxRelease_v2");
+  // One reference among others; which one does not matter.
+  for (const auto& [handle, object] : objects) {
+    if (object.kind == kContext) return RESULT(release(handle, kContext, fail));
+  }
+  return RESULT(kInvalidContext);
+}
+CUresult CUDAAPI cuCtxPushCurrent_v2(CUcontext context) {
+  BEGIN("cuCtxPushCurrent_v2");
+  if (!is_live(context, kContext)) return RESULT(kInvalidContext);
+  current.push_back(context);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuCtxPopCurrent_v2(CUcontext* context) {
+  const std::lock_guard guard(lock);
+  const bool fail = fails("cuCtxPopCurrent_v2");
+  if (current.empty()) return RESULT(kInvalidContext);
+  *context = current.back();
+  current.pop_back();
+  return RESULT(fail ? fail_code : 0);
+}
+CUresult CUDAAPI cuCtxGetDevice(CUdevice* device) {
+  BEGIN_IN_CONTEXT("cuCtxGetDevice");
+  *device = 1;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuModuleLoadData(CUmodule* module, const void* image) {
+  BEGIN_IN_CONTEXT("cuModuleLoadData");
+  NEED(image != nullptr);
+  *module = create<CUmodule>(kModule);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuModuleUnload(CUmodule module) {
+  const std::lock_guard guard(lock);
+  return RESULT(release(id(module), kModule, fails("cuModuleUnload")));
+}
+CUresult CUDAAPI cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  BEGIN_IN_CONTEXT("cuModuleGetFunction");
+  NEED(is_live(module, kModule));
+  const uint64_t handle = next_handle += 16;
+  functions[handle] = name;
+  *function = reinterpret_cast<CUfunction>(handle);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuFuncGetAttribute(int* value, CUfunction_attribute, CUfunction function) {
+  BEGIN_IN_CONTEXT("cuFuncGetAttribute");
+  NEED(functions.count(id(function)) == 1);
+  *value = 64;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction function, int threads, size_t) {
+  BEGIN_IN_CONTEXT("cuOccupancyMaxActiveBlocksPerMultiprocessor");
+  NEED(functions.count(id(function)) == 1);
+  // 1024 threads of 64 registers each fill a multiprocessor.
+  *blocks = 1024 / threads;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemAlloc_v2(CUdeviceptr* addr, size_t len) {
+  BEGIN_IN_CONTEXT("cuMemAlloc_v2");
+  uint64_t at = 0;
+  const int answer = allocate(&at, len, kDeviceMemory);
+  *addr = at;
+  return RESULT(answer);
+}
+CUresult CUDAAPI cuMemFree_v2(CUdeviceptr addr) {
+  const std::lock_guard guard(lock);
+  return RESULT(give_back(addr, kDeviceMemory, fails("cuMemFree_v2")));
+}
+CUresult CUDAAPI cuMemHostAlloc(void** addr, size_t len, unsigned int flags) {
+  BEGIN_IN_CONTEXT("cuMemHostAlloc");
+  NEED((flags & 2) != 0);
+  uint64_t at = 0;
+  const int answer = allocate(&at, len, kHostMemory);
+  *addr = reinterpret_cast<void*>(at);
+  return RESULT(answer);
+}
+CUresult CUDAAPI cuMemFreeHost(void* addr) {
+  const std::lock_guard guard(lock);
+  return RESULT(give_back(id(addr), kHostMemory, fails("cuMemFreeHost")));
+}
+CUresult CUDAAPI cuMemHostRegister_v2(void* addr, size_t len, unsigned int flags) {
+  BEGIN_IN_CONTEXT("cuMemHostRegister_v2");
+  NEED(id(addr) % 4096 == 0 && len % 4096 == 0 && (flags & 2) != 0);
+  // The driver refuses a page that is registered already.
+  if (objects.count(id(addr)) != 0) return RESULT(712);
+  objects[id(addr)] = {kRegistered, len};
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemHostUnregister(void* addr) {
+  const std::lock_guard guard(lock);
+  return RESULT(release(id(addr), kRegistered, fails("cuMemHostUnregister")));
+}
+CUresult CUDAAPI cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned int) {
+  BEGIN_IN_CONTEXT("cuMemHostGetDevicePointer_v2");
+  NEED(is_live(host, kRegistered));
+  *device = id(host);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* len, CUdeviceptr addr) {
+  BEGIN_IN_CONTEXT("cuMemGetAddressRange_v2");
+  for (const auto& [begin, object] : objects) {
+    if (object.kind == kDeviceMemory && addr >= begin && addr < begin + object.len) {
+      *base = begin;
+      *len = object.len;
+      return RESULT(0);
+    }
+  }
+  return RESULT(kInvalidValue);
+}
+CUresult CUDAAPI cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t len, CUstream stream) {
+  BEGIN_IN_CONTEXT("cuMemcpyHtoDAsync_v2");
+  NEED(is_live(stream, kStream) && is_memory(to, len));
+  std::memcpy(reinterpret_cast<void*>(to), from, len);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t len, CUstream stream) {
+  BEGIN_IN_CONTEXT("cuMemcpyDtoHAsync_v2");
+  NEED(is_live(stream, kStream) && is_memory(from, len));
+  std::memcpy(to, reinterpret_cast<const void*>(from), len);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemsetD8Async(CUdeviceptr addr, unsigned char byte, size_t len, CUstream stream) {
+  BEGIN_IN_CONTEXT("cuMemsetD8Async");
+  NEED(is_live(stream, kStream) && is_memory(addr, len));
+  std::memset(reinterpret_cast<void*>(addr), byte, len);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemGetHandleForAddressRange(void* handle, CUdeviceptr addr, size_t len, CUmemRangeHandleType kind,
+                                               unsigned long long) {
+  BEGIN_IN_CONTEXT("cuMemGetHandleForAddressRange");
+  NEED(static_cast<int>(kind) == 1 && is_memory(addr, len));
+  const int fd = memfd_create("ibex-double", MFD_CLOEXEC);
+  if (fd < 0 || ftruncate(fd, static_cast<off_t>(len)) != 0) return RESULT(kOutOfMemory);
+  *static_cast<int*>(handle) = fd;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr addr) {
+  BEGIN_IN_CONTEXT("cuIpcGetMemHandle");
+  NEED(is_live(reinterpret_cast<void*>(addr), kDeviceMemory));
+  std::memset(handle, 0, sizeof *handle);
+  std::memcpy(handle, &addr, sizeof addr);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuIpcOpenMemHandle_v2(CUdeviceptr* addr, CUipcMemHandle handle, unsigned int) {
+  BEGIN_IN_CONTEXT("cuIpcOpenMemHandle_v2");
+  std::memcpy(addr, &handle, sizeof *addr);
+  NEED(is_live(reinterpret_cast<void*>(*addr), kDeviceMemory));
+  ipc_opened[*addr] += 1;
+  objects[*addr + 1] = {kIpc};
+  return RESULT(0);
+}
+CUresult CUDAAPI cuIpcCloseMemHandle(CUdeviceptr addr) {
+  const std::lock_guard guard(lock);
+  const bool fail = fails("cuIpcCloseMemHandle");
+  if (ipc_opened[addr] > 1) return RESULT((--ipc_opened[addr], 0));
+  ipc_opened.erase(addr);
+  return RESULT(release(addr + 1, kIpc, fail));
+}
+CUresult CUDAAPI cuStreamCreate(CUstream* stream, unsigned int flags) {
+  BEGIN_IN_CONTEXT("cuStreamCreate");
+  NEED(flags == 1);
+  *stream = create<CUstream>(kStream);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuStreamDestroy_v2(CUstream stream) {
+  const std::lock_guard guard(lock);
+  return RESULT(release(id(stream), kStream, fails("cuStreamDestroy_v2")));
+}
+CUresult CUDAAPI cuStreamQuery(CUstream stream) {
+  BEGIN("cuStreamQuery");
+  NEED(is_live(stream, kStream));
+  if (machine.busy != 0) return RESULT(kNotReady);
+  if (hooks.is_idle != nullptr && hooks.is_idle(hooks.ctx, id(stream)) == 0) return RESULT(kNotReady);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuEventQuery(CUevent event) {
+  BEGIN("cuEventQuery");
+  NEED(is_live(event, kEvent));
+  if (hooks.is_done != nullptr && hooks.is_done(hooks.ctx, id(event)) == 0) return RESULT(kNotReady);
+  return RESULT(machine.busy != 0 ? kNotReady : 0);
+}
+CUresult CUDAAPI cuStreamSynchronize(CUstream stream) {
+  {
+    BEGIN("cuStreamSynchronize");
+    NEED(is_live(stream, kStream));
+  }
+  // Without the lock: it may take as long as kernels do.
+  return RESULT(hooks.synchronize != nullptr ? hooks.synchronize(hooks.ctx, id(stream)) : 0);
+}
+CUresult CUDAAPI cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int) {
+  BEGIN_IN_CONTEXT("cuStreamWaitEvent");
+  NEED(is_live(stream, kStream) && is_live(event, kEvent));
+  return RESULT(hooks.wait != nullptr ? hooks.wait(hooks.ctx, id(event), id(stream)) : 0);
+}
+CUresult CUDAAPI cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode) {
+  BEGIN_IN_CONTEXT("cuStreamBeginCapture_v2");
+  NEED(is_live(stream, kStream));
+  return RESULT(hooks.begin_capture != nullptr ? hooks.begin_capture(hooks.ctx, id(stream)) : 0);
+}
+CUresult CUDAAPI cuStreamEndCapture(CUstream stream, CUgraph* graph) {
+  BEGIN_IN_CONTEXT("cuStreamEndCapture");
+  NEED(is_live(stream, kStream));
+  *graph = create<CUgraph>(kGraph);
+  const int answer = hooks.end_capture != nullptr ? hooks.end_capture(hooks.ctx, id(stream), id(*graph)) : 0;
+  if (answer != 0) release(id(*graph), kGraph, false);
+  return RESULT(answer);
+}
+CUresult CUDAAPI cuEventCreate(CUevent* event, unsigned int) {
+  BEGIN_IN_CONTEXT("cuEventCreate");
+  *event = create<CUevent>(kEvent);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuEventDestroy_v2(CUevent event) {
+  const std::lock_guard guard(lock);
+  return RESULT(release(id(event), kEvent, fails("cuEventDestroy_v2")));
+}
+CUresult CUDAAPI cuEventRecord(CUevent event, CUstream stream) {
+  BEGIN_IN_CONTEXT("cuEventRecord");
+  NEED(is_live(stream, kStream) && is_live(event, kEvent));
+  return RESULT(hooks.record != nullptr ? hooks.record(hooks.ctx, id(event), id(stream)) : 0);
+}
+CUresult CUDAAPI cuEventElapsedTime(float* ms, CUevent start, CUevent end) {
+  BEGIN("cuEventElapsedTime");
+  NEED(is_live(start, kEvent) && is_live(end, kEvent));
+  *ms = 1.5f;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long) {
+  BEGIN_IN_CONTEXT("cuGraphInstantiateWithFlags");
+  NEED(is_live(graph, kGraph));
+  *exec = create<CUgraphExec>(kExec);
+  // The graph may go before what was made of it; hooks know both by the graph.
+  functions[id(*exec)] = std::to_string(id(graph));
+  return RESULT(0);
+}
+CUresult CUDAAPI cuGraphLaunch(CUgraphExec exec, CUstream stream) {
+  BEGIN_IN_CONTEXT("cuGraphLaunch");
+  NEED(is_live(exec, kExec) && is_live(stream, kStream));
+  const uint64_t graph = std::stoull(functions[id(exec)]);
+  return RESULT(hooks.replay != nullptr ? hooks.replay(hooks.ctx, graph, id(stream)) : 0);
+}
+CUresult CUDAAPI cuGraphExecDestroy(CUgraphExec exec) {
+  const std::lock_guard guard(lock);
+  return RESULT(release(id(exec), kExec, fails("cuGraphExecDestroy")));
+}
+CUresult CUDAAPI cuGraphDestroy(CUgraph graph) {
+  const std::lock_guard guard(lock);
+  return RESULT(release(id(graph), kGraph, fails("cuGraphDestroy")));
+}
+
+static CUresult launch(CUfunction function, unsigned int blocks, unsigned int threads, CUstream stream, void** params) {
+  const auto found = functions.find(id(function));
+  NEED(found != functions.end() && is_live(stream, kStream) && params != nullptr);
+  launches += 1;
+  if (hooks.launch == nullptr) return RESULT(0);
+  return RESULT(hooks.launch(hooks.ctx, id(stream), found->second.c_str(), params[0], blocks, threads));
+}
+CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int, unsigned int,
+                                unsigned int block_x, unsigned int, unsigned int, unsigned int, CUstream stream,
+                                void** params, void**) {
+  BEGIN_IN_CONTEXT("cuLaunchKernel");
+  return launch(function, grid_x, block_x, stream, params);
+}
+#ifndef IBEX_DOUBLE_IS_OLD
+CUresult CUDAAPI cuLaunchCooperativeKernel(CUfunction function, unsigned int grid_x, unsigned int, unsigned int,
+                                           unsigned int block_x, unsigned int, unsigned int, unsigned int,
+                                           CUstream stream, void** params) {
+  BEGIN_IN_CONTEXT("cuLaunchCooperativeKernel");
+  cooperative += 1;
+  return launch(function, grid_x, block_x, stream, params);
+}
+#endif
+
+}  // extern "C"
