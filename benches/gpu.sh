@@ -40,7 +40,7 @@ pack() {
   cp "${BASH_SOURCE[0]}" "$dir/gpu.sh"
   name=$("$dir/ibex" info | sed -n 's/^cuda image *//p')
   echo "packed into $dir; kernels: $name"
-  [[ $name != empty* ]] || { echo "without nvcc there are no kernels to run: install it, and pack again" >&2; return 1; }
+  [[ $name != empty* ]] || { echo "no kernels to run: install nvcc, and pack again" >&2; return 1; }
 }
 
 # row NAME VERDICT SECONDS WHAT
@@ -106,7 +106,8 @@ sanitize() {
 
 machine() {
   date -u '+%Y-%m-%d %H:%M UTC'
-  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
+  local asked=name,driver_version,memory.total,clocks.sm
+  nvidia-smi --query-gpu="$asked" --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
   "$here/ibex" info | sed -n '1,6p'
 }
 
@@ -148,7 +149,10 @@ case ${1:-run} in
 esac
 
 mkdir -p "$out" || exit 2
-[[ -x $here/ibex && -x $here/cuda_device ]] || { echo "no binaries beside this script: $here/gpu.sh pack DIR" >&2; exit 2; }
+if [[ ! -x $here/ibex || ! -x $here/cuda_device ]]; then
+  echo "no binaries beside this script: see its first lines, at pack" >&2
+  exit 2
+fi
 run_all
 {
   machine

@@ -51,7 +51,7 @@ impl Devices {
 ///
 /// # Errors
 /// No driver, no such GPU, or one that cannot run the kernels: refused before anything runs.
-pub(super) fn gpus(machine: &Machine, ranks: u32) -> Result<Gpus, CudaError> {
+pub(super) fn open_gpus(machine: &Machine, ranks: u32) -> Result<Gpus, CudaError> {
     if !machine.is_cuda() {
         return Ok(Gpus::Host);
     }

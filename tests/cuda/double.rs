@@ -1,7 +1,7 @@
 //! Builds and drives the double of the CUDA driver (`driver.cpp`).
 //!
-//! Each [`Double`] is a library of its own with state of its own, so tests run side by side. With [`Double::run_kernels`]
-//! what is launched on it runs on the CPU, by a [`HostGpu`].
+//! Each [`Double`] is a library of its own with state of its own, so tests run side by side. With
+//! [`Double::run_kernels`] what is launched on it runs on the CPU, by a [`HostGpu`].
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
@@ -21,15 +21,15 @@ use libloading::Library;
 /// What kernels are loaded from; the double looks at no byte of it.
 pub(crate) const IMAGE: &[u8] = b"the double reads no images";
 
-/// Compiles the double; one that lacks a call that newer drivers have, if `is_old`.
-fn build(is_old: bool) -> PathBuf {
-    let name = if is_old { "libcuda-old.so" } else { "libcuda-double.so" };
+/// Compiles the double; one that lacks a call that newer drivers have, if `lacks_a_call`.
+fn build(lacks_a_call: bool) -> PathBuf {
+    let name = if lacks_a_call { "libcuda-old.so" } else { "libcuda-double.so" };
     let built = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", std::process::id()));
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda/driver.cpp");
     let mut command = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "g++".into()));
     command.args(["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
     command.arg(&built).arg(source);
-    if is_old {
+    if lacks_a_call {
         command.arg("-DIBEX_DOUBLE_IS_OLD");
     }
     // NVIDIA's header lies beside its compiler: then it judges the signatures.

@@ -153,6 +153,8 @@ int give_back(uint64_t addr, Kind kind, bool fail) {
 #define BEGIN_IN_CONTEXT(name) \
   BEGIN(name);                 \
   if (current.empty()) return RESULT(kInvalidContext)
+/// The name of a call in its second version, as the driver spells it.
+#define SECOND(name) name##_v##2
 #define NEED(condition) \
   if (!(condition)) return RESULT(kInvalidHandle)
 
@@ -223,7 +225,7 @@ CUresult CUDAAPI cuDeviceGetPCIBusId(char* name, int len, CUdevice device) {
   snprintf(name, static_cast<size_t>(len), "0000:%02X:00.0", 0x19 + device);
   return RESULT(0);
 }
-CUresult CUDAAPI cuDeviceTotalMem_v2(size_t* bytes, CUdevice) {
+CUresult CUDAAPI SECOND(cuDeviceTotalMem)(size_t* bytes, CUdevice) {
   BEGIN("cuDeviceTotalMem_v2");
   *bytes = size_t{1} << 34;
   return RESULT(0);
@@ -250,7 +252,7 @@ CUresult CUDAAPI cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
   *context = create<CUcontext>(kContext);
   return RESULT(0);
 }
-CUresult CUDAAPI cuDevicePrimaryCtxRelease_v2(CUdevice) {
+CUresult CUDAAPI SECOND(cuDevicePrimaryCtxRelease)(CUdevice) {
   const std::lock_guard guard(lock);
   const bool fail = fails("cuDevicePrimaryCtxRelease_v2");
   // One reference among others; which one does not matter.
@@ -259,13 +261,13 @@ CUresult CUDAAPI cuDevicePrimaryCtxRelease_v2(CUdevice) {
   }
   return RESULT(kInvalidContext);
 }
-CUresult CUDAAPI cuCtxPushCurrent_v2(CUcontext context) {
+CUresult CUDAAPI SECOND(cuCtxPushCurrent)(CUcontext context) {
   BEGIN("cuCtxPushCurrent_v2");
   if (!is_live(context, kContext)) return RESULT(kInvalidContext);
   current.push_back(context);
   return RESULT(0);
 }
-CUresult CUDAAPI cuCtxPopCurrent_v2(CUcontext* context) {
+CUresult CUDAAPI SECOND(cuCtxPopCurrent)(CUcontext* context) {
   const std::lock_guard guard(lock);
   const bool fail = fails("cuCtxPopCurrent_v2");
   if (current.empty()) return RESULT(kInvalidContext);
@@ -309,14 +311,14 @@ CUresult CUDAAPI cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunc
   *blocks = 1024 / threads;
   return RESULT(0);
 }
-CUresult CUDAAPI cuMemAlloc_v2(CUdeviceptr* addr, size_t len) {
+CUresult CUDAAPI SECOND(cuMemAlloc)(CUdeviceptr* addr, size_t len) {
   BEGIN_IN_CONTEXT("cuMemAlloc_v2");
   uint64_t at = 0;
   const int answer = allocate(&at, len, kDeviceMemory);
   *addr = at;
   return RESULT(answer);
 }
-CUresult CUDAAPI cuMemFree_v2(CUdeviceptr addr) {
+CUresult CUDAAPI SECOND(cuMemFree)(CUdeviceptr addr) {
   const std::lock_guard guard(lock);
   return RESULT(give_back(addr, kDeviceMemory, fails("cuMemFree_v2")));
 }
@@ -332,7 +334,7 @@ CUresult CUDAAPI cuMemFreeHost(void* addr) {
   const std::lock_guard guard(lock);
   return RESULT(give_back(id(addr), kHostMemory, fails("cuMemFreeHost")));
 }
-CUresult CUDAAPI cuMemHostRegister_v2(void* addr, size_t len, unsigned int flags) {
+CUresult CUDAAPI SECOND(cuMemHostRegister)(void* addr, size_t len, unsigned int flags) {
   BEGIN_IN_CONTEXT("cuMemHostRegister_v2");
   NEED(id(addr) % 4096 == 0 && len % 4096 == 0 && (flags & 2) != 0);
   // The driver refuses a page that is registered already.
@@ -344,13 +346,13 @@ CUresult CUDAAPI cuMemHostUnregister(void* addr) {
   const std::lock_guard guard(lock);
   return RESULT(release(id(addr), kRegistered, fails("cuMemHostUnregister")));
 }
-CUresult CUDAAPI cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned int) {
+CUresult CUDAAPI SECOND(cuMemHostGetDevicePointer)(CUdeviceptr* device, void* host, unsigned int) {
   BEGIN_IN_CONTEXT("cuMemHostGetDevicePointer_v2");
   NEED(is_live(host, kRegistered));
   *device = id(host);
   return RESULT(0);
 }
-CUresult CUDAAPI cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* len, CUdeviceptr addr) {
+CUresult CUDAAPI SECOND(cuMemGetAddressRange)(CUdeviceptr* base, size_t* len, CUdeviceptr addr) {
   BEGIN_IN_CONTEXT("cuMemGetAddressRange_v2");
   for (const auto& [begin, object] : objects) {
     if (object.kind == kDeviceMemory && addr >= begin && addr < begin + object.len) {
@@ -361,13 +363,13 @@ CUresult CUDAAPI cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* len, CUdevic
   }
   return RESULT(kInvalidValue);
 }
-CUresult CUDAAPI cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t len, CUstream stream) {
+CUresult CUDAAPI SECOND(cuMemcpyHtoDAsync)(CUdeviceptr to, const void* from, size_t len, CUstream stream) {
   BEGIN_IN_CONTEXT("cuMemcpyHtoDAsync_v2");
   NEED(is_live(stream, kStream) && is_memory(to, len));
   std::memcpy(reinterpret_cast<void*>(to), from, len);
   return RESULT(0);
 }
-CUresult CUDAAPI cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t len, CUstream stream) {
+CUresult CUDAAPI SECOND(cuMemcpyDtoHAsync)(void* to, CUdeviceptr from, size_t len, CUstream stream) {
   BEGIN_IN_CONTEXT("cuMemcpyDtoHAsync_v2");
   NEED(is_live(stream, kStream) && is_memory(from, len));
   std::memcpy(to, reinterpret_cast<const void*>(from), len);
@@ -395,7 +397,7 @@ CUresult CUDAAPI cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr addr) {
   std::memcpy(handle, &addr, sizeof addr);
   return RESULT(0);
 }
-CUresult CUDAAPI cuIpcOpenMemHandle_v2(CUdeviceptr* addr, CUipcMemHandle handle, unsigned int) {
+CUresult CUDAAPI SECOND(cuIpcOpenMemHandle)(CUdeviceptr* addr, CUipcMemHandle handle, unsigned int) {
   BEGIN_IN_CONTEXT("cuIpcOpenMemHandle_v2");
   std::memcpy(addr, &handle, sizeof *addr);
   NEED(is_live(reinterpret_cast<void*>(*addr), kDeviceMemory));
@@ -416,7 +418,7 @@ CUresult CUDAAPI cuStreamCreate(CUstream* stream, unsigned int flags) {
   *stream = create<CUstream>(kStream);
   return RESULT(0);
 }
-CUresult CUDAAPI cuStreamDestroy_v2(CUstream stream) {
+CUresult CUDAAPI SECOND(cuStreamDestroy)(CUstream stream) {
   const std::lock_guard guard(lock);
   return RESULT(release(id(stream), kStream, fails("cuStreamDestroy_v2")));
 }
@@ -446,7 +448,7 @@ CUresult CUDAAPI cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int)
   NEED(is_live(stream, kStream) && is_live(event, kEvent));
   return RESULT(hooks.wait != nullptr ? hooks.wait(hooks.ctx, id(event), id(stream)) : 0);
 }
-CUresult CUDAAPI cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode) {
+CUresult CUDAAPI SECOND(cuStreamBeginCapture)(CUstream stream, CUstreamCaptureMode) {
   BEGIN_IN_CONTEXT("cuStreamBeginCapture_v2");
   NEED(is_live(stream, kStream));
   return RESULT(hooks.begin_capture != nullptr ? hooks.begin_capture(hooks.ctx, id(stream)) : 0);
@@ -464,7 +466,7 @@ CUresult CUDAAPI cuEventCreate(CUevent* event, unsigned int) {
   *event = create<CUevent>(kEvent);
   return RESULT(0);
 }
-CUresult CUDAAPI cuEventDestroy_v2(CUevent event) {
+CUresult CUDAAPI SECOND(cuEventDestroy)(CUevent event) {
   const std::lock_guard guard(lock);
   return RESULT(release(id(event), kEvent, fails("cuEventDestroy_v2")));
 }

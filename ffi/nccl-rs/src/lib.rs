@@ -5,9 +5,9 @@
 //! needed to build or to run without it. A [`Comm`] is a communicator of this process, made here or lent by a caller
 //! who has one already.
 //!
-//! *Who owns what.* A [`Nccl`] owns the handle of the library; a [`Comm`] keeps it. A communicator that was made here is
-//! aborted when it is dropped, a lent one is left to its owner. Device memory and streams are the caller's, under NCCL's
-//! rules: operations are queued, and their buffers are in use until the stream has passed them.
+//! *Who owns what.* A [`Nccl`] owns the handle of the library; a [`Comm`] keeps it. A communicator that was made here
+//! is aborted when it is dropped, a lent one is left to its owner. Device memory and streams are the caller's, under
+//! NCCL's rules: operations are queued, and their buffers are in use until the stream has passed them.
 //!
 //! INVARIANT: a [`Nccl`] that exists has every function it names, so no function pointer outlives its code.
 #![expect(unsafe_code, reason = "calls into a C library that is loaded at run time")]

@@ -73,7 +73,7 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
         let because = "packets of real devices are seen on the wire only";
         return Err(CliError::Conflict { one: "--pcap", other: "--provider mlx5", because });
     }
-    let gpus = provider::gpus(&args.shared.machine, config.num_ranks)?;
+    let gpus = provider::open_gpus(&args.shared.machine, config.num_ranks)?;
     let bench = Bench::new(&args.shared, config, devices.wrapper(), gpus, args.corrupt)?;
     let (world, is_simulation) = (bench.rig.world(), args.shared.machine.fabric() == FabricKind::Sim);
     let pcap = Pcap::start(args.pcap.as_deref(), world, is_simulation)?;

@@ -188,8 +188,8 @@ impl CudaGpu {
     /// Loads the driver, keeps the device's primary context, and loads the kernels.
     ///
     /// # Errors
-    /// [`CudaError`]: no driver, or one that is too old; no such device, or one that is unfit; no kernels in this build,
-    /// or none that fit. Nothing stays behind.
+    /// [`CudaError`]: no driver, or one that is too old; no such device, or one that is unfit; no kernels in this
+    /// build, or none that fit. Nothing stays behind.
     pub fn open(options: &CudaOptions) -> Result<Self, CudaError> {
         let (driver, all) = Found::all(options)?;
         let found = Found::of(&driver, all, options.uuid)?;

@@ -129,6 +129,10 @@ impl<H: Hca + ?Sized> Hca for SharedHca<H> {
         self.inner.exec(input, output)
     }
 
+    fn doorbells_are_registers(&self) -> bool {
+        self.inner.doorbells_are_registers()
+    }
+
     fn unrung_wqes(&self) -> Option<u64> {
         self.inner.unrung_wqes()
     }
