@@ -42,7 +42,8 @@ void Worker::unlink_running(uint32_t device, std::vector<Grid*>& killed) {
 
 void Worker::kill(uint32_t device) {
   const auto dies = [&](const Fiber* f) { return runs_on(f, device); };
-  num_ready -= static_cast<uint32_t>(std::erase_if(sim->ready, dies));
+  sim->event();
+  std::erase_if(sim->ready, dies);
   std::erase_if(sim->frozen, dies);
   std::vector<Grid*> killed;
   unlink_inbox(device, killed);
@@ -52,18 +53,17 @@ void Worker::kill(uint32_t device) {
     free_grid(grid, false);
   }
   sim->set_frozen(device, false);
-  sim->event();
 }
 
 void Worker::freeze(uint32_t device, bool frozen) {
+  // News for all: whoever is parked is ready from here on.
+  sim->event();
   sim->set_frozen(device, frozen);
   std::vector<Fiber*>& from = frozen ? sim->ready : sim->frozen;
   std::vector<Fiber*>& to = frozen ? sim->frozen : sim->ready;
   const auto moves = std::stable_partition(from.begin(), from.end(), [&](Fiber* f) { return !runs_on(f, device); });
   to.insert(to.end(), moves, from.end());
   from.erase(moves, from.end());
-  num_ready = static_cast<uint32_t>(sim->ready.size());
-  sim->event();
 }
 
 }  // namespace ibex::host

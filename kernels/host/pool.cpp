@@ -117,7 +117,9 @@ void ibex_pool_get_stats(const ibex_pool* pool, ibex_pool_stats* stats) {
     stats->stalls += w->stalls.load(std::memory_order_relaxed);
     stats->progress_calls += w->progress_calls.load(std::memory_order_relaxed);
     stats->stacks += w->stacks_mapped.load(std::memory_order_relaxed);
-    if (w->sim) stats->schedule_hash = w->sim->hash();
+    if (!w->sim) continue;
+    stats->schedule_hash = w->sim->hash();
+    stats->events = w->sim->events();
   }
 }
 

@@ -82,11 +82,12 @@ typedef struct ibex_pool_stats {
   uint64_t progress_calls;
   uint64_t stacks;          ///< stacks mapped, in use or pooled
   uint64_t schedule_hash;   ///< simulation: identical for identical schedules
+  uint64_t events;          ///< simulation: changes that kernels made, and everything else that may wake them
 } ibex_pool_stats;
 
 #ifdef __cplusplus
 // The twins stand in runtime/gpu/pool/ffi.rs.
-static_assert(sizeof(ibex_pool_config) == 56 && sizeof(ibex_launch) == 48 && sizeof(ibex_pool_stats) == 48);
+static_assert(sizeof(ibex_pool_config) == 56 && sizeof(ibex_launch) == 48 && sizeof(ibex_pool_stats) == 56);
 #endif
 
 typedef struct ibex_pool ibex_pool;

@@ -27,6 +27,8 @@ constexpr long kSleepNs = 50'000;
 /// A round in which every fiber only polls takes less than this; a longer one has done work in between.
 constexpr uint64_t kRoundNs = 5'000;
 constexpr uint64_t kRoundPerFiberNs = 500;
+/// The first round may have begun before the event; the second has seen whatever changed.
+constexpr uint32_t kRoundsToSettle = 2;
 
 void push_back(Waiters& q, Fiber* f) {
   f->next = nullptr;
@@ -59,9 +61,14 @@ void Worker::make_ready(Fiber* f) {
     sim->frozen.push_back(f);
     return;
   }
-  if (sim) sim->ready.push_back(f);
-  else push_back(ready_, f);
-  ++num_ready;
+  if (!sim) push_back(ready_, f);
+  else if (is_settled(f)) sim->parked.push_back(f);
+  else sim->ready.push_back(f);
+}
+
+/// Whether a fiber has come round often enough since the last event to have seen all of it.
+bool Worker::is_settled(const Fiber* f) const {
+  return f->stall_event == sim->events() && f->stall_rounds >= kRoundsToSettle;
 }
 
 /// Those who were waiting go first: what they waited for is in the cache.
@@ -69,7 +76,6 @@ void Worker::release(Waiters& waiters) {
   if (sim) sim->event();
   idle_stalls = 0;
   if (waiters.head == nullptr) return;
-  num_ready += waiters.num;
   for (Fiber* f = waiters.head; f != nullptr; f = f->next) {
     f->state = FiberState::ready;
     if (sim) sim->ready.push_back(f);
@@ -84,8 +90,7 @@ void Worker::release(Waiters& waiters) {
 }
 
 Fiber* Worker::next_ready() {
-  if (num_ready == 0) return nullptr;
-  --num_ready;
+  if (num_ready() == 0) return nullptr;
   if (sim) {
     const uint32_t i = sim->pick(sim->ready);
     Fiber* f = sim->ready[i];
@@ -128,9 +133,9 @@ void Worker::resume(Fiber* f) {
 void Worker::give_way(Fiber* f) {
   bool service;
   if (sim) {
-    service = num_ready == 0 || sim->progress_turn() || sim->quiet_stalls > 4 * num_ready + 8;
+    service = num_ready() == 0 || sim->progress_turn();
   } else {
-    service = num_ready == 0 || idle_stalls > num_ready || ++since_service_ > kServiceSwitches;
+    service = num_ready() == 0 || idle_stalls > num_ready() || ++since_service_ > kServiceSwitches;
   }
   if (service) to_main(f);
   else switch_to(f, next_ready());
@@ -145,7 +150,6 @@ void Worker::stall(Fiber* f, const void* address, uint64_t value) {
     if (f->stall_event != sim->events()) f->stall_rounds = 0;
     f->stall_event = sim->events();
     ++f->stall_rounds;
-    ++sim->quiet_stalls;
   }
   make_ready(f);
   f->state = FiberState::polling;
@@ -251,11 +255,7 @@ void Worker::build(Grid* grid) {
   grid->blocks = std::make_unique<Block[]>(grid->num_blocks);
   grid->fibers = std::make_unique<Fiber[]>(grid->num_fibers());
   grid->live = grid->num_fibers();
-  // Here, so that no fiber has to make room: ThreadSanitizer would see it move what others wrote.
-  if (sim) {
-    sim->ready.reserve(live_ + grid->live);
-    sim->frozen.reserve(live_ + grid->live);
-  }
+  if (sim) sim->reserve(live_ + grid->live);
   for (uint32_t b = 0; b < grid->num_blocks; ++b) {
     Block& block = grid->blocks[b];
     block.grid = grid;
@@ -347,7 +347,7 @@ void Worker::wait_for_launch() {
 void Worker::rest() {
   const uint64_t now = monotonic_ns();
   // Fibers that work also poll words that do not change (a mask, a deadline); they must not be put to sleep.
-  const bool worked = moves_ != tl_moves || now - rested_ns_ > kRoundNs + num_ready * kRoundPerFiberNs;
+  const bool worked = moves_ != tl_moves || now - rested_ns_ > kRoundNs + num_ready() * kRoundPerFiberNs;
   moves_ = tl_moves;
   if (idle_since_ns_ == 0 || worked) idle_since_ns_ = now;
   const uint64_t quiet = now - idle_since_ns_;
@@ -375,7 +375,7 @@ void Worker::run() {
       wait_for_launch();
       continue;
     }
-    const bool idle = idle_stalls > num_ready;
+    const bool idle = idle_stalls > num_ready();
     uint64_t deadline;
     const bool worked = run_progress(&deadline);
     if (idle && !worked) rest();
@@ -392,19 +392,6 @@ void Worker::run() {
   tl_worker = nullptr;
 }
 
-/// A fiber that has not yet come round twice since the last event, or null: all is quiet.
-Fiber* Worker::take_unsettled() {
-  for (Fiber*& slot : sim->ready) {
-    Fiber* f = slot;
-    if (f->stall_event == sim->events() && f->stall_rounds >= 2) continue;
-    slot = sim->ready.back();
-    sim->ready.pop_back();
-    --num_ready;
-    return f;
-  }
-  return nullptr;
-}
-
 /// All is quiet: the device, and if that has nothing to do, time.
 ibex_status Worker::pass_time() {
   uint64_t deadline;
@@ -412,7 +399,7 @@ ibex_status Worker::pass_time() {
     sim->event();
     return IBEX_OK;
   }
-  if (live_ > 0 && num_ready == 0 && sim->frozen.empty()) {
+  if (live_ > 0 && sim->parked.empty() && sim->frozen.empty()) {
     dump("deadlock: every fiber waits at a barrier or collective");
     return IBEX_STUCK;
   }
@@ -445,9 +432,8 @@ ibex_status Worker::simulate(bool (*until)(void*), void* ctx) {
       break;
     }
     Fiber* f = nullptr;
-    if (num_ready == 0 || sim->quiet_stalls > 4 * num_ready + 8) {
-      f = take_unsettled();
-      if (f == nullptr) status = pass_time();
+    if (num_ready() == 0) {
+      status = pass_time();
     } else {
       uint64_t deadline;
       if (run_progress(&deadline)) sim->event();

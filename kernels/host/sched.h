@@ -112,12 +112,12 @@ struct Worker {
   void step(Fiber* f);
   [[noreturn]] void leave(Fiber* f);
 
+  uint32_t num_ready() const { return sim ? static_cast<uint32_t>(sim->ready.size()) : ready_.num; }
   void dump(const char* why) const;
 
   const uint32_t index;
   const ibex_pool_config config;
   Fiber* current = nullptr;
-  uint32_t num_ready = 0;
   uint32_t idle_stalls = 0;  ///< consecutive stalls; more than there are ready fibers means that all spin
   std::unique_ptr<Sim> sim;
   std::atomic<uint64_t> launches{0}, switches{0}, stalls{0}, progress_calls{0}, stacks_mapped{0};
@@ -140,11 +140,11 @@ struct Worker {
   void to_main(Fiber* from);
   void switch_to(Fiber* from, Fiber* to);
   void make_ready(Fiber* f);
+  bool is_settled(const Fiber* f) const;
   void release(Waiters& waiters);
   Fiber* next_ready();
   /// The fiber's side of giving up the processor; `f` is queued somewhere, or has left.
   void give_way(Fiber* f);
-  Fiber* take_unsettled();
   ibex_status pass_time();
 
   void* main_sp_ = nullptr;

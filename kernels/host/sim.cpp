@@ -17,7 +17,7 @@ constexpr uint32_t kNoDevice = ~0u;
 constexpr uint32_t kSlowCandidates = 16;
 /// First step of time in a silence, and by which fraction of the silence it grows.
 constexpr uint64_t kQuantumNs = 1000;
-constexpr uint64_t kQuantumFraction = 8;
+constexpr uint64_t kQuantumFraction = 2;
 }  // namespace
 
 Sim::Sim(uint64_t seed) : state_(seed) { begin_phase(); }
@@ -66,9 +66,20 @@ void Sim::set_frozen(uint32_t device, bool frozen) {
   if (frozen) frozen_devices_.push_back(device);
 }
 
-void Sim::event() {
+void Sim::reserve(size_t fibers) {
+  ready.reserve(fibers);
+  parked.reserve(fibers);
+  frozen.reserve(fibers);
+}
+
+void Sim::news() {
   ++events_;
-  quiet_stalls = 0;
+  ready.insert(ready.end(), parked.begin(), parked.end());
+  parked.clear();
+}
+
+void Sim::event() {
+  news();
   quiet_ns_ = 0;
 }
 
@@ -79,8 +90,7 @@ void Sim::advance(uint64_t deadline) {
   now_ns_ += quantum;
   quiet_ns_ += quantum;
   steps_ = 0;
-  ++events_;  // Time is news as well: whoever waits for a deadline must come round again.
-  quiet_stalls = 0;
+  news();  // Time is news as well: whoever waits for a deadline must come round again.
 }
 
 }  // namespace ibex::host

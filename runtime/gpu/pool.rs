@@ -205,6 +205,8 @@ pub struct PoolStats {
     pub stacks: u64,
     /// Simulation: a hash over every decision; equal hashes, equal schedules.
     pub schedule_hash: u64,
+    /// Simulation: changes that kernels made to memory, and everything else that may wake a kernel.
+    pub events: u64,
 }
 
 /// What runs when a launch has finished.
@@ -398,6 +400,7 @@ impl Pool {
             progress_calls: raw.progress_calls,
             stacks: raw.stacks,
             schedule_hash: raw.schedule_hash,
+            events: raw.events,
         }
     }
 }

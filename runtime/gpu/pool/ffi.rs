@@ -60,8 +60,9 @@ pub(super) struct PoolStats {
     pub(super) progress_calls: u64,
     pub(super) stacks: u64,
     pub(super) schedule_hash: u64,
+    pub(super) events: u64,
 }
-const _: () = assert!(size_of::<PoolStats>() == 48);
+const _: () = assert!(size_of::<PoolStats>() == 56);
 
 unsafe extern "C" {
     pub(super) fn ibex_pool_create(config: *const PoolConfig, status: *mut u32) -> *mut Pool;

@@ -79,11 +79,13 @@ impl EmulatedHca {
         }
         for (idx, qp) in qps.iter().enumerate() {
             match qp.state() {
+                QpState::Rts | QpState::SqDraining if qp.is_idle(self.is_strict()) => {}
                 QpState::Rts | QpState::SqDraining => {
                     let requester = qp.requester.lock();
                     if !qp.state().executes_sends() {
                         continue;
                     }
+                    requester.note_idleness(qp);
                     requester.pieces(self, qp, now, |piece| {
                         candidates.push(Candidate::Send { qp: idx, piece });
                     });
