@@ -1,59 +1,26 @@
 //! What a rank computes: step after step, in one of several ways to launch it, each judged when it is done.
 //!
-//! An [`App`] owns its tensors, its stream and its graph. It never waits: [`App::turn`] does what can be done now.
-//! Inputs are a function of (seed, step, rank), so that every rank's outputs can be checked whoever has died.
+//! An [`App`] owns its tensors, its streams and its graph. It never waits: [`App::turn`] does what can be done now.
+//!
+//! A step has one or more *sets*: a dispatch and its combine, with tensors of their own. Sets stand on lanes in turn,
+//! and on one lane they follow each other without a wait. All dispatches of a step come before its first combine, so
+//! that its handles are open together and members count the same steps.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::inputs::Inputs;
+use super::tables::Tables;
 use crate::chaos::draws::Draws;
 use crate::chaos::oracle::judge_combine;
-use crate::config::ValidConfig;
 use crate::error::Error;
-use crate::gpu::Event;
+use crate::gpu::{Event, Stream};
 use crate::harness::RigRank;
 use crate::ids::{ExpertIdx, Lane, Rank};
+use crate::membership::RankSet;
 use crate::reference::check::Step;
-use crate::reference::inputs::{InputKey, RankInput};
-use crate::reference::routing::Routing;
 use crate::session::{
     CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, Session, SessionGraph, TopkDtype,
 };
-
-/// How long ranks think at most while nothing is being repaired.
-pub(super) const THINK_NS_MAX: u64 = 3_000_000;
-/// Steps whose inputs are kept.
-const INPUTS_KEPT: u64 = 8;
-
-/// Inputs of all ranks by step, drawn when somebody needs them first; and how long ranks think.
-pub(super) struct Inputs {
-    /// Longest time that a rank computes between two launches.
-    pub(super) think_ns_max: u64,
-    seed: u64,
-    config: ValidConfig,
-    by_step: BTreeMap<u64, Arc<Vec<RankInput>>>,
-}
-
-impl Inputs {
-    pub(super) fn new(seed: u64, config: &ValidConfig) -> Self {
-        Self { think_ns_max: THINK_NS_MAX, seed, config: config.clone(), by_step: BTreeMap::new() }
-    }
-
-    pub(super) fn of(&mut self, step: u64) -> Arc<Vec<RankInput>> {
-        self.by_step = self.by_step.split_off(&step.saturating_sub(INPUTS_KEPT));
-        let (config, seed) = (&self.config, self.seed);
-        let draw = |rank: u16| {
-            let key = InputKey { seed, iteration: step, rank: Rank(rank) };
-            let spread = Draws::new(seed ^ step << 8, 100 + u64::from(rank)).below(4) as u32;
-            // 0 tokens are as valid as all of them.
-            let tokens = if spread == 3 { config.max_tokens / 3 } else { config.max_tokens };
-            RankInput::generate(config, Routing::Uniform, key, tokens)
-        };
-        // CAST: at most 512 ranks.
-        let all = || Arc::new((0..config.num_ranks as u16).map(draw).collect());
-        Arc::clone(self.by_step.entry(step).or_insert_with(all))
-    }
-}
 
 /// How a rank launches its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,28 +35,60 @@ pub(super) enum Style {
     Graph,
 }
 
+/// What every rank of a group launches alike in one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sets {
+    /// Lanes, which sets take in turn.
+    pub(super) lanes: u32,
+    /// Dispatches per lane and step.
+    pub(super) per_lane: u32,
+}
+
+impl Sets {
+    /// One dispatch on one lane.
+    pub(super) const ONE: Self = Self { lanes: 1, per_lane: 1 };
+
+    fn count(self) -> usize {
+        (self.lanes * self.per_lane) as usize
+    }
+
+    fn lane_of(self, set: usize) -> usize {
+        set % self.lanes as usize
+    }
+
+    fn is_last_on_its_lane(self, set: usize) -> bool {
+        set + self.lanes as usize >= self.count()
+    }
+}
+
+/// Everything that was queued before them is over when all have happened.
+struct Marks(Vec<Event>);
+
+/// A combine whose receive half has yet to be launched, and its set.
+type Open = (usize, DispatchHandle, CombineTicket);
+
 /// Where the present step stands.
 enum Phase {
     Idle,
-    /// Its dispatch runs.
+    /// Its dispatches run.
     Dispatching {
-        handle: DispatchHandle,
-        done: Event,
+        handles: Vec<DispatchHandle>,
+        done: Marks,
     },
-    /// Its dispatch has ended and its combine is not launched.
+    /// Its dispatches have ended and its combines are not launched.
     Thinking {
-        handle: DispatchHandle,
+        handles: Vec<DispatchHandle>,
         until_ns: u64,
     },
-    /// Its combine runs, as a whole, or as a half whose other half has yet to be launched.
+    /// Its combines run, as a whole, or as halves whose other halves have yet to be launched.
     Combining {
-        open: Option<Box<(DispatchHandle, CombineTicket)>>,
-        done: Event,
+        open: Vec<Open>,
+        done: Marks,
     },
     /// Everything of it runs; none of `dispatched` in a graph.
     Running {
-        dispatched: Option<Event>,
-        done: Event,
+        dispatched: Option<Marks>,
+        done: Marks,
     },
 }
 
@@ -116,7 +115,9 @@ pub(super) struct Finished {
 
 /// See the module documentation.
 pub(super) struct App {
-    rig: RigRank,
+    /// One per set; sets of one lane share a stream.
+    rigs: Vec<RigRank>,
+    sets: Sets,
     style: Style,
     source: CombineSource,
     graph: Option<SessionGraph>,
@@ -128,14 +129,27 @@ pub(super) struct App {
 }
 
 impl App {
-    pub(super) fn new(session: &Arc<Session>, mut draws: Draws, style: Option<Style>) -> Result<Self, Error> {
-        let rig =
-            RigRank { tensors: session.tensors()?, stream: session.stream(), session: Arc::clone(session) };
+    pub(super) fn new(
+        session: &Arc<Session>,
+        mut draws: Draws,
+        style: Option<Style>,
+        sets: Sets,
+    ) -> Result<Self, Error> {
         let drawn = draws.pick(&[Style::Whole, Style::Apart, Style::Halves, Style::Graph]);
         let style = style.unwrap_or(drawn);
         let source = draws.pick(&[CombineSource::ZeroCopy, CombineSource::Staged]);
+        // What a graph captures stands on one stream.
+        let streams: Vec<Stream> = match style {
+            Style::Graph => vec![session.stream(); sets.lanes as usize],
+            _ => (0..sets.lanes).map(|_| session.stream()).collect(),
+        };
+        let rig = |set: usize| -> Result<RigRank, Error> {
+            let stream = streams[sets.lane_of(set)].clone();
+            Ok(RigRank { tensors: session.tensors()?, stream, session: Arc::clone(session) })
+        };
         let mut app = Self {
-            rig,
+            rigs: (0..sets.count()).map(rig).collect::<Result<_, _>>()?,
+            sets,
             style,
             source,
             graph: None,
@@ -151,34 +165,63 @@ impl App {
         Ok(app)
     }
 
+    fn session(&self) -> &Arc<Session> {
+        &self.rigs[0].session
+    }
+
     fn capture(&self) -> Result<SessionGraph, Error> {
-        let session = &self.rig.session;
-        session.begin_capture(&self.rig.stream)?;
-        let handle = self.dispatch(Halves::Both)?;
-        self.combine(&handle, Halves::Both)?;
+        let session = self.session();
+        session.begin_capture(&self.rigs[0].stream)?;
+        let handles = self.dispatch_all(false)?;
+        for (set, handle) in handles.iter().enumerate() {
+            self.combine(set, handle, Halves::Both)?;
+        }
         session.end_capture()
     }
 
-    fn num_topk(&self) -> u32 {
-        self.rig.session.config().max_topk
+    fn dispatch(&self, set: usize, halves: Halves) -> Result<DispatchHandle, Error> {
+        let (rig, session) = (&self.rigs[set], self.session());
+        let call = DispatchCall { halves, ..DispatchCall::new(session.config().max_topk) };
+        // CAST: at most 8 lanes.
+        let lane = Lane(self.sets.lane_of(set) as _);
+        session.dispatch(lane, &rig.stream, &rig.tensors, &call)
     }
 
-    fn dispatch(&self, halves: Halves) -> Result<DispatchHandle, Error> {
-        let call = DispatchCall { halves, ..DispatchCall::new(self.num_topk()) };
-        self.rig.session.dispatch(Lane(0), &self.rig.stream, &self.rig.tensors, &call)
+    /// Launches the dispatches of all sets, each as a whole or in halves.
+    fn dispatch_all(&self, in_halves: bool) -> Result<Vec<DispatchHandle>, Error> {
+        let dispatch = |set: usize| {
+            if !in_halves {
+                return self.dispatch(set, Halves::Both);
+            }
+            let (handle, rig) = (self.dispatch(set, Halves::Send)?, &self.rigs[set]);
+            rig.session.dispatch_receive(&handle, &rig.stream, &rig.tensors)?;
+            Ok(handle)
+        };
+        (0..self.sets.count()).map(dispatch).collect()
     }
 
-    fn combine(&self, handle: &DispatchHandle, halves: Halves) -> Result<CombineTicket, Error> {
-        let (session, stream, tensors) = (&self.rig.session, &self.rig.stream, &self.rig.tensors);
+    fn combine(&self, set: usize, handle: &DispatchHandle, halves: Halves) -> Result<CombineTicket, Error> {
+        let RigRank { session, stream, tensors } = &self.rigs[set];
         session.run_expert(stream, tensors)?;
         session.combine(handle, stream, tensors, self.source, halves)
     }
 
-    fn mark(&self) -> Result<Event, Error> {
-        let gpu = self.rig.session.gpu();
-        let event = gpu.event();
-        gpu.record(&event, &self.rig.stream)?;
-        Ok(event)
+    fn marks(&self) -> Result<Marks, Error> {
+        let gpu = self.session().gpu();
+        let mark = |rig: &RigRank| {
+            let event = gpu.event();
+            gpu.record(&event, &rig.stream).map(|()| event)
+        };
+        Ok(Marks(self.rigs.iter().take(self.sets.lanes as usize).map(mark).collect::<Result<_, _>>()?))
+    }
+
+    fn are_over(&self, marks: &Marks) -> Result<bool, Error> {
+        for event in &marks.0 {
+            if !self.session().gpu().query(event)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     pub(super) fn stage(&self) -> Stage {
@@ -188,18 +231,16 @@ impl App {
             Phase::Thinking { .. } => Stage::Between,
             Phase::Combining { .. } => Stage::Combining,
             Phase::Running { dispatched: None, .. } => Stage::Replaying,
-            Phase::Running { dispatched: Some(event), .. } => {
-                match self.rig.session.gpu().query(event).unwrap_or(true) {
-                    true => Stage::Combining,
-                    false => Stage::Dispatching,
-                }
-            }
+            Phase::Running { dispatched: Some(marks), .. } => match self.are_over(marks).unwrap_or(true) {
+                true => Stage::Combining,
+                false => Stage::Dispatching,
+            },
         }
     }
 
     /// When the present step was launched; none between two steps.
     pub(super) fn running_since(&self) -> Option<u64> {
-        (self.stage() != Stage::Idle).then_some(self.launched_ns)
+        (!matches!(self.phase, Phase::Idle)).then_some(self.launched_ns)
     }
 
     pub(super) fn is_graph(&self) -> bool {
@@ -222,7 +263,7 @@ impl App {
 
     /// Captures beyond the one that a graph needs.
     pub(super) fn recaptures(&self) -> u64 {
-        self.rig.session.gpu().captures() - u64::from(self.is_graph())
+        self.session().gpu().captures() - u64::from(self.is_graph())
     }
 
     /// Goes on with the present step, or launches the next if it may begin.
@@ -230,6 +271,7 @@ impl App {
         &mut self,
         now_ns: u64,
         inputs: &mut Inputs,
+        tables: &Tables,
         may_begin: bool,
     ) -> Result<Option<Finished>, Error> {
         match core::mem::replace(&mut self.phase, Phase::Idle) {
@@ -238,29 +280,30 @@ impl App {
                     self.begin(now_ns, inputs)?;
                 }
             }
-            Phase::Dispatching { handle, done } => {
-                if self.rig.session.gpu().query(&done)? {
+            Phase::Dispatching { handles, done } => {
+                if self.are_over(&done)? {
                     let until_ns = now_ns + self.draws.below(inputs.think_ns_max);
-                    self.phase = Phase::Thinking { handle, until_ns };
+                    self.phase = Phase::Thinking { handles, until_ns };
                 } else {
-                    self.phase = Phase::Dispatching { handle, done };
+                    self.phase = Phase::Dispatching { handles, done };
                 }
             }
-            Phase::Thinking { handle, until_ns } if now_ns >= until_ns => self.go_on(handle)?,
+            Phase::Thinking { handles, until_ns } if now_ns >= until_ns => self.go_on(handles)?,
             Phase::Combining { open, done } => {
-                if !self.rig.session.gpu().query(&done)? {
+                if !self.are_over(&done)? {
                     self.phase = Phase::Combining { open, done };
-                } else if let Some(open) = open {
-                    let (handle, ticket) = &*open;
-                    self.rig.session.combine_receive(handle, ticket, &self.rig.stream)?;
-                    self.phase = Phase::Combining { open: None, done: self.mark()? };
+                } else if open.is_empty() {
+                    return self.finish(now_ns, inputs, tables).map(Some);
                 } else {
-                    return self.finish(now_ns, inputs).map(Some);
+                    for (set, handle, ticket) in &open {
+                        self.session().combine_receive(handle, ticket, &self.rigs[*set].stream)?;
+                    }
+                    self.phase = Phase::Combining { open: Vec::new(), done: self.marks()? };
                 }
             }
             Phase::Running { dispatched, done } => {
-                if self.rig.session.gpu().query(&done)? {
-                    return self.finish(now_ns, inputs).map(Some);
+                if self.are_over(&done)? {
+                    return self.finish(now_ns, inputs, tables).map(Some);
                 }
                 self.phase = Phase::Running { dispatched, done };
             }
@@ -270,77 +313,100 @@ impl App {
     }
 
     fn begin(&mut self, now_ns: u64, inputs: &mut Inputs) -> Result<(), Error> {
-        let session = Arc::clone(&self.rig.session);
-        self.step = session.next_step();
-        let input = inputs.of(self.step);
-        self.rig.load(&input[session.rank().index()], TopkDtype::I32)?;
-        self.rig.wipe_outputs()?;
+        self.step = self.session().next_step();
+        let rank = self.session().rank();
+        for (set, rig) in self.rigs.iter().enumerate() {
+            // Nothing of an earlier step runs here any more: places may have got other experts since.
+            rig.session.place_experts(&rig.tensors)?;
+            rig.load(&inputs.of(self.step, set).by_rank[rank.index()], TopkDtype::I32)?;
+            rig.wipe_outputs()?;
+        }
         self.launched_ns = now_ns;
         self.phase = match self.style {
             Style::Whole => {
-                let handle = self.dispatch(Halves::Both)?;
-                let dispatched = Some(self.mark()?);
-                self.combine(&handle, Halves::Both)?;
-                Phase::Running { dispatched, done: self.mark()? }
+                let handles = self.dispatch_all(false)?;
+                let dispatched = Some(self.marks()?);
+                for (set, handle) in handles.iter().enumerate() {
+                    self.combine(set, handle, Halves::Both)?;
+                }
+                Phase::Running { dispatched, done: self.marks()? }
             }
-            Style::Apart => {
-                let handle = self.dispatch(Halves::Both)?;
-                Phase::Dispatching { handle, done: self.mark()? }
-            }
-            Style::Halves => {
-                let handle = self.dispatch(Halves::Send)?;
-                session.dispatch_receive(&handle, &self.rig.stream, &self.rig.tensors)?;
-                Phase::Dispatching { handle, done: self.mark()? }
+            Style::Apart | Style::Halves => {
+                let handles = self.dispatch_all(self.style == Style::Halves)?;
+                Phase::Dispatching { handles, done: self.marks()? }
             }
             Style::Graph => {
                 let graph = self.graph.as_ref().expect("captured when the style was chosen");
-                session.replay(graph, &self.rig.stream)?;
-                Phase::Running { dispatched: None, done: self.mark()? }
+                self.session().replay(graph, &self.rigs[0].stream)?;
+                Phase::Running { dispatched: None, done: self.marks()? }
             }
         };
         Ok(())
     }
 
-    fn go_on(&mut self, handle: DispatchHandle) -> Result<(), Error> {
-        let halves = if self.style == Style::Halves { Halves::Send } else { Halves::Both };
-        let ticket = self.combine(&handle, halves)?;
-        let open = (halves == Halves::Send).then(|| Box::new((handle, ticket)));
-        self.phase = Phase::Combining { open, done: self.mark()? };
+    /// Launches the combines: in halves where nothing of the same lane follows.
+    fn go_on(&mut self, handles: Vec<DispatchHandle>) -> Result<(), Error> {
+        let mut open = Vec::new();
+        for (set, handle) in handles.into_iter().enumerate() {
+            let in_halves = self.style == Style::Halves && self.sets.is_last_on_its_lane(set);
+            let halves = if in_halves { Halves::Send } else { Halves::Both };
+            let ticket = self.combine(set, &handle, halves)?;
+            if in_halves {
+                open.push((set, handle, ticket));
+            }
+        }
+        self.phase = Phase::Combining { open, done: self.marks()? };
         Ok(())
     }
 
     /// Judges what the step has left.
-    fn finish(&mut self, now_ns: u64, inputs: &mut Inputs) -> Result<Finished, Error> {
+    fn finish(&mut self, now_ns: u64, inputs: &mut Inputs, tables: &Tables) -> Result<Finished, Error> {
         self.not_before_ns = now_ns + self.draws.below(inputs.think_ns_max);
-        let (rank, all) = (self.rig.rank(), inputs.of(self.step));
-        let config = self.rig.session.config();
-        let step = Step::new(config, &all);
-        let rows = self.rig.check_dispatch(&step)?;
-        let input = &all[rank.index()];
-        let (out, lost_topk) = self.rig.combine_output(input.num_tokens)?;
-        let owner_of = |token: u32, k: usize| {
-            let expert = u16::try_from(input.picks(token)[k]).ok()?;
-            config.owner_of(ExpertIdx(expert)).map(|(owner, _)| owner)
-        };
-        let judged = judge_combine(&step, rank, input, (&out, &lost_topk), owner_of);
-        let mut lost = judged.lost;
-        lost.extend(self.lost_sources(config.num_ranks)?.into_iter().map(Some));
-        Ok(Finished {
-            step: self.step,
-            launched_ns: self.launched_ns,
-            wrong: rows.wrong + judged.wrong_tokens,
-            unreported: judged.unreported_losses,
-            lost,
-        })
+        let mut finished = Finished { step: self.step, launched_ns: self.launched_ns, ..Finished::default() };
+        for set in 0..self.rigs.len() {
+            self.judge(set, inputs, tables, &mut finished)?;
+        }
+        Ok(finished)
     }
 
-    /// Sources whose tokens did not arrive.
-    fn lost_sources(&self, num_ranks: u32) -> Result<Vec<Rank>, Error> {
+    fn judge(
+        &self,
+        set: usize,
+        inputs: &mut Inputs,
+        tables: &Tables,
+        finished: &mut Finished,
+    ) -> Result<(), Error> {
+        let (rig, rank) = (&self.rigs[set], self.session().rank());
+        let (all, config) = (inputs.of(self.step, set), self.session().config());
+        let Some((placement, alive)) = tables.placed(rank, self.step, config.num_ranks) else {
+            // A rank that launches has switched; nothing says what it should have computed.
+            finished.wrong += 1;
+            return Ok(());
+        };
+        let own = alive[rank.index()];
+        let step = Step::with_rows(config, &all.by_rank, &all.cast).placed_by_source(placement, alive);
+        let rows = rig.check_dispatch(&step)?;
+        let input = &all.by_rank[rank.index()];
+        let (out, lost_topk) = rig.combine_output(input.num_tokens)?;
+        let owner_of = |token: u32, k: usize| {
+            let expert = ExpertIdx(u16::try_from(input.picks(token)[k]).ok()?);
+            let owner = placement.owner_for(rank, expert, &own);
+            owner.or_else(|| Tables::any_owner(placement, expert)).map(|(owner, _)| owner)
+        };
+        let judged = judge_combine(&step, rank, input, (&out, &lost_topk), owner_of);
+        finished.lost.extend(judged.lost);
+        finished.lost.extend(self.lost_sources(rig, &own)?.into_iter().map(Some));
+        finished.wrong += rows.wrong + judged.wrong_tokens;
+        finished.unreported += judged.unreported_losses;
+        Ok(())
+    }
+
+    /// Members whose tokens did not arrive.
+    fn lost_sources(&self, rig: &RigRank, members: &RankSet) -> Result<Vec<Rank>, Error> {
         let mut lost = Vec::new();
-        // CAST: at most 512 ranks.
-        for source in (0..num_ranks as u16).map(Rank) {
-            let addr = self.rig.tensors.source_ok.addr() + 4 * source.index() as u64;
-            if self.rig.session.gpu().load_u32(addr)? != 1 {
+        for source in members.iter() {
+            let addr = rig.tensors.source_ok.addr() + 4 * source.index() as u64;
+            if rig.session.gpu().load_u32(addr)? != 1 {
                 lost.push(source);
             }
         }

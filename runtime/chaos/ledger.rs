@@ -23,7 +23,7 @@ pub struct Ledger {
     pairs: Vec<Pair>,
     /// Ranks that may be evicted: something happened to them since they last became members.
     condemned: Vec<bool>,
-    /// Ranks that were evicted and not replaced yet.
+    /// Ranks that died or were evicted, and are not replaced yet.
     missing: Vec<bool>,
 }
 
@@ -63,7 +63,7 @@ impl Ledger {
         }
     }
 
-    /// A rank died, or stood still for too long: picks to and from it may be lost, and it may be evicted.
+    /// Something befell a rank: picks to and from it may be lost, and it may be evicted.
     pub fn touch_rank(&mut self, rank: Rank) {
         for other in self.others(rank) {
             let pair = self.pair(rank, other);
@@ -71,6 +71,18 @@ impl Ledger {
             *pair = Pair::Touched { is_active };
         }
         self.condemned[rank.index()] = true;
+    }
+
+    /// The process of `rank` has ended, or will not be waited for: until another one has joined in its place, whoever
+    /// joins misses it.
+    pub fn died(&mut self, rank: Rank) {
+        self.touch_rank(rank);
+        self.missing[rank.index()] = true;
+    }
+
+    /// The process of `rank` goes on as a member after all: nobody misses it.
+    pub fn survived(&mut self, rank: Rank) {
+        self.missing[rank.index()] = false;
     }
 
     /// `rank` was evicted; whether anything allows that.
@@ -192,6 +204,19 @@ mod tests {
         assert!(ledger.evicted(B));
         ledger.joined(&[A], 7);
         assert!(ledger.explains(A, B, 9) && ledger.explains(C, B, 9) && !ledger.explains(A, C, 9));
+        ledger.joined(&[B], 11);
+        assert!(!ledger.explains(A, B, 11) && ledger.is_whole());
+    }
+
+    #[test]
+    fn who_joins_misses_a_rank_that_is_dead_and_not_evicted_yet() {
+        let mut ledger = Ledger::new(3);
+        ledger.died(A);
+        assert!(ledger.evicted(A));
+        ledger.died(B);
+        ledger.joined(&[A], 7);
+        assert!(ledger.explains(A, B, 9) && !ledger.explains(A, C, 9));
+        assert!(ledger.evicted(B));
         ledger.joined(&[B], 11);
         assert!(!ledger.explains(A, B, 11) && ledger.is_whole());
     }

@@ -7,7 +7,7 @@
 //!   sim        one seed in virtual time: every process, the store and the network on one thread
 //!   campaign   many seeds of it, on all cores
 //!   procs      one rank that is a process, and the observer of a group of such
-//!   app        what a rank computes, step after step, each judged
+//!   app        what a rank computes, step after step, each judged: inputs, and tables of who serves what
 //!   -------------------------------------------------------------------------------------------
 //!   fault      kinds of faults by name        plan      which strikes when, drawn from a seed
 //!   oracle     one finished step, judged      ledger    what was injected, and so may be lost
@@ -19,12 +19,14 @@ pub mod campaign;
 pub mod draws;
 pub mod fault;
 pub mod html;
+mod inputs;
 pub mod ledger;
 pub mod oracle;
 pub mod plan;
 pub mod procs;
 pub mod report;
 pub mod sim;
+mod tables;
 pub mod timeline;
 
 pub use fault::{ALL_KINDS, Fault, FaultKind};

@@ -38,6 +38,10 @@ pub fn judge_combine(
             let is_pick = k < input.num_topk as usize && input.picks(token)[k] >= 0;
             judgement.lost.push(is_pick.then(|| owner_of(token, k)).flatten());
         }
+        // What nobody serves cannot have been summed: not to say so is a loss unsaid.
+        let is_unsaid = |k: &usize| lost >> k & 1 == 0 && input.picks(token)[*k] >= 0;
+        let unserved = (0..input.num_topk as usize).filter(|&k| !step.is_served(rank, token, k));
+        judgement.unreported_losses += unserved.filter(is_unsaid).count() as u64;
         let found = &out[token as usize * hidden..][..hidden];
         if found == step.expected_output(rank, token, lost) {
             continue;

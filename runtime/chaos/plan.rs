@@ -12,6 +12,41 @@ pub const CLEAN_STEPS: u64 = 10;
 /// One fault about every so many steps.
 pub const STEPS_PER_FAULT: u64 = 5;
 
+/// Something that is done to a group on purpose, and costs nobody a pick.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChangeKind {
+    /// A rank comes for which there was room; experts move to it.
+    Grow,
+    /// Experts move away from a member, it leaves, and comes back.
+    Leave,
+    /// Experts move, and get replicas.
+    Place,
+}
+
+impl ChangeKind {
+    /// Its name in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Grow => "grow",
+            Self::Leave => "leave",
+            Self::Place => "place",
+        }
+    }
+}
+
+/// One change of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// What happens.
+    pub kind: ChangeKind,
+    /// It begins once some member has begun this step, nobody is missing, and no earlier change is under way.
+    pub at_step: u64,
+    /// Who comes or leaves.
+    pub rank: u16,
+}
+
 /// What a campaign is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ask {
@@ -50,6 +85,26 @@ pub struct Plan {
     pub packets: bool,
     /// In the order in which they strike.
     pub faults: Vec<Fault>,
+    /// Members at first; the others are there once the group has grown.
+    #[serde(default)]
+    pub initial: u32,
+    /// In the order in which they begin.
+    #[serde(default)]
+    pub changes: Vec<Change>,
+    /// Lanes that every step runs on.
+    #[serde(default = "one")]
+    pub lanes: u32,
+    /// Dispatches in a row on each lane of a step.
+    #[serde(default = "one")]
+    pub per_lane: u32,
+    /// Victims are taken as planned, also where the group loses its quorum with them; one that stands still wakes up
+    /// when its time is over, evicted or not. Never drawn: for directed plans.
+    #[serde(default)]
+    pub is_reckless: bool,
+}
+
+const fn one() -> u32 {
+    1
 }
 
 impl Plan {
@@ -66,7 +121,55 @@ impl Plan {
         let packets = wanted.iter().any(|kind| kind.needs_packets()) || (!in_parts && draws.one_in(4));
         let faults = (1..).zip(wanted).map(|(nth, kind)| draw_fault(&mut draws, kind, nth, ranks)).collect();
         let (tokens, hidden) = (draws.between(1, ask.tokens.max(1).into()) as u32, ask.hidden);
-        Self { seed, ranks, steps: ask.steps, tokens, hidden, packets, faults }
+        let (steps, initial) = (ask.steps, ranks);
+        let whole = Self {
+            seed,
+            ranks,
+            steps,
+            tokens,
+            hidden,
+            packets,
+            faults,
+            initial,
+            changes: Vec::new(),
+            lanes: 1,
+            per_lane: 1,
+            is_reckless: false,
+        };
+        whole.with_changes()
+    }
+
+    /// The same with what is drawn apart from the faults: changes, lanes, dispatches in a row.
+    fn with_changes(mut self) -> Self {
+        let mut draws = Draws::new(self.seed, 11);
+        self.lanes = if draws.one_in(6) { 2 } else { 1 };
+        self.per_lane = if draws.one_in(4) { 2 } else { 1 };
+        if !draws.one_in(4) {
+            return self;
+        }
+        let until = self.steps.saturating_sub(CLEAN_STEPS).max(1);
+        // Faults need their ranks while one of them has yet to come.
+        let ranks_min = self.faults.iter().map(|fault| fault.kind.ranks_min()).max().unwrap_or(2);
+        if self.ranks > ranks_min && draws.one_in(2) {
+            self.initial = self.ranks - 1;
+            // CAST: a small number.
+            let rank = self.initial as u16;
+            self.changes.push(Change { kind: ChangeKind::Grow, at_step: draws.below(until), rank });
+        }
+        let kinds: &[ChangeKind] = match self.initial {
+            2 => &[ChangeKind::Place],
+            _ => &[ChangeKind::Place, ChangeKind::Leave],
+        };
+        let (kind, rank) = (draws.pick(kinds), draws.below(self.initial.into()) as u16);
+        self.changes.push(Change { kind, at_step: draws.below(until), rank });
+        self
+    }
+
+    /// Who forms the group.
+    #[must_use]
+    pub const fn initial(&self) -> u32 {
+        // A plan without the field begins with all its ranks.
+        if self.initial == 0 { self.ranks } else { self.initial }
     }
 
     /// The plan as JSON: what [`Plan::from_json`] reads.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::fault::FaultKind;
+use super::plan::ChangeKind;
 
 /// What was found. All counts of the first group are 0 after a good run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +115,8 @@ pub struct Report {
     pub steps: u64,
     /// Faults carried out, by kind.
     pub fault_counts: BTreeMap<FaultKind, u64>,
+    /// Changes begun, by kind.
+    pub change_counts: BTreeMap<ChangeKind, u64>,
     /// Members that ended or were evicted, where a replacement was asked for.
     pub kills: u64,
     /// Replacements that became members.
@@ -130,6 +133,11 @@ impl Report {
     /// Counts one fault that was carried out.
     pub fn count_fault(&mut self, kind: FaultKind) {
         *self.fault_counts.entry(kind).or_default() += 1;
+    }
+
+    /// Counts one change that was begun.
+    pub fn count_change(&mut self, kind: ChangeKind) {
+        *self.change_counts.entry(kind).or_default() += 1;
     }
 
     /// Notes one duration.
@@ -160,6 +168,9 @@ impl Report {
         for (kind, count) in other.fault_counts {
             *self.fault_counts.entry(kind).or_default() += count;
         }
+        for (kind, count) in other.change_counts {
+            *self.change_counts.entry(kind).or_default() += count;
+        }
         for (phase, mut times) in other.times {
             self.times.entry(phase).or_default().ns.append(&mut times.ns);
         }
@@ -177,6 +188,7 @@ impl Report {
             steps: self.steps,
             faults: self.faults(),
             fault_counts: self.fault_counts.clone(),
+            change_counts: self.change_counts.clone(),
             kills: self.kills,
             rejoins: self.rejoins,
             findings: self.findings.clone(),
@@ -199,6 +211,7 @@ pub struct ReportJson {
     pub steps: u64,
     pub faults: u64,
     pub fault_counts: BTreeMap<FaultKind, u64>,
+    pub change_counts: BTreeMap<ChangeKind, u64>,
     pub kills: u64,
     pub rejoins: u64,
     #[serde(flatten)]

@@ -8,6 +8,7 @@
 //! A token that picks one expert twice shares one packed row (of the first pick); every pick still
 //! adds its own weight in combine.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::ops::AddAssign;
 
@@ -83,14 +84,52 @@ pub struct PackedRow {
     pub weight: f32,
 }
 
+/// Every row of a step as it travels: per rank and token, payload and stored scales.
+#[derive(Clone, Debug)]
+pub struct CastRows(Vec<Vec<(Vec<u8>, Vec<u8>)>>);
+
+impl CastRows {
+    /// Casts every row of `inputs`, which are those of all ranks in order.
+    #[must_use]
+    pub fn new(config: &ValidConfig, inputs: &[RankInput]) -> Self {
+        let travel = |row: &[u16]| match config.dtype {
+            WireDtype::Bf16 => (row.iter().flat_map(|bits| bits.to_le_bytes()).collect(), Vec::new()),
+            WireDtype::Fp8 => numerics::cast_row(row, config.scales),
+        };
+        let rows_of =
+            |input: &RankInput| (0..input.num_tokens).map(|token| travel(input.row(token))).collect();
+        Self(inputs.iter().map(rows_of).collect())
+    }
+
+    fn row(&self, source: Rank, token: u32) -> &(Vec<u8>, Vec<u8>) {
+        &self.0[source.index()][token as usize]
+    }
+}
+
+/// Whose replicas sources choose among.
+enum Members {
+    /// All sources have switched with the same members.
+    Same(RankSet),
+    /// By source.
+    Each(Vec<RankSet>),
+}
+
+impl Members {
+    fn of(&self, source: Rank) -> &RankSet {
+        match self {
+            Self::Same(alive) => alive,
+            Self::Each(alive) => &alive[source.index()],
+        }
+    }
+}
+
 /// One step of all ranks: inputs, and the rows as they travel.
 pub struct Step<'a> {
     config: &'a ValidConfig,
     inputs: &'a [RankInput],
     /// Who serves an expert, where that is not what the configuration says.
-    placed: Option<(&'a Placement, RankSet)>,
-    /// Per rank and token: payload and stored scales.
-    travelling: Vec<Vec<(Vec<u8>, Vec<u8>)>>,
+    placed: Option<(&'a Placement, Members)>,
+    travelling: Cow<'a, CastRows>,
 }
 
 impl<'a> Step<'a> {
@@ -101,19 +140,27 @@ impl<'a> Step<'a> {
     #[must_use]
     pub fn new(config: &'a ValidConfig, inputs: &'a [RankInput]) -> Self {
         assert_eq!(inputs.len(), config.num_ranks as usize, "one input per rank");
-        let travel = |row: &[u16]| match config.dtype {
-            WireDtype::Bf16 => (row.iter().flat_map(|bits| bits.to_le_bytes()).collect(), Vec::new()),
-            WireDtype::Fp8 => numerics::cast_row(row, config.scales),
-        };
-        let rows_of =
-            |input: &RankInput| (0..input.num_tokens).map(|token| travel(input.row(token))).collect();
-        Self { config, inputs, placed: None, travelling: inputs.iter().map(rows_of).collect() }
+        let travelling = Cow::Owned(CastRows::new(config, inputs));
+        Self { config, inputs, placed: None, travelling }
+    }
+
+    /// [`Step::new`] for who judges one step of several ranks: `rows` are its cast rows.
+    #[must_use]
+    pub fn with_rows(config: &'a ValidConfig, inputs: &'a [RankInput], rows: &'a CastRows) -> Self {
+        Self { config, inputs, placed: None, travelling: Cow::Borrowed(rows) }
     }
 
     /// The same step under the placement of a switch, whose members were `alive`.
     #[must_use]
     pub fn placed(mut self, placement: &'a Placement, alive: &RankSet) -> Self {
-        self.placed = Some((placement, *alive));
+        self.placed = Some((placement, Members::Same(*alive)));
+        self
+    }
+
+    /// [`Step::placed`] where sources may have switched with different members: one of them left the group meanwhile.
+    #[must_use]
+    pub fn placed_by_source(mut self, placement: &'a Placement, alive: Vec<RankSet>) -> Self {
+        self.placed = Some((placement, Members::Each(alive)));
         self
     }
 
@@ -121,9 +168,15 @@ impl<'a> Step<'a> {
     fn owner(&self, source: Rank, token: u32, k: usize) -> Option<(Rank, LocalExpertIdx)> {
         let expert = ExpertIdx(u16::try_from(self.inputs[source.index()].picks(token)[k]).ok()?);
         match &self.placed {
-            Some((placement, alive)) => placement.owner_for(source, expert, alive),
+            Some((placement, alive)) => placement.owner_for(source, expert, alive.of(source)),
             None => self.config.owner_of(expert),
         }
+    }
+
+    /// Whether anybody serves pick (`token`, `k`) of `source`.
+    #[must_use]
+    pub fn is_served(&self, source: Rank, token: u32, k: usize) -> bool {
+        self.owner(source, token, k).is_some()
     }
 
     /// The packed rows of `source` for one local expert of `rank`, in the order that the format fixes.
@@ -204,7 +257,7 @@ impl<'a> Step<'a> {
         output.rows.payload(expert, range.begin, &mut payload);
         let received = payload.chunks(payload_len).zip(range.begin..);
         for (row, (payload, index)) in expected.iter().zip(received) {
-            let (wanted_payload, wanted_scales) = &self.travelling[source.index()][row.token as usize];
+            let (wanted_payload, wanted_scales) = self.travelling.row(source, row.token);
             let info = output.rows.source_info(expert, index);
             let mut scales = vec![0; wanted_scales.len()];
             output.rows.scales(expert, index, &mut scales);
@@ -292,7 +345,7 @@ impl<'a> Step<'a> {
                 row.iter().map(|&bits| numerics::bf16_to_f32(bits)).collect()
             }
             WireDtype::Fp8 => {
-                let (payload, scales) = &self.travelling[source.index()][token as usize];
+                let (payload, scales) = self.travelling.row(source, token);
                 numerics::decode_row(payload, scales, self.config.scales)
             }
         }

@@ -23,8 +23,10 @@ use rustix::process::{Signal, getpid, kill_process};
 
 use super::commands::Commands;
 use super::line::{Between, Lost, Moment, Order, Role, Said, StepWord, Word};
-use crate::chaos::app::{App, Finished, Inputs, Stage};
+use crate::chaos::app::{App, Finished, Sets, Stage};
 use crate::chaos::draws::Draws;
+use crate::chaos::inputs::Inputs;
+use crate::chaos::tables::Tables;
 use crate::config::ValidConfig;
 use crate::error::{Error, OsError};
 use crate::ids::Rank;
@@ -81,6 +83,7 @@ pub struct Worker<W> {
     // What it computes goes before what that stands on.
     app: App,
     inputs: Inputs,
+    tables: Tables,
     member: ElasticMember,
     hca: Option<Arc<FaultHca<EmulatedHca>>>,
     orders: Receiver<Order>,
@@ -120,6 +123,7 @@ impl Held {
 /// A rank that has claimed its name.
 struct Joined {
     app: App,
+    tables: Tables,
     member: ElasticMember,
     hca: Option<Arc<FaultHca<EmulatedHca>>>,
 }
@@ -134,7 +138,7 @@ impl<W: Write> Worker<W> {
         let mut mouth = Mouth { out, offset_ns: 0 };
         let Ok(Order::Be(role)) = orders.recv() else { return Ok(WorkerEnd::Bad) };
         let joined = role.shape.config().map_err(Error::from).and_then(|config| join(&role, &config));
-        let Joined { app, member, hca } = match joined {
+        let Joined { app, tables, member, hca } = match joined {
             Ok(joined) => joined,
             Err(error) => {
                 mouth.say_at(unix_ns(), Said::Failed { why: error.to_string() });
@@ -147,6 +151,7 @@ impl<W: Write> Worker<W> {
         let mut worker = Self {
             app,
             inputs,
+            tables,
             member,
             hca,
             orders,
@@ -208,7 +213,7 @@ impl<W: Write> Worker<W> {
     /// Goes on with the present step, or begins the next; whether one is finished.
     fn turn(&mut self, may_begin: bool) -> Result<bool, Error> {
         let now_ns = self.now_ns();
-        match self.app.turn(now_ns, &mut self.inputs, may_begin) {
+        match self.app.turn(now_ns, &mut self.inputs, &self.tables, may_begin) {
             Ok(Some(finished)) => {
                 self.tell_step(&finished);
                 Ok(true)
@@ -459,6 +464,8 @@ fn try_join(role: &Role, config: &ValidConfig) -> Result<Joined, Error> {
         node: MemberOptions { fabric, devices, ..MemberOptions::default() },
     };
     let member = ElasticMember::join(config, &store, &options)?;
-    let app = App::new(member.session(), Draws::new(role.draw, 4), Some(role.way.style()))?;
-    Ok(Joined { app, member, hca: hca.get().cloned() })
+    let (draws, style) = (Draws::new(role.draw, 4), Some(role.way.style()));
+    let app = App::new(member.session(), draws, style, Sets::ONE)?;
+    let tables = Tables::constant(config)?;
+    Ok(Joined { app, tables, member, hca: hca.get().cloned() })
 }

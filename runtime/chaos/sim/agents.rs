@@ -4,14 +4,14 @@
 //! no host that turns; its device may go on, as a NIC does, or stand still with it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use ibex_hca::Nanos;
 use ibex_hca::emulated::EmulatedHca;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::chaos::draws::Draws;
-use crate::gpu::pool::{Progress, Progressed};
+use crate::gpu::pool::{Pool, Progress, Progressed};
 use crate::session::Session;
 
 /// One process, as far as it turns by itself.
@@ -32,11 +32,51 @@ pub(super) struct Agents {
     next_due_ns: AtomicU64,
     /// Whether hosts speak at all; a guard that a test may take away.
     beats: bool,
+    /// Whose kernels these are.
+    pool: OnceLock<Weak<Pool>>,
+    /// When everything was idle for the last time.
+    idle: Mutex<Option<Idle>>,
+}
+
+/// Nothing had anything to do: until kernels change memory, a host acts, or this instant comes, nothing will.
+#[derive(Clone, Copy)]
+struct Idle {
+    /// [`PoolStats::events`](crate::gpu::pool::PoolStats::events) then.
+    events: u64,
+    due_ns: u64,
 }
 
 impl Agents {
     pub(super) fn new(beat_every_ns: u64, beats: bool) -> Self {
-        Self { agents: RwLock::default(), beat_every_ns, next_due_ns: AtomicU64::new(u64::MAX), beats }
+        Self {
+            agents: RwLock::default(),
+            beat_every_ns,
+            next_due_ns: AtomicU64::new(u64::MAX),
+            beats,
+            pool: OnceLock::new(),
+            idle: Mutex::default(),
+        }
+    }
+
+    /// Says whose kernels these are: without it every device is asked every time.
+    pub(super) fn set_pool(&self, pool: &Arc<Pool>) {
+        // There is one pool, which is told once.
+        let _ = self.pool.set(Arc::downgrade(pool));
+    }
+
+    /// A host may have acted: devices are asked again.
+    pub(super) fn stir(&self) {
+        *self.idle.lock() = None;
+    }
+
+    fn events(&self) -> Option<u64> {
+        Some(self.pool.get()?.upgrade()?.stats().events)
+    }
+
+    /// What is known without asking a device: that still nothing has anything to do, and until when.
+    fn still_idle(&self, now_ns: u64) -> Option<u64> {
+        let idle = (*self.idle.lock())?;
+        (now_ns < idle.due_ns && self.events() == Some(idle.events)).then_some(idle.due_ns)
     }
 
     pub(super) fn add(&self, id: u32, device: &Arc<EmulatedHca>, session: &Arc<Session>, first_beat_ns: u64) {
@@ -83,6 +123,9 @@ impl Agents {
 
 impl Progress for Agents {
     fn progress(&self, _worker: u32, now_ns: u64, random: u64) -> Progressed {
+        if let Some(due) = self.still_idle(now_ns) {
+            return Progressed::Idle { next_deadline_ns: (due != u64::MAX).then_some(due) };
+        }
         let agents = self.agents.read();
         let (spoke, next_beat) = self.beat(&agents, now_ns);
         let mut due = self.next_due_ns.load(Ordering::Relaxed).min(next_beat);
@@ -97,9 +140,10 @@ impl Progress for Agents {
             }
             due = due.min(step.next_deadline.map_or(u64::MAX, |deadline| deadline.0));
         }
-        match spoke {
-            true => Progressed::Worked,
-            false => Progressed::Idle { next_deadline_ns: (due != u64::MAX).then_some(due) },
+        if spoke {
+            return Progressed::Worked;
         }
+        *self.idle.lock() = self.events().map(|events| Idle { events, due_ns: due });
+        Progressed::Idle { next_deadline_ns: (due != u64::MAX).then_some(due) }
     }
 }

@@ -6,16 +6,18 @@
 use std::sync::Arc;
 
 use super::agents::Agents;
+use super::changes::Changer;
 use super::inject::Injector;
 use super::node::{Ground, Holdings, Motion, Node};
 use super::watch::{Process, Watch};
-use crate::chaos::app::{Inputs, THINK_NS_MAX};
 use crate::chaos::draws::Draws;
+use crate::chaos::inputs::{Inputs, THINK_NS_MAX};
 use crate::chaos::plan::{CLEAN_STEPS, Plan};
 use crate::chaos::timeline::Happened;
 use crate::error::Error;
 use crate::ids::Rank;
-use crate::membership::{Standing, Stop};
+use crate::membership::{RankSet, Standing, Stop};
+use crate::placement::Placement;
 
 /// Nothing is done in most turns in which no time has passed: a look costs more than a step of the schedule.
 const TURNS_PER_LOOK: u64 = 8;
@@ -45,7 +47,12 @@ pub(super) struct Group {
     pub(super) ground: Ground,
     pub(super) agents: Arc<Agents>,
     pub(super) draws: Draws,
+    /// Who is to be a member, once nobody is missing.
+    pub(super) expected: RankSet,
+    /// Victims are taken as planned.
+    pub(super) is_reckless: bool,
     injector: Option<Injector>,
+    changer: Option<Changer>,
     inputs: Inputs,
     steps_wanted: u64,
     next_id: u32,
@@ -60,18 +67,24 @@ pub(super) struct Group {
 }
 
 impl Group {
-    pub(super) fn new(plan: &Plan, ground: Ground, agents: Arc<Agents>) -> Self {
+    pub(super) fn new(plan: &Plan, ground: Ground, agents: Arc<Agents>) -> Result<Self, Error> {
         let mut draws = Draws::new(plan.seed, 5);
         let num_ranks = ground.config.num_ranks;
         // CAST: at most 512 ranks.
         let birth = |rank: u16| Birth { rank: Rank(rank), at_ns: draws.below(5_000_000), takes_over: false };
-        let births = (0..num_ranks as u16).map(birth).collect();
-        Self {
+        let births = (0..plan.initial() as u16).map(birth).collect();
+        let expected = RankSet::first(plan.initial());
+        // What a keeper begins with.
+        let first = Placement::contiguous(&ground.config, 1, &expected)?;
+        Ok(Self {
             nodes: Vec::new(),
             births,
-            watch: Watch::new(num_ranks),
+            watch: Watch::new(num_ranks, first),
+            expected,
+            is_reckless: plan.is_reckless,
             inputs: Inputs::new(plan.seed, &ground.config),
             injector: Some(Injector::new(plan)),
+            changer: Some(Changer::new(plan)),
             steps_wanted: plan.steps,
             next_id: 0,
             turns: 0,
@@ -83,7 +96,7 @@ impl Group {
             ground,
             agents,
             draws,
-        }
+        })
     }
 
     /// The newest process of a rank that is not known to have lost it.
@@ -112,13 +125,11 @@ impl Group {
 
     /// Everybody is a member, runs, and is not switching.
     pub(super) fn is_whole(&self) -> bool {
-        // CAST: at most 512 ranks.
-        let all = (0..self.ground.config.num_ranks as u16).map(Rank);
-        self.watch.is_settled()
+        self.watch.is_settled(&self.expected)
             && self.births.is_empty()
-            && self.nodes.len() == self.ground.config.num_ranks as usize
+            && self.nodes.len() == self.expected.len()
             && self.nodes.iter().all(|node| !node.session.is_gate_closed())
-            && all.into_iter().all(|rank| self.is_serving(rank))
+            && self.expected.iter().all(|rank| self.is_serving(rank))
     }
 
     /// One turn; whether the campaign is over.
@@ -145,6 +156,7 @@ impl Group {
         }
         let heard = moved && self.ground.store.advance(now_ns);
         self.last_now_ns = now_ns;
+        self.agents.stir();
         if heard || moved || self.draws.one_in(KEEPER_LOOKS) {
             self.keep(now_ns)?;
             self.start_processes(now_ns)?;
@@ -154,14 +166,22 @@ impl Group {
         self.inputs.think_ns_max = if is_repaired { THINK_NS_MAX } else { 5 * THINK_NS_MAX };
         self.compute(now_ns)?;
         self.nudge_slow(now_ns)?;
-        let mut injector = self.injector.take().expect("put back below");
-        let struck = injector.turn(self, now_ns);
-        let is_done = injector.is_done();
-        let injector_due = injector.next_due();
-        self.injector = Some(injector);
-        struck?;
+        let (is_done, injector_due) = self.disturb(now_ns)?;
         self.set_next_due(now_ns, injector_due);
         self.is_over(now_ns, is_done)
+    }
+
+    /// Lets faults strike and changes begin; whether all of them are over, and when the next one is due.
+    fn disturb(&mut self, now_ns: u64) -> Result<(bool, Option<u64>), Error> {
+        let mut injector = self.injector.take().expect("put back below");
+        let mut changer = self.changer.take().expect("put back below");
+        let struck = injector.turn(self, now_ns, changer.is_busy());
+        let may_begin = injector.is_at_rest() && self.is_whole() && self.watch.ledger.is_whole();
+        changer.turn(self, now_ns, may_begin);
+        let is_done = injector.is_done() && changer.is_done();
+        let due = injector.next_due();
+        (self.injector, self.changer) = (Some(injector), Some(changer));
+        struck.map(|()| (is_done, due))
     }
 
     /// Lets keepers act, and looks at what they did.
@@ -208,12 +228,13 @@ impl Group {
         let node = &self.nodes[index];
         let (rank, is_newest) = (node.rank, self.node(node.rank).is_some_and(|newest| newest.id == id));
         self.watch.timeline.push(now_ns, Some(rank), Happened::Stopped(stop.to_string()));
-        if !matches!(stop, Stop::Fenced { .. }) {
+        let has_left = matches!(stop, Stop::Left { .. }) && !self.expected.contains(rank);
+        if !has_left && !matches!(stop, Stop::Fenced { .. }) {
             self.watch.report.findings.hangs += 1;
             self.watch.flaw(now_ns, format!("rank {rank} stopped: {stop}"));
         }
         self.end(now_ns, index)?;
-        if is_newest && !self.births.iter().any(|birth| birth.rank == rank) {
+        if is_newest && !has_left && !self.births.iter().any(|birth| birth.rank == rank) {
             let at_ns = now_ns + self.draws.between(100_000, 5_000_000);
             self.births.push(Birth { rank, at_ns, takes_over: true });
         }
@@ -283,7 +304,7 @@ impl Group {
                 continue;
             }
             let may_begin = node.keeper.is_serving() && !self.is_stopping;
-            match node.app.turn(now_ns, &mut self.inputs, may_begin) {
+            match node.app.turn(now_ns, &mut self.inputs, &self.watch.tables, may_begin) {
                 Ok(Some(finished)) => {
                     if now_ns - finished.launched_ns > hang_ns {
                         self.watch.report.findings.hangs += 1;

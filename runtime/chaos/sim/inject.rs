@@ -78,6 +78,11 @@ impl Injector {
         Self { waiting, present: Vec::new(), lasting: Vec::new(), draws: Draws::new(plan.seed, 7) }
     }
 
+    /// Whether nothing strikes now that may cost anybody anything, and nothing lasts.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.present.is_empty() && self.lasting.is_empty()
+    }
+
     pub(super) fn is_done(&self) -> bool {
         self.waiting.is_empty() && self.present.is_empty() && self.lasting.is_empty()
     }
@@ -93,9 +98,10 @@ impl Injector {
         self.lasting.iter().map(|(until, ..)| *until).chain(present).min()
     }
 
-    pub(super) fn turn(&mut self, group: &mut Group, now_ns: u64) -> Result<(), Error> {
+    /// One look; `is_changing`: the group is being changed on purpose, which only harmless faults may meet.
+    pub(super) fn turn(&mut self, group: &mut Group, now_ns: u64, is_changing: bool) -> Result<(), Error> {
         self.end_lasting(group, now_ns)?;
-        self.begin(group, now_ns);
+        self.begin(group, now_ns, is_changing);
         for (fault, victim, next) in core::mem::take(&mut self.present) {
             if let Some((victim, next)) = self.go_on(group, now_ns, &fault, victim, next)? {
                 self.present.push((fault, victim, next));
@@ -105,7 +111,7 @@ impl Injector {
     }
 
     /// Takes the next fault up if its step has come and the group can bear it.
-    fn begin(&mut self, group: &Group, now_ns: u64) {
+    fn begin(&mut self, group: &Group, now_ns: u64, is_changing: bool) {
         let Some(fault) = self.waiting.last().copied().filter(|fault| group.step() > fault.at_step) else {
             return;
         };
@@ -113,7 +119,11 @@ impl Injector {
         let is_free = self.present.is_empty() && group.watch.ledger.is_whole() && group.is_whole();
         // Times of one kind must not overlap: the first to end would end both.
         let is_alone = !self.lasting.iter().any(|(_, kind, _)| *kind == fault.kind) && self.lasting.len() < 2;
-        let may = if harmless { is_alone && group.is_whole() } else { is_free && self.lasting.is_empty() };
+        let may = match harmless {
+            _ if group.is_reckless => true,
+            true => is_alone && (is_changing || group.is_whole()),
+            false => is_free && !is_changing && self.lasting.is_empty(),
+        };
         if !may {
             return;
         }
@@ -285,7 +295,14 @@ impl Injector {
             Some((_, _, Lasting::Freeze { node })) => node,
             _ => u32::MAX,
         };
-        Ok((victim, Next::Wake { node, evicted_ns: None }))
+        // Whom the group cannot evict wakes up by itself.
+        let woken_ns = (!can_lose(group, victim)).then(|| now_ns + fault.lasts_us * 1_000);
+        if woken_ns.is_some() {
+            // Its peers give it up, and those who are more when it wakes up go on without the others.
+            let others = group.expected.iter().filter(|rank| *rank != victim).collect::<Vec<_>>();
+            others.into_iter().for_each(|other| group.watch.ledger.touch_pair(victim, other, false));
+        }
+        Ok((victim, Next::Wake { node, evicted_ns: woken_ns }))
     }
 
     /// A stopped process goes on after it was evicted: before, while or after another one takes its place.
@@ -300,6 +317,9 @@ impl Injector {
         let Some(zombie) = group.nodes.iter().find(|other| other.id == node) else { return Ok(None) };
         if let Some(wake_ns) = evicted_ns {
             if now_ns >= wake_ns {
+                if group.watch.view.holder(victim) == Some(zombie.instance) {
+                    group.watch.ledger.survived(victim);
+                }
                 thaw(group, now_ns, node)?;
                 return Ok(None);
             }
@@ -477,7 +497,7 @@ fn can_lose(group: &Group, rank: Rank) -> bool {
 
 /// The victim, or the next rank that may end; for kinds that end nobody, the victim itself.
 fn mortal(group: &Group, victim: Rank, kind: FaultKind) -> Rank {
-    if kind.licence() != Licence::Rank {
+    if kind.licence() != Licence::Rank || group.is_reckless {
         return victim;
     }
     let count = group.ground.config.num_ranks;
@@ -488,7 +508,8 @@ fn mortal(group: &Group, victim: Rank, kind: FaultKind) -> Rank {
 
 /// Whether this is a moment as the kind is named after.
 fn is_moment(group: &Group, victim: Rank, kind: FaultKind) -> bool {
-    if kind.licence() == Licence::Rank && !(group.is_serving(victim) && can_lose(group, victim)) {
+    let may_lose = group.is_reckless || can_lose(group, victim);
+    if kind.licence() == Licence::Rank && !(group.is_serving(victim) && may_lose) {
         return false;
     }
     let Some(node) = group.node(victim) else { return false };

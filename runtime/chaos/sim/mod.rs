@@ -4,6 +4,7 @@
 //! decision; [`Outcome::schedule_hash`] proves it.
 
 mod agents;
+mod changes;
 mod group;
 mod inject;
 mod node;
@@ -17,7 +18,7 @@ use ibex_abi::types::PathMtu;
 use ibex_hca::emulated::switch::FaultPlan;
 use ibex_hca::emulated::{Fabric, FabricConfig};
 
-use super::app::Style;
+use super::app::{Sets, Style};
 use super::draws::Draws;
 use super::fault::FaultKind;
 use super::plan::Plan;
@@ -26,6 +27,7 @@ use super::timeline::Timeline;
 use crate::error::{ConfigError, Error};
 use crate::gpu::GpuError;
 use crate::gpu::pool::{Pool, PoolConfig, PoolError, Progress};
+use crate::membership::{MembershipGuard, RankSet};
 use crate::session::Guard;
 
 use agents::Agents;
@@ -39,6 +41,8 @@ use store::SimStore;
 pub struct Unguarded {
     /// A guard of the session and its kernels.
     pub guard: Option<Guard>,
+    /// A rule of membership.
+    pub membership: Option<MembershipGuard>,
     /// Hosts send no sign of life.
     pub is_mute: bool,
 }
@@ -105,16 +109,19 @@ pub fn run_without(plan: &Plan, unguarded: Unguarded) -> Result<Outcome, Error> 
     let pool =
         Pool::new(PoolConfig::simulation(plan.seed).with_progress(progress)).map_err(GpuError::from)?;
     let pool = Arc::new(pool);
+    agents.set_pool(&pool);
     let lease_ttl_ns = u64::from(shape.config.lease_ttl_ms()) * 1_000_000;
     let ground = Ground {
         store: SimStore::new(plan.seed, lease_ttl_ns),
         config: shape.config,
         pool: Arc::clone(&pool),
         fabric,
-        guard_off: unguarded.guard,
+        unguarded,
+        initial: RankSet::first(plan.initial()),
+        sets: Sets { lanes: plan.lanes, per_lane: plan.per_lane },
         style: style_for(plan, &mut draws),
     };
-    let mut group = Group::new(plan, ground, agents);
+    let mut group = Group::new(plan, ground, agents)?;
     let ended = pool.simulate(&mut || group.turn());
     close(&pool, group, ended)
 }

@@ -11,8 +11,9 @@ use ibex_hca::emulated::{CommandRecord, EmulatedConfig, EmulatedHca, Fabric};
 use ibex_hca::fault::FaultHca;
 use ibex_hca::{Hca, LinkLayer};
 
+use super::Unguarded;
 use super::store::SimStore;
-use crate::chaos::app::{App, Style};
+use crate::chaos::app::{App, Sets, Style};
 use crate::chaos::draws::Draws;
 use crate::config::ValidConfig;
 use crate::error::Error;
@@ -20,7 +21,7 @@ use crate::gpu::pool::Pool;
 use crate::gpu::{Gpu, HostGpu};
 use crate::ids::Rank;
 use crate::membership::{Instance, Membership, MembershipConfig, RankSet};
-use crate::session::{Guard, Keeper, KeeperOptions, Session};
+use crate::session::{Keeper, KeeperOptions, Session};
 
 /// What nodes of one group have in common.
 pub(super) struct Ground {
@@ -28,8 +29,12 @@ pub(super) struct Ground {
     pub(super) pool: Arc<Pool>,
     pub(super) fabric: Arc<Fabric>,
     pub(super) store: SimStore,
-    /// A guard that is taken away.
-    pub(super) guard_off: Option<Guard>,
+    /// What is taken away.
+    pub(super) unguarded: Unguarded,
+    /// Who forms the group.
+    pub(super) initial: RankSet,
+    /// What every step consists of.
+    pub(super) sets: Sets,
     /// How everybody launches its steps; drawn if absent.
     pub(super) style: Option<Style>,
 }
@@ -69,6 +74,10 @@ pub(super) struct Node {
     /// It has switched once: a later closed gate is a survivor's.
     pub(super) has_served: bool,
     pub(super) next_keeper_ns: u64,
+    /// Whom it has given up: which process of which peer.
+    pub(super) suspected: BTreeMap<Rank, Instance>,
+    /// Version of the view when its commands were looked at last.
+    seen_version: u64,
     objects: BTreeMap<&'static str, i64>,
     /// Queue pairs that kernels drive, by number: to which incarnation of whom.
     peers: BTreeMap<u32, (Rank, Instance)>,
@@ -112,12 +121,15 @@ impl Node {
         let gpu = Arc::new(HostGpu::new(Arc::clone(&ground.pool), id));
         let (dyn_gpu, dyn_hca): (Arc<dyn Gpu>, Arc<dyn Hca>) = (Arc::clone(&gpu) as _, Arc::clone(&hca) as _);
         let session = Arc::new(Session::new(&ground.config, rank, dyn_gpu, dyn_hca)?);
-        if let Some(guard) = ground.guard_off {
+        if let Some(guard) = ground.unguarded.guard {
             session.switch_guard_off(guard);
         }
-        let app = App::new(&session, Draws::new(draws.bits(), 4), ground.style)?;
-        let initial = RankSet::first(ground.config.num_ranks);
-        let membership = Membership::new(MembershipConfig::new(&ground.config, initial), claim, now_ns);
+        let app = App::new(&session, Draws::new(draws.bits(), 4), ground.style, ground.sets)?;
+        let membership_config = MembershipConfig::new(&ground.config, ground.initial);
+        let mut membership = Membership::new(membership_config, claim, now_ns);
+        if let Some(guard) = ground.unguarded.membership {
+            membership.turn_off(guard);
+        }
         let board_id = board.id();
         let options = KeeperOptions::default();
         let keeper = Keeper::new(Arc::clone(&session), membership, Box::new(board), options)?;
@@ -138,14 +150,27 @@ impl Node {
             is_zombie: false,
             has_served: false,
             next_keeper_ns: 0,
+            suspected: BTreeMap::new(),
+            seen_version: 0,
             objects: BTreeMap::new(),
             peers: BTreeMap::new(),
         }))
     }
 
-    /// Takes in the commands executed since the last call, and gives them to `each`.
-    pub(super) fn take_commands(&mut self, mut each: impl FnMut(&CommandRecord, Option<(Rank, Instance)>)) {
-        for record in self.device.take_trace() {
+    /// The commands executed since the last call; none if there are none and `view_version` is as it was then.
+    pub(super) fn commands(&mut self, view_version: u64) -> Option<Vec<CommandRecord>> {
+        let records = self.device.take_trace();
+        let is_same = core::mem::replace(&mut self.seen_version, view_version) == view_version;
+        (!records.is_empty() || !is_same).then_some(records)
+    }
+
+    /// Takes in commands that were executed, and gives them to `each` with the peer they concern.
+    pub(super) fn take_in(
+        &mut self,
+        records: &[CommandRecord],
+        mut each: impl FnMut(&CommandRecord, Option<(Rank, Instance)>),
+    ) {
+        for record in records {
             if record.status == Status::Ok {
                 let (kind, change) = match record.op {
                     Some(Op::CreateCq) => ("cq", 1),
@@ -160,7 +185,7 @@ impl Node {
                 };
                 *self.objects.entry(kind).or_default() += change;
             }
-            each(&record, record.qpn.and_then(|qpn| self.peers.get(&qpn.get()).copied()));
+            each(record, record.qpn.and_then(|qpn| self.peers.get(&qpn.get()).copied()));
             if record.op == Some(Op::DestroyQp)
                 && let Some(qpn) = record.qpn
             {
@@ -190,7 +215,8 @@ impl Node {
         self.device.fabric().kill(self.device.port_id());
         self.gpu.kill()?;
         self.hca.clear();
-        self.take_commands(|_, _| {});
+        let records = self.device.take_trace();
+        self.take_in(&records, |_, _| {});
         let Self { app, keeper, session, gpu, hca, device, mut objects, .. } = self;
         let (session_left, gpu_left) = (Arc::downgrade(&session), Arc::downgrade(&gpu));
         drop((app, keeper));

@@ -22,13 +22,18 @@ pub(super) fn shape(plan: &Plan) -> Result<Shape, ConfigError> {
     let mut draws = Draws::new(plan.seed, 2);
     let any_order = !plan.packets && draws.one_in(4);
     let signal = draws.pick(&[SignalMode::Write, SignalMode::FetchAdd]);
-    let num_experts = plan.ranks * draws.between(1, 3) as u32;
+    let per_rank = draws.between(1, 3) as u32;
+    // Where experts move, every rank has a place for each of them.
+    let moves = !plan.changes.is_empty();
+    let num_experts = plan.ranks * if moves { per_rank.min(2) } else { per_rank };
     let ring = draws.between(1, 3) as u32;
     let config = Config {
         num_ranks: plan.ranks,
         max_tokens: plan.tokens,
         hidden: plan.hidden,
         num_experts,
+        local_experts: moves.then_some(num_experts),
+        lanes: plan.lanes,
         max_topk: draws.between(1, num_experts.min(4).into()) as u32,
         dtype: draws.pick(&[WireDtype::Bf16, WireDtype::Fp8]),
         combine: draws.pick(&[CombineMode::Exact, CombineMode::Reduced]),

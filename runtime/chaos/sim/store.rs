@@ -90,6 +90,8 @@ struct Inner {
     is_up: bool,
     up_since_ns: u64,
     cells: BTreeMap<Cell, (u64, Vec<u8>)>,
+    /// Views that the observer has not seen.
+    unseen: VecDeque<Vec<u8>>,
     claims: BTreeMap<Rank, Claim>,
     seats: BTreeMap<u64, Seat>,
     /// By the instant that they are due, then in order.
@@ -120,6 +122,7 @@ impl SimStore {
             is_up: true,
             up_since_ns: 0,
             cells: BTreeMap::new(),
+            unseen: VecDeque::new(),
             claims: BTreeMap::new(),
             seats: BTreeMap::new(),
             queue: BTreeMap::new(),
@@ -172,10 +175,10 @@ impl SimStore {
         self.0.lock().queue.first_key_value().map(|((due, _), _)| *due)
     }
 
-    /// The view's cell: version and bytes; version 0 before it was written.
+    /// The next view that was written, of those that have not been asked for yet.
     #[must_use]
-    pub(super) fn view(&self) -> (u64, Vec<u8>) {
-        self.0.lock().cells.get(&Cell::View).cloned().unwrap_or_default()
+    pub(super) fn next_view(&self) -> Option<Vec<u8>> {
+        self.0.lock().unseen.pop_front()
     }
 
     /// The store goes away, or comes back: with what was written, and leases that start anew.
@@ -353,6 +356,9 @@ impl Inner {
         let version = self.cells.get(&cell).map_or(0, |(version, _)| *version);
         let is_done = cell != Cell::View || version == expect;
         if is_done {
+            if cell == Cell::View {
+                self.unseen.push_back(bytes.clone());
+            }
             self.cells.insert(cell, (version + 1, bytes));
             let but = (cell != Cell::View).then_some(board);
             self.tell_all(cell, but);
@@ -456,8 +462,8 @@ mod tests {
             boards[0].cas_view(0, vec![10]);
             boards[1].cas_view(0, vec![11]);
             settled(&store, 200_000_000);
-            let (version, bytes) = store.view();
-            assert_eq!(version, 1);
+            let bytes = store.next_view().unwrap();
+            assert_eq!(store.next_view(), None);
             let won =
                 |events: &[BoardEvent]| events.contains(&BoardEvent::ViewCas { expect: 0, is_done: true });
             let seen: Vec<Vec<BoardEvent>> = boards.iter_mut().map(drain).collect();
