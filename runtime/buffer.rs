@@ -158,6 +158,7 @@ struct StatePlan {
     qps: u64,
     peers: u64,
     suspects: u64,
+    fenced_below: u64,
     tables: u64,
     owner_of: [u64; 2],
     state: u64,
@@ -218,6 +219,7 @@ impl StatePlan {
             qps: c.take_array::<QpDeviceCtx>(plan.num_qps()),
             peers: c.take_array::<PeerCtx>(ranks),
             suspects: c.take(ranks * 4),
+            fenced_below: c.take(ranks * 8),
             tables: c.take_array::<MemberTable>(2),
             owner_of: [c.take(u64::from(s.max_experts) * 4), c.take(u64::from(s.max_experts) * 4)],
             state: c.take_array::<LaneState>(1),
@@ -257,6 +259,10 @@ impl PinnedPlan {
 pub(crate) struct LaneBuffers {
     // Keys stand before the memory they name: fields drop in this order.
     peer_keys: Vec<Option<PeerKeys>>,
+    /// By source: which region of the window is its own.
+    regions: Vec<u32>,
+    /// Regions that are nobody's and that nobody can write into.
+    spare: Vec<u32>,
     source_key: OwnedMkey,
     pd: Arc<OwnedPd>,
     plan: Plan,
@@ -285,6 +291,8 @@ impl LaneBuffers {
         let source_key = OwnedMkey::register(pd, source.addr(), source_plan.bytes, Access::LOCAL)?;
         let mut buffers = Self {
             peer_keys: Vec::new(),
+            regions: (0..plan.shape.num_ranks).collect(),
+            spare: (plan.shape.num_ranks..plan.num_regions()).collect(),
             source_key,
             pd: Arc::clone(pd),
             plan,
@@ -331,7 +339,29 @@ impl LaneBuffers {
     }
 
     pub(crate) fn region_addr(&self, source: Rank) -> u64 {
-        self.window.addr() + self.plan.region_offset(source)
+        self.region_at(self.regions[source.index()])
+    }
+
+    /// First byte of a region, whoever has it.
+    pub(crate) fn region_at(&self, region: u32) -> u64 {
+        self.window.addr() + self.plan.region_offset(region)
+    }
+
+    /// Is there a region to be had for a source whose own one may still be written by somebody else?
+    pub(crate) fn has_spare_region(&self) -> bool {
+        !self.spare.is_empty()
+    }
+
+    /// Gives `source` a spare region in place of its own, which is returned: nobody has it until it is given back. Its
+    /// keys still name the old one.
+    pub(crate) fn replace_region(&mut self, source: Rank) -> Option<u32> {
+        let spare = self.spare.pop()?;
+        Some(core::mem::replace(&mut self.regions[source.index()], spare))
+    }
+
+    /// Takes back a region that nobody can write into any more.
+    pub(crate) fn give_back_region(&mut self, region: u32) {
+        self.spare.push(region);
     }
 
     /// First byte and length of what one source may write.
@@ -359,6 +389,10 @@ impl LaneBuffers {
 
     pub(crate) fn suspect_addr(&self, peer: Rank) -> u64 {
         self.at(self.state_plan.suspects) + 4 * u64::from(peer.0)
+    }
+
+    pub(crate) fn fenced_below_addr(&self, peer: Rank) -> u64 {
+        self.at(self.state_plan.fenced_below) + 8 * u64::from(peer.0)
     }
 
     pub(crate) fn table_addr(&self, index: usize) -> u64 {
@@ -407,6 +441,7 @@ impl LaneBuffers {
             qps: self.at(p.qps),
             peers: self.at(p.peers),
             suspects: self.at(p.suspects),
+            fenced_below: self.at(p.fenced_below),
             tables: self.at(p.tables),
             state: self.at(p.state),
             cursors: self.at(p.cursors),

@@ -37,6 +37,8 @@ pub const WARPS_PER_BLOCK: (u32, u32) = (2, 32);
 pub const SQ_DEPTH_LOG: (u32, u32) = (4, 15);
 /// Most rows in the combine staging ring of one queue pair.
 pub const STAGING_ROWS_MAX: u32 = 65_536;
+/// Most spare regions per ring slot.
+pub const SPARE_REGIONS_MAX: u32 = 3;
 /// Longest `detect_ms`: a minute without a sign of life is an outage.
 pub const DETECT_MS_MAX: u32 = 60_000;
 /// Longest `stall_ms`: an hour.
@@ -218,6 +220,9 @@ pub struct Config {
     pub sq_depth_log: u32,
     /// Rows in the combine staging ring of one queue pair.
     pub staging_rows: u32,
+    /// Spare regions per ring slot: places for combine rows while late ones may come into others, and regions for the
+    /// successors of processes that may still write into theirs. So many of them are borne at once without a loss.
+    pub spare_regions: u32,
 }
 
 impl Default for Config {
@@ -248,6 +253,7 @@ impl Default for Config {
             store_grace_ms: 30_000,
             sq_depth_log: 9,
             staging_rows: 32,
+            spare_regions: 1,
         }
     }
 }
@@ -296,7 +302,8 @@ impl Config {
             in_range("num_owner_warps", owners, 1, self.num_sms * self.warps_per_block - 1)?;
         }
         in_range("sq_depth_log", self.sq_depth_log, min_sq_depth_log(self.ring), SQ_DEPTH_LOG.1)?;
-        in_range("staging_rows", self.staging_rows, 1, STAGING_ROWS_MAX)
+        in_range("staging_rows", self.staging_rows, 1, STAGING_ROWS_MAX)?;
+        in_range("spare_regions", self.spare_regions, 0, SPARE_REGIONS_MAX)
     }
 
     fn validate_time(&self) -> Result<(), ConfigError> {

@@ -40,6 +40,8 @@ pub struct Plan {
     pub handles: u32,
     /// WQEBBs of one send queue.
     pub sq_depth: u32,
+    /// Regions of the window that belong to no source yet.
+    pub spare_regions: u32,
 }
 
 const fn align(value: u64, to: u64) -> u64 {
@@ -92,6 +94,8 @@ fn shape(config: &ValidConfig, rank: Rank) -> Shape {
             CombineMode::Reduced => code::COMBINE_REDUCED,
         },
         staging_rows: config.staging_rows,
+        num_places: 1 + config.spare_regions,
+        reserved: 0,
     }
 }
 
@@ -145,6 +149,7 @@ impl Plan {
             lanes: config.lanes,
             handles: num_handles(config),
             sq_depth: 1 << config.sq_depth_log,
+            spare_regions: config.spare_regions,
         }
     }
 
@@ -154,22 +159,29 @@ impl Plan {
         u64::from(self.shape.num_ranks) * u64::from(self.shape.num_channels)
     }
 
-    /// Bytes of the receive window of one lane: one region per source.
+    /// Regions in the receive window of one lane: one per source, and spare ones.
+    #[must_use]
+    pub fn num_regions(&self) -> u32 {
+        self.shape.num_ranks + self.spare_regions
+    }
+
+    /// Bytes of the receive window of one lane.
     #[must_use]
     pub fn window_bytes(&self) -> u64 {
-        u64::from(self.shape.num_ranks) * self.layout.region_bytes
+        u64::from(self.num_regions()) * self.layout.region_bytes
     }
 
-    /// Offset of `source`'s region in the window.
+    /// Offset of a region in the window. The first ones belong to the source of the same number to begin with.
     #[must_use]
-    pub fn region_offset(&self, source: Rank) -> u64 {
-        u64::from(source.0) * self.layout.region_bytes
+    pub fn region_offset(&self, index: u32) -> u64 {
+        u64::from(index) * self.layout.region_bytes
     }
 
-    /// Bytes of the combine slab of one lane.
+    /// Bytes of the combine slab of one lane: all places of all ring slots.
     #[must_use]
     pub fn combine_slab_bytes(&self) -> u64 {
-        align(u64::from(self.shape.ring) * self.layout.combine_slot_bytes, PAGE)
+        let slots = u64::from(self.shape.num_places) * u64::from(self.shape.ring);
+        align(slots * self.layout.combine_slot_bytes, PAGE)
     }
 
     /// Where the parts of one lane's source memory lie: what WQEs of this rank read from, or return results to.
@@ -353,7 +365,7 @@ mod tests {
     #[test]
     fn regions_and_slots_do_not_overlap() {
         let p = plan(Config { num_ranks: 3, num_experts: 9, ..Config::default() });
-        assert_eq!(p.region_offset(Rank(2)) + p.layout.region_bytes, p.window_bytes());
+        assert_eq!(p.region_offset(p.num_regions()), p.window_bytes());
         let mut seen = std::collections::HashSet::new();
         for lane in 0..2 {
             for peer in 0..3 {

@@ -21,7 +21,9 @@
 
 use core::sync::atomic::{Ordering, fence};
 
-use ibex_abi::device_ctx::{DeviceFault, LaneHostWords, LaneState, LifeWords, PeerCtx, QpDeviceCtx, code};
+use ibex_abi::device_ctx::{
+    DeviceFault, LaneHostWords, LaneState, LifeWords, PeerCtx, QpDeviceCtx, SEQ_END, code,
+};
 use ibex_abi::types::QpNum;
 use zerocopy::FromBytes;
 
@@ -29,15 +31,17 @@ use crate::buffer::{LaneBuffers, bytes};
 use crate::error::{ConfigError, Error, Limit, Stale, Violation};
 use crate::ids::{Lane, Rank};
 use crate::layout::qp_slot;
-use crate::session::Session;
+use crate::session::{COMBINE, Session};
 
 mod control;
 mod events;
 mod fencing;
 mod identity;
 mod offer;
+mod quarantine;
 mod queues;
 mod route;
+mod watch;
 
 pub(crate) use events::DeviceLog;
 pub use events::{DEVICE_EVENTS_MAX, DeviceEvent, DeviceEventCounts};
@@ -45,6 +49,7 @@ pub(crate) use fencing::Fences;
 pub use identity::HostId;
 pub(crate) use identity::draw_instance;
 pub use offer::{LaneOffer, Mappings, Offer, OfferError, QueueOffer};
+pub(crate) use quarantine::Quarantine;
 pub(crate) use queues::PeerQueues;
 pub(crate) use route::Reach;
 pub use route::{Route, RouteReason, RouteReport};
@@ -103,6 +108,7 @@ impl Session {
             from: self.rank,
             to: peer,
             process: process_id(),
+            pid: std::process::id(),
             host: HostId::current(),
             port: self.hca.port(),
             lanes,
@@ -204,6 +210,8 @@ impl Session {
         if !self.queues.lock().controls[peer.index()].is_live() {
             return Err(not_offered(peer));
         }
+        self.reaches.lock()[peer.index()].note_use();
+        self.note_reach(peer)?;
         for runtime in &self.lanes {
             let buffers = runtime.buffers.read();
             self.gpu.store_u32(buffers.suspect_addr(peer), 0)?;
@@ -395,7 +403,12 @@ impl Session {
         self.check_start(next)?;
         for (runtime, next) in self.lanes.iter().zip(next) {
             runtime.start_at(*next);
-            let state = LaneState { next: *next, credited: next.map(|n| n - 1), ..LaneState::default() };
+            let mut state = LaneState { next: *next, credited: next.map(|n| n - 1), ..LaneState::default() };
+            // Who combines with this rank waits for its word on every step before: it is done with all of them.
+            for seq in next[COMBINE].saturating_sub(self.config.ring.into()).max(1)..next[COMBINE] {
+                // CAST: below the ring, of at most RING_MAX slots.
+                state.pending[COMBINE][(seq % u64::from(self.config.ring)) as usize] = seq;
+            }
             LaneBuffers::write(&*self.gpu, runtime.buffers.read().state_addr(), &state)?;
         }
         self.connect_self(next)
@@ -412,13 +425,15 @@ impl Session {
                 Limit::Exactly { field: "lanes", value: lanes },
             );
         }
-        if next.iter().flatten().any(|seq| *seq == 0) {
-            return refuse("first sequence number", 0, Limit::Range { min: 1, max: u64::MAX });
+        if let Some(seq) = next.iter().flatten().find(|seq| !(1..SEQ_END).contains(*seq)) {
+            return refuse("first sequence number", *seq, Limit::Range { min: 1, max: SEQ_END - 1 });
         }
         Ok(())
     }
 }
 
+/// Offset of `PeerCtx::base_seq`.
+pub(crate) const BASE_SEQ_OFF: u64 = core::mem::offset_of!(PeerCtx, base_seq) as u64;
 /// Offset of `QpDeviceCtx::state`.
 const STATE_OFF: u64 = core::mem::offset_of!(QpDeviceCtx, state) as u64;
 fn not_offered(peer: Rank) -> Error {

@@ -34,6 +34,8 @@ pub struct Telemetry {
     pub unrung_wqes: Option<u64>,
     /// What this rank's device has reported of itself and of its queues.
     pub device_events: DeviceEventCounts,
+    /// Regions that serve nobody because a process that was fenced may still write into them.
+    pub quarantined_regions: u64,
 }
 
 impl Telemetry {
@@ -152,7 +154,8 @@ impl Session {
         }
         self.hear_device()?;
         let (unrung_wqes, device_events) = (self.hca.unrung_wqes(), self.device_event_counts());
-        Ok(Telemetry { lanes, unrung_wqes, device_events })
+        let quarantined_regions = self.quarantined_regions();
+        Ok(Telemetry { lanes, unrung_wqes, device_events, quarantined_regions })
     }
 
     /// Faults that kernels have recorded and nobody has cleared yet.

@@ -188,6 +188,51 @@ fn without_lost_one_timeout_becomes_two() {
     is_missed(Guard::Lost, scenario, |flaws| flaws.timeouts != 0);
 }
 
+/// What rank 2 sends to rank 0 is held up until rank 0 has given rank 2 up and works with rank 1 alone. Then it comes:
+/// rows of an old combine, for places that rows of rank 1 would take by now. Nobody fences rank 2.
+#[test]
+fn without_other_places_a_late_row_spoils_a_later_step() {
+    const STEPS: usize = 8;
+    let config =
+        Config { num_ranks: 3, num_experts: 6, sq_depth_log: 6, detect_ms: 2, stall_ms: Some(4), ..tiny() };
+    let scenario = |seed: u64, off| {
+        let sim = Sim::seeded(&config, seed, STEPS);
+        sim.switch_guard_off(off);
+        let world = sim.world();
+        for patient in [1, 2] {
+            let limit = Duration::from_millis(300);
+            world.session(Rank(patient)).set_limits(limit, limit).unwrap();
+        }
+        world.set_path(Rank(2), Rank(0), PathState::Cut);
+        for set in 0..STEPS {
+            sim.launch_step(set, CombineSource::Staged);
+        }
+        let here = world.session(Rank(0));
+        let mut patience = 10_000;
+        while here.suspected().unwrap().is_empty() && patience > 0 {
+            sim.run_for(100);
+            patience -= 1;
+        }
+        sim.run_for(seed * 53 % 2_000);
+        world.set_path(Rank(2), Rank(0), PathState::Up);
+        let mut flaws = settle(&sim);
+        for set in 0..STEPS {
+            for rank in 0..3 {
+                flaws.wrong += sim.check_dispatch_of(rank, set).wrong + sim.check_combine_of(rank, set).wrong;
+            }
+        }
+        // What rank 1 serves (experts 2 and 3) does not suffer.
+        for set in 0..STEPS {
+            for (lost, experts) in sim.picks_and_losses(0, set).1.iter().zip(sim.experts_of(0, set)) {
+                let is_lost = |k: usize, expert: i32| lost >> k & 1 == 1 && (2..4).contains(&expert);
+                flaws.lost += (0..).zip(&experts).filter(|(k, expert)| is_lost(*k, **expert)).count() as u64;
+            }
+        }
+        flaws
+    };
+    is_missed(Guard::LateRows, scenario, |flaws| flaws.wrong != 0);
+}
+
 /// Two ranks recreate their queue pairs in the middle of a step. That step may be lost; the next ones may not.
 #[test]
 fn without_the_grace_period_a_running_half_posts_to_the_new_queue_pair() {

@@ -14,6 +14,7 @@
 #include "ibex/guards.h"
 #include "ibex/half.h"
 #include "ibex/kernel.h"
+#include "ibex/late.h"
 #include "ibex/layout.h"
 #include "ibex/send.h"
 #include "ibex/wait.h"
@@ -59,6 +60,7 @@ IBEX_DEV void lead_send(const CombineArgs& c) {
       c.ticket->num_tokens = dispatched.num_tokens;
       c.ticket->num_topk = dispatched.num_topk;
       c.ticket->staging_slot = 0;
+      c.ticket->flags = 0;
       say_go(&c.ticket->go_send, c.nonce, kGoRun);
     }
   }
@@ -128,6 +130,7 @@ struct CombineRows {
     const uint32_t num_topk = c.ticket->num_topk;
     const uint32_t first = j.cursor.next / num_topk * group, k = j.cursor.next % num_topk;
     if (first >= load) return kPhaseSignal;
+    if (j.cursor.place == kNowhere) return kPhaseLost;
     RowSet& set = row_set_of_this_warp();
     warp::lanes<bool> goes;
     EACH_LANE(l) {
@@ -163,7 +166,7 @@ struct CombineRows {
     IBEX_ROLLED
     for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
       const uint32_t l = lowest_bit(rest);
-      const uint64_t offset = combine_offset(j.a, j.h.slot, set.tokens[l], k);
+      const uint64_t offset = combine_offset(j.a, j.h.slot, j.cursor.place, set.tokens[l], k);
       uint8_t* to = j.rdma() ? ring_row(j) : reinterpret_cast<uint8_t*>(j.to.combine_ptr + offset);
       copy_row(reinterpret_cast<uint4*>(to), set.rows[l], j.a.layout.row_bytes / 16);
       if (j.rdma()) post_ring_row(j, offset);
@@ -177,8 +180,8 @@ struct CombineRows {
     EACH_LANE(l) {
       if ((mask >> l & 1) != 0) {
         const uint32_t position = popc(mask & lanes_below(l));
-        const RemoteAddress remote{j.to.combine_va + combine_offset(j.a, j.h.slot, set.tokens[l], k),
-                                   j.to.combine_rkey_be};
+        const uint64_t offset = combine_offset(j.a, j.h.slot, j.cursor.place, set.tokens[l], k);
+        const RemoteAddress remote{j.to.combine_va + offset, j.to.combine_rkey_be};
         put_write(j.qp, b.next_idx + position, remote, reinterpret_cast<uint64_t>(set.rows[l]),
                   c.expert_out_lkey_be, j.a.layout.row_bytes, position + 1 == n ? kSignaled : kUnsignaled);
       }
@@ -191,6 +194,7 @@ struct CombineRows {
   IBEX_DEV uint32_t step_reduced(SendJob& j) {
     const uint32_t load = channel_load(j);
     if (j.cursor.next >= load) return kPhaseSignal;
+    if (j.cursor.place == kNowhere) return kPhaseLost;
     const uint8_t* header = kept(j, j.cursor.next);
     const Pick* picks = picks_of(header);
     if (j.rdma() && data_space(j, 1) < 1) return starve_for_space(j);
@@ -208,7 +212,7 @@ struct CombineRows {
       num_rows += 1;
     }
     warp::sync();
-    const uint64_t offset = combine_offset(j.a, j.h.slot, token_of(header), first_k);
+    const uint64_t offset = combine_offset(j.a, j.h.slot, j.cursor.place, token_of(header), first_k);
     uint8_t* to = j.rdma() ? ring_row(j) : reinterpret_cast<uint8_t*>(j.to.combine_ptr + offset);
     sum_row_set(to, num_rows, j.a.layout.row_bytes);
     if (j.rdma()) post_ring_row(j, offset);
@@ -286,16 +290,26 @@ IBEX_DEV bool send_half(const CombineArgs& c, BlockRange blocks) {
   return true;
 }
 
+/// Notes that this combine goes on without `owner`, whose rows may come later (late.h). Returns false.
+IBEX_DEV bool give_up(const CombineArgs& c, uint32_t owner) {
+  ONE_LANE {
+    set_bit(c.ticket->lost, owner);
+    st_relaxed_gpu(&c.ticket->flags, kGaveUp);
+  }
+  return false;
+}
+
 /// Did everything that was dispatched to `owner` on this channel come back?
 template <CombineMode kMode>
 IBEX_DEV bool came_back(const CombineArgs& c, const HalfContext& h, uint32_t owner, uint32_t channel) {
   const LaneArgs& a = c.lane;
   if (guarded(a, kGuardMembership)) {
     const bool lost = warp::one_lane([&] { return has_bit(c.handle.ctx->lost, owner); });
+    // It was told so, and sends nothing.
     if (lost) return false;
   }
   const uint32_t count = await_signal(a, h, c.verdicts, owner, channel);
-  if (count == kCountLost) return false;
+  if (count == kCountLost) return give_up(c, owner);
   const uint32_t q = qp_index(a.shape, owner, channel);
   const uint32_t sent = kMode == kReduced ? c.handle.sent_messages[q] : c.handle.sent_picks[q];
   if (count == sent) return true;
@@ -321,7 +335,7 @@ IBEX_DEV void combine_token(const CombineArgs& c, const HalfContext& h, uint32_t
   for (uint32_t k = 0; k < num_topk; ++k) {
     const uint32_t owner = owners[k];
     if (owner == kNoOwner) continue;
-    if (owner == kLostOwner || !came_back<kMode>(c, h, owner, channel)) {
+    if (owner == kLostOwner || h.place == kNowhere || !came_back<kMode>(c, h, owner, channel)) {
       lost |= 1u << k;
       continue;
     }
@@ -329,7 +343,7 @@ IBEX_DEV void combine_token(const CombineArgs& c, const HalfContext& h, uint32_t
     for (uint32_t i = 0; i < k && first; ++i) first = owners[i] != owner;
     if (reduced && !first) continue;
     ONE_LANE {
-      set.rows[num_rows] = reinterpret_cast<const uint4*>(a.combine_slab + combine_offset(a, h.slot, token, k));
+      set.rows[num_rows] = reinterpret_cast<const uint4*>(a.combine_slab + combine_offset(a, h.slot, h.place, token, k));
       set.weights[num_rows] = reduced ? 1.0f : c.topk_weights[token * num_topk + k];
     }
     num_rows += 1;
@@ -356,7 +370,7 @@ IBEX_DEV void receive_half(const CombineArgs& c, BlockRange blocks) {
     combine_token<kMode>(c, h, token);
   }
   if (is_last_block_out(&h.ctx->receive_done_blocks, blocks) && warp::id() == 0) {
-    ONE_LANE close_receive_half(a, h);
+    ONE_LANE close_receive_half(a, h, place_after(a, h));
   }
 }
 

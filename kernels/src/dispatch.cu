@@ -696,7 +696,7 @@ IBEX_DEV void receive_half(const DispatchArgs& d, BlockRange blocks) {
   }
   if (is_last_block_out(&h.ctx->receive_done_blocks, blocks) && warp::id() == 0) {
     publish(d, h);
-    ONE_LANE close_receive_half(a, h);
+    ONE_LANE close_receive_half(a, h, 0);
   }
 }
 

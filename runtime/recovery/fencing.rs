@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use ibex_abi::device_ctx::LaneHostWords;
 
 use super::Reach;
-use crate::error::{Error, Stale, Violation};
+use crate::error::{Error, Exhausted, Resource, Stale, Violation};
 use crate::ids::Rank;
 use crate::session::{Guard, LaneRuntime, Mark, Session};
 
@@ -51,6 +51,9 @@ impl Session {
     /// them, the dead incarnation's keys are gone, and every word that the peer has written or is owed is zero. Returns
     /// whether that is so; never waits.
     ///
+    /// A peer in another process that may have our memory mapped leaves its region behind as long as that process has
+    /// not ended, and its successor gets a spare one; where none is left, that end is awaited.
+    ///
     /// # Errors
     /// `Stale` if no fence was begun; what the HCA refused: then a retry goes on where this stopped.
     pub fn poll_fence(&self, peer: Rank) -> Result<bool, Error> {
@@ -58,7 +61,7 @@ impl Session {
         let Some(entered) = self.fences.lock().0.get(&peer).cloned() else {
             return Err(Error::Stale(Stale { what: "fence (not begun)", found: 0, current: 1 }));
         };
-        if self.first_missing(&entered)?.is_some() {
+        if self.first_missing(&entered)?.is_some() || !self.part_from(peer)? {
             return Ok(false);
         }
         // What the device has said of the queues is heard while their numbers are still theirs.
@@ -71,6 +74,7 @@ impl Session {
         }
         // No context names the peer's memory any more.
         self.reaches.lock()[peer.index()] = Reach::default();
+        self.note_reach(peer)?;
         self.fences.lock().0.remove(&peer);
         Ok(true)
     }
@@ -78,8 +82,8 @@ impl Session {
     /// [`Session::begin_fence`] and [`Session::poll_fence`], with the wait in between.
     ///
     /// # Errors
-    /// What the HCA refused, or `Protocol` if a half outlives every limit; the slots stay masked, and a retry goes on
-    /// where this stopped.
+    /// What the HCA refused, `Protocol` if a half outlives every limit, or `Exhausted` if the peer's process lives and
+    /// no spare region is left; the slots stay masked, and a retry goes on where this stopped.
     pub fn fence(&self, peer: Rank) -> Result<(), Error> {
         self.begin_fence(peer)?;
         let entered = self.fences.lock().0.get(&peer).cloned().unwrap_or_default();
@@ -97,7 +101,13 @@ impl Session {
                 found,
                 expected,
             })),
-            _ => self.poll_fence(peer).map(|_| ()),
+            _ if self.poll_fence(peer)? => Ok(()),
+            _ => Err(Error::Exhausted(Exhausted {
+                resource: Resource::SpareRegions,
+                limit: self.config.spare_regions.into(),
+                in_use: self.config.spare_regions.into(),
+                requested: 1,
+            })),
         }
     }
 

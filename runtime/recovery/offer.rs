@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  magic "IBXO"  version u16  num_lanes u16  num_channels u16  from u16  to u16
-//!  process u64   host {boot u128, network u64, processes u64}
+//!  process u64   pid u32   host {boot u128, network u64, processes u64}
 //!  port {port_num u8, link u8, gid_index u8, mtu u8, lid u16, gid[16], mac[6]}
 //!  control {qpn u32, psn u32}
 //!  per lane: region_va u64, combine_va u64, region_rkey u32, combine_rkey u32,
@@ -26,7 +26,7 @@ use crate::ids::Rank;
 
 const MAGIC: [u8; 4] = *b"IBXO";
 /// Version of the bytes.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Longest handle of exported memory.
 const HANDLE_LEN_MAX: usize = 256;
 /// Numbers of queue pairs and packets have 24 bits.
@@ -78,6 +78,8 @@ pub struct Offer {
     pub to: Rank,
     /// The process that offers; peers of one process reach each other's memory as it is.
     pub process: u64,
+    /// Its number on that host.
+    pub pid: u32,
     /// The host of that process; peers of one host may map each other's memory.
     pub host: HostId,
     /// The port.
@@ -132,6 +134,7 @@ impl Offer {
             bytes.extend(word.to_le_bytes());
         }
         bytes.extend(self.process.to_le_bytes());
+        bytes.extend(self.pid.to_le_bytes());
         bytes.extend(self.host.to_bytes());
         let PortInfo { port_num, link, lid, gid, gid_index, mac, mtu } = self.port;
         bytes.extend([port_num, u8::from(link == LinkLayer::Roce), gid_index, mtu.code()]);
@@ -163,6 +166,7 @@ impl Offer {
             from: Rank(reader.bounded("from", u64::from(NUM_RANKS_MAX) - 1)? as u16),
             to: Rank(reader.bounded("to", u64::from(NUM_RANKS_MAX) - 1)? as u16),
             process: u64::from_le_bytes(reader.take()?),
+            pid: reader.u32()?,
             host: HostId::from_bytes(&reader.take()?),
             port: reader.port()?,
             control: reader.queue()?,
@@ -290,6 +294,7 @@ mod tests {
             from: Rank(3),
             to: Rank(511),
             process: 9,
+            pid: 10,
             host: HostId { boot: 1 << 100, network: 2, processes: 3 },
             port: PortInfo {
                 port_num: 1,
@@ -325,16 +330,16 @@ mod tests {
             Offer::from_bytes(&bytes).unwrap_err()
         };
         assert_eq!(with(0, b"X"), OfferError::Magic);
-        assert_eq!(with(4, &[2, 0]), OfferError::Version { found: 2, known: 1 });
+        assert_eq!(with(4, &[1, 0]), OfferError::Version { found: 1, known: 2 });
         let refused = |field, value, max| OfferError::Field { field, value, max };
         assert_eq!(with(6, &[9, 0]), refused("lanes", 9, 8));
         assert_eq!(with(8, &[17, 0]), refused("channels", 17, 16));
         assert_eq!(with(10, &[0, 2]), refused("from", 512, 511));
         assert_eq!(with(12, &[0xff, 0xff]), refused("to", 65535, 511));
         // Behind process and host: the port.
-        assert_eq!(with(14 + 8 + 32 + 1, &[2]), refused("link", 2, 1));
-        assert_eq!(with(14 + 8 + 32 + 3, &[6]), refused("mtu", 6, 5));
-        assert_eq!(with(14 + 8 + 32 + 28 + 3, &[1]), refused("qpn", (1 << 24) + 77, BITS_24));
+        assert_eq!(with(14 + 12 + 32 + 1, &[2]), refused("link", 2, 1));
+        assert_eq!(with(14 + 12 + 32 + 3, &[6]), refused("mtu", 6, 5));
+        assert_eq!(with(14 + 12 + 32 + 28 + 3, &[1]), refused("qpn", (1 << 24) + 77, BITS_24));
     }
 
     proptest! {

@@ -17,6 +17,7 @@ use core::fmt;
 use ibex_abi::device_ctx::code;
 
 use super::identity::{HostId, process_id};
+use super::watch::ProcessWatch;
 use super::{LaneOffer, Offer};
 use crate::config::RoutePolicy;
 use crate::gpu::{DeviceMemory, Gpu, GpuError};
@@ -110,6 +111,10 @@ pub(crate) struct Reach {
     report: RouteReport,
     /// Per lane; empty unless the peer is another process.
     mapped: Vec<Mapped>,
+    /// The peer's process, if it is another one that may have our memory mapped.
+    process: Option<ProcessWatch>,
+    /// Whether kernels have used the way. Who only connected has written nothing.
+    is_used: bool,
 }
 
 impl Default for Reach {
@@ -120,7 +125,7 @@ impl Default for Reach {
 
 impl Reach {
     fn by(route: Route, reason: RouteReason) -> Self {
-        Self { report: RouteReport { route, reason }, mapped: Vec::new() }
+        Self { report: RouteReport { route, reason }, mapped: Vec::new(), process: None, is_used: false }
     }
 
     /// The way to this rank itself.
@@ -140,10 +145,31 @@ impl Reach {
         if theirs != ours {
             return Self::by(Route::Ibgda, RouteReason::AnotherHost { theirs, ours });
         }
-        match map_all(gpu, &offer.lanes) {
+        let way = match map_all(gpu, &offer.lanes) {
             Ok(mapped) => Self { mapped, ..Self::by(Route::Mapped, RouteReason::SameHost) },
             Err(reason) => Self::by(Route::Ibgda, reason),
-        }
+        };
+        // Whatever has come of it here, the peer may have mapped what it was offered.
+        Self { process: Some(ProcessWatch::of(offer.pid)), ..way }
+    }
+
+    /// Kernels use the way from now on, at both ends.
+    pub(super) fn note_use(&mut self) {
+        self.is_used = true;
+    }
+
+    pub(super) fn is_used(&self) -> bool {
+        self.is_used
+    }
+
+    /// May a process at the other end store into our memory, whatever becomes of its queue pairs?
+    pub(super) fn may_still_write(&self) -> bool {
+        self.is_used && self.process.as_ref().is_some_and(|process| !process.has_ended())
+    }
+
+    /// What tells of its end.
+    pub(super) fn take_process(&mut self) -> Option<ProcessWatch> {
+        self.process.take()
     }
 
     pub(crate) fn report(&self) -> &RouteReport {
@@ -206,6 +232,7 @@ mod tests {
             from: Rank(1),
             to: Rank(0),
             process: !process_id(),
+            pid: std::process::id(),
             host: HostId::current(),
             port: PortInfo { port_num: 1, link: LinkLayer::Roce, lid, gid, gid_index: 0, mac, mtu },
             lanes: vec![LaneOffer {

@@ -32,6 +32,8 @@ pub enum Guard {
     /// Masks, suspicions, signs of life and loss bits are looked at, and signs of life sent: what membership costs a
     /// group in which nothing happens.
     Membership = code::GUARD_MEMBERSHIP,
+    /// A combine slot moves away from rows that may come too late.
+    LateRows = code::GUARD_LATE_ROWS,
 }
 
 impl LaneRuntime {

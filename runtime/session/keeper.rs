@@ -328,6 +328,8 @@ impl Keeper {
         if !self.is_serving() {
             return;
         }
+        // What cannot be taken back now is tried again with the next look.
+        let _ = self.session.release_quarantine();
         // Memory that cannot be read says nothing.
         let Ok(suspected) = self.session.suspected() else { return };
         let suspected: RankSet = suspected.into_iter().collect();

@@ -25,7 +25,7 @@ use crate::ids::{Epoch, Lane, Rank};
 use crate::layout::{Plan, qp_slot};
 use crate::membership::RankSet;
 use crate::placement::Placement;
-use crate::recovery::{DeviceLog, Fences, PeerQueues, Reach};
+use crate::recovery::{DeviceLog, Fences, PeerQueues, Quarantine, Reach};
 
 mod attendant;
 mod calls;
@@ -138,6 +138,7 @@ pub struct Session {
     pub(crate) fences: Mutex<Fences>,
     /// Locked last: nothing else is taken while it is held.
     pub(crate) device_log: Mutex<DeviceLog>,
+    pub(crate) quarantine: Mutex<Quarantine>,
     membership: Mutex<Membership>,
     steps: Steps,
     capture: Mutex<Option<Capture>>,
@@ -200,6 +201,7 @@ impl Session {
             active: Mutex::default(),
             fences: Mutex::default(),
             device_log: Mutex::new(DeviceLog::new(config.num_ranks)),
+            quarantine: Mutex::default(),
             membership: Membership::new(Epoch(1), members, placement),
             steps: Steps::default(),
             capture: Mutex::new(None),

@@ -17,7 +17,7 @@
 //!
 //! INVARIANT: a table is overwritten only when no half that uses it is queued or running.
 
-use ibex_abi::device_ctx::{MemberTable, PeerCtx};
+use ibex_abi::device_ctx::MemberTable;
 use parking_lot::Mutex;
 use zerocopy::FromZeros;
 
@@ -28,6 +28,7 @@ use crate::error::{Error, Stale, Violation};
 use crate::ids::{Epoch, Rank};
 use crate::membership::RankSet;
 use crate::placement::Placement;
+use crate::recovery::BASE_SEQ_OFF;
 
 /// What a group has agreed to do from one step on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -332,5 +333,3 @@ const FROM_SEQ_OFF: u64 = core::mem::offset_of!(MemberTable, from_seq) as u64;
 const ALIVE_OFF: u64 = core::mem::offset_of!(MemberTable, alive) as u64;
 /// Offset of `MemberTable::epoch`.
 const EPOCH_OFF: u64 = core::mem::offset_of!(MemberTable, epoch) as u64;
-/// Offset of `PeerCtx::base_seq`.
-const BASE_SEQ_OFF: u64 = core::mem::offset_of!(PeerCtx, base_seq) as u64;

@@ -85,6 +85,8 @@ class Recovery {
         reset_pair();
         return Stage::connect;
       case Stage::connect:
+        // ORDER(19): 2RST on both ends -> fenced_below. Release at sys.
+        st_release_sys(&world_.rank(rank_).fenced_below[kDead], ~uint64_t{0});
         // Nothing is sent before the rank is a member again, at the next common step.
         world_.connect(rank_, kDead, {1, 1});
         return Stage::done;
@@ -132,12 +134,18 @@ void rejoin(World& world) {
   for (uint32_t op = 0; op < kNumOps; ++op) {
     back.lane.state->next[op] = base[op];
     back.lane.state->credited[op] = base[op] - 1;
+    // It is done with every step before its own, and says so.
+    for (uint32_t back_by = 1; back_by <= world.config().ring && back_by < base[op]; ++back_by) {
+      const uint64_t seq = base[op] - back_by;
+      back.lane.state->pending[op][ring_slot(back.lane.shape, seq)] = seq;
+    }
   }
   for (uint32_t r = 0; r < world.config().num_ranks; ++r) {
     if (r != kDead) world.forget(kDead, r);
     world.connect(kDead, r, base);
     if (r == kDead) continue;
     for (uint32_t op = 0; op < kNumOps; ++op) world.rank(r).lane.peers[kDead].base_seq[op] = base[op];
+    st_release_sys(&world.rank(r).fenced_below[kDead], base[kCombine]);
     for (uint32_t t = 0; t < 2; ++t) world.rank(r).lane.tables[t].alive[0] |= uint64_t{1} << kDead;
   }
   back.alive = true;

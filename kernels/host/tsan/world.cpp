@@ -112,6 +112,7 @@ void World::make_shape(uint32_t rank) {
   s.scale_kind = config_.scale_kind;
   s.combine_mode = config_.combine_mode;
   s.staging_rows = config_.staging_rows;
+  s.num_places = config_.num_places;
   a.layout = plan(config_, s);
   a.guards_off = options_.guards_off;
 }
@@ -121,7 +122,7 @@ void World::make_buffers(Rank& r) {
   LaneArgs& a = r.lane;
   const Shape& s = a.shape;
   const uint32_t num_qps = s.num_ranks * s.num_channels, slots = 2 * s.ring;
-  const uint64_t combine_bytes = s.ring * a.layout.combine_slot_bytes;
+  const uint64_t combine_bytes = s.num_places * s.ring * a.layout.combine_slot_bytes;
   a.combine_slab = memory_.take<uint8_t>(combine_bytes);
   for (uint32_t source = 0; source < s.num_ranks; ++source) {
     r.regions.push_back(memory_.take<uint8_t>(a.layout.region_bytes));
@@ -154,6 +155,8 @@ void World::make_state(Rank& r) {
   a.qps = qps_ + uint64_t{s.rank} * num_qps;
   a.peers = memory_.take<PeerCtx>(s.num_ranks);
   a.suspects = memory_.take<uint32_t>(s.num_ranks);
+  r.fenced_below = memory_.take<uint64_t>(s.num_ranks);
+  a.fenced_below = r.fenced_below;
   a.tables = memory_.take<MemberTable>(2);
   a.state = memory_.take<LaneState>();
   a.cursors = memory_.take<SendCursor>(num_qps);

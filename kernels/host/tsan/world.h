@@ -25,7 +25,7 @@ struct EpConfig {
   uint32_t combine_mode = kExact, signal_mode = kSignalWrite;
   Routes routes = Routes::ibgda;
   bool zero_copy = true;
-  uint32_t staging_rows = 4, sq_wqebbs = 32, num_owner_warps = 2;
+  uint32_t staging_rows = 4, sq_wqebbs = 32, num_owner_warps = 2, num_places = 2;
   uint32_t num_steps = 5;
   /// Grids. ThreadSanitizer follows 255 fibers well: all lanes of all ranks should be fewer.
   uint32_t blocks = 1, warps = 3;
@@ -82,6 +82,7 @@ struct Slot {
 /// One rank: its memory as kernels see it, and its queues as the device sees them.
 struct Rank {
   LaneArgs lane;
+  uint64_t* fenced_below = nullptr;  ///< as in `lane`, for the host
   std::vector<Handle> handles;   ///< by step, modulo
   std::vector<Tensors> tensors;  ///< likewise
   uint32_t expert_out_lkey;

@@ -17,6 +17,8 @@ constexpr uint32_t kMaxTopk = 32;
 constexpr uint32_t kMaxRing = 8;
 constexpr uint32_t kMaxChannels = 16;
 constexpr uint32_t kMaxStagingSlots = 2 * kMaxRing;
+/// Places that one ring slot of the combine slab may have: one, and spare ones; see late.h.
+constexpr uint32_t kMaxPlaces = 4;
 constexpr uint32_t kRankWords = kMaxRanks / 64;
 constexpr uint32_t kNumOps = 2;
 
@@ -61,8 +63,9 @@ struct Shape {
   uint32_t num_owner_warps, signal_mode;
   uint32_t wire_dtype, scale_kind;
   uint32_t combine_mode, staging_rows; ///< staging_rows: rows in the combine staging ring of one QP
+  uint32_t num_places, reserved;       ///< places of one ring slot in the combine slab
 };
-static_assert(sizeof(Shape) == 64);
+static_assert(sizeof(Shape) == 72);
 
 /// Byte plan of one source's region at a receiver, of a message, and of the combine slab. All multiples of 16.
 ///
@@ -94,6 +97,10 @@ constexpr uint8_t kPickFirstAtOwner = 1;
 constexpr uint8_t kPickDuplicate = 2;
 /// `HandleCtx::flags`: some token of this step picks one expert twice.
 constexpr uint32_t kHasDuplicates = 1;
+/// `HandleCtx::flags` of a combine: it has given somebody up whose rows may still come.
+constexpr uint32_t kGaveUp = 2;
+/// A place in the combine slab that is none: nobody may send rows for this step.
+constexpr uint32_t kNowhere = 0xff;
 
 /// The fixed part of a message.
 struct MessageHeader {
@@ -138,7 +145,7 @@ struct alignas(64) PeerCtx {
   uint32_t route, reserved;
   uint64_t my_region;                    ///< the local region that this peer writes into
   uint64_t reserved1;
-  uint64_t base_seq[kNumOps];            ///< sequence numbers below this one need no credit
+  uint64_t base_seq[kNumOps];            ///< first sequence number of the pair; a dispatch owes it no older credit
   uint64_t posted_credit[kNumOps][kMaxRing];  ///< kernel (owner of channel 0): last consumed word posted
   uint64_t reserved2[6];
 };
@@ -173,17 +180,25 @@ struct Limits {
 };
 static_assert(sizeof(Limits) == 32);
 
+/// A place of the combine slab into which rows of an old step may still come.
+struct SoiledPlace {
+  uint64_t seq;                    ///< the step; 0 = the place is clean
+  uint64_t late[kRankWords];       ///< peers that it gave up
+};
+static_assert(sizeof(SoiledPlace) == 72);
+
 /// Kernel state of one lane in device memory. Zeroed once by the host; `next` starts at 1.
 struct alignas(64) LaneState {
   uint64_t next[kNumOps];          ///< next sequence number to draw
   uint64_t credited[kNumOps];      ///< contiguous consumed-and-posted steps
   uint64_t busy;                   ///< nonce of the send half that runs, 0 = none
   uint64_t staging_seq;            ///< staging slots handed out so far
-  uint64_t pending[kNumOps][kMaxRing];  ///< last consumed sequence number per slot; receive halves write it
+  uint64_t pending[kNumOps][kMaxRing];  ///< last consumed word per slot; receive halves write it
   uint64_t posting[kNumOps][kMaxRing];  ///< snapshot of `pending` that the running send half posts
+  SoiledPlace places[kMaxRing][kMaxPlaces];  ///< by slot of the combine slab; receive halves write it
   uint64_t reserved[2];
 };
-static_assert(sizeof(LaneState) == 320);
+static_assert(sizeof(LaneState) == 2624);
 
 /// Words in pinned host memory that the host reads without stopping a kernel.
 struct alignas(64) LaneHostWords {
@@ -225,11 +240,12 @@ struct alignas(64) HandleCtx {
   uint32_t slot, epoch;            ///< seq mod ring
   uint32_t table_idx, placement_version;  ///< which of the two member tables
   uint32_t staging_slot, num_tokens;
-  uint32_t num_topk, flags;        ///< flags: kHasDuplicates
+  uint32_t num_topk, flags;        ///< flags: kHasDuplicates, kGaveUp
   uint64_t go_send, go_receive;    ///< {nonce:32 | go code:32} while a half runs, else 0; see half.h
   uint32_t send_done_blocks, receive_done_blocks;  ///< blocks that have left the running half
-  uint64_t lost[kRankWords];       ///< peers whose picks of this step are lost
-  uint64_t reserved[8];
+  uint64_t lost[kRankWords];       ///< peers whose picks of this step are lost; of a combine: that it gave up
+  uint32_t place, reserved0;       ///< of a combine: where in the slab its rows come, or kNowhere
+  uint64_t reserved[7];
 };
 static_assert(sizeof(HandleCtx) == 192);
 
@@ -244,7 +260,8 @@ static_assert(sizeof(WaitClock) == 48);
 
 /// Progress of one QP inside one send half; only its owner warp touches it, and only during that half.
 struct alignas(64) SendCursor {
-  uint32_t phase, next;            ///< SendPhase; position in the list of what may have to be sent
+  uint16_t phase, place;           ///< SendPhase; of a combine: where its rows go at the peer, or kNowhere
+  uint32_t next;                   ///< position in the list of what may have to be sent
   uint32_t num_messages, num_picks;  ///< sent so far
   WaitClock clock;
 };
@@ -273,6 +290,7 @@ struct LaneArgs {
   QpDeviceCtx* qps;            ///< [num_ranks][num_channels]
   PeerCtx* peers;              ///< [num_ranks]
   uint32_t* suspects;          ///< [num_ranks], sticky; kernels set, the host clears
+  const uint64_t* fenced_below;  ///< [num_ranks]; host: rows of combines below this one cannot come any more
   MemberTable* tables;         ///< [2]; which one is newer, from_seq says
   LaneState* state;
   SendCursor* cursors;         ///< [num_ranks][num_channels]
@@ -280,7 +298,7 @@ struct LaneArgs {
   LaneHostWords* host_words;
   DeviceFault* faults;         ///< [num_ranks]
   PeerTelemetry* telemetry;    ///< [num_ranks]
-  uint8_t* combine_slab;       ///< ring x max_tokens x max_topk x row_bytes
+  uint8_t* combine_slab;       ///< num_places x ring x max_tokens x max_topk x row_bytes
   uint8_t* staging;            ///< 2 x ring x max_tokens x message_stride
   uint32_t* staging_ready;     ///< [2 x ring][max_tokens]: generation whose row stands there
   uint32_t* counts_staging;    ///< [2 x ring][num_ranks][max_local_experts]

@@ -17,6 +17,7 @@ enum Guard : uint32_t {
   kGuardLost = 8,         ///< a peer that cannot be served is told so
   kGuardDoorbell = 16,    ///< the doorbell is rung after the record
   kGuardFromSeq = 64,     ///< the newer member table applies from its first sequence number on
+  kGuardLateRows = 512,   ///< a combine slot moves away from rows that may come too late
   kGuardMembership = 256, ///< masks, suspicions, signs of life and loss bits are looked at; off to see what they cost
 };
 

@@ -28,7 +28,7 @@ struct HalfContext {
   uint32_t op, half;
   uint32_t slot, generation;
   uint32_t go, staging_slot;
-  uint32_t num_tokens;
+  uint32_t num_tokens, place;
   const MemberTable* table;
   HandleCtx* ctx;
 };
@@ -136,6 +136,7 @@ IBEX_DEV const HalfContext& read_context(const LaneArgs& a, HandleCtx& ctx, uint
     h.go = go;
     h.staging_slot = ctx.staging_slot;
     h.num_tokens = ctx.num_tokens;
+    h.place = ctx.place;
     h.table = &a.tables[ctx.table_idx];
     h.ctx = &ctx;
   }
@@ -147,6 +148,8 @@ IBEX_DEV const HalfContext& read_context(const LaneArgs& a, HandleCtx& ctx, uint
 IBEX_DEV void draw_sequence(const LaneArgs& a, HandleCtx& ctx, uint32_t op) {
   ctx.seq = a.state->next[op];
   ctx.slot = ring_slot(a.shape, ctx.seq);
+  // What the slot's last step has told every peer. It is over: a send half follows the receive half of one ring before.
+  ctx.place = consumed_place(ld_acquire_gpu(&a.state->pending[op][ctx.slot]));
   IBEX_ROLLED
   for (uint32_t w = 0; w < kRankWords; ++w) ctx.lost[w] = 0;
   IBEX_ROLLED
@@ -162,7 +165,7 @@ IBEX_DEV void draw_sequence(const LaneArgs& a, HandleCtx& ctx, uint32_t op) {
 /// Every consumed step up to here has its credit posted; peers run their stall clocks by it. Lane 0 only.
 IBEX_DEV uint64_t credited_up_to(const LaneArgs& a, uint32_t op) {
   uint64_t credited = a.state->credited[op];
-  while (a.state->posting[op][ring_slot(a.shape, credited + 1)] >= credited + 1) ++credited;
+  while (consumed_seq(a.state->posting[op][ring_slot(a.shape, credited + 1)]) >= credited + 1) ++credited;
   return credited;
 }
 
@@ -181,10 +184,11 @@ IBEX_DEV void close_send_half(const LaneArgs& a, const HalfContext& h) {
   announce_exit(a);
 }
 
-/// Closes a receive half: the step is consumed, lost or not, and its credit waits to be posted. Lane 0 only.
-IBEX_DEV void close_receive_half(const LaneArgs& a, const HalfContext& h) {
+/// Closes a receive half: the step is consumed, lost or not, and its credit, `place` with it, waits to be posted.
+/// Lane 0 only.
+IBEX_DEV void close_receive_half(const LaneArgs& a, const HalfContext& h, uint32_t place) {
   // ORDER(8): slab reads of all blocks, gathered by ORDER(12) -> the pending credit. Release at gpu scope.
-  st_release_gpu(&a.state->pending[h.op][h.slot], h.seq);
+  st_release_gpu(&a.state->pending[h.op][h.slot], consumed_word(h.seq, place));
   st_relaxed_gpu(&h.ctx->go_receive, uint64_t{0});
   announce_exit(a);
 }

@@ -40,9 +40,16 @@ IBEX_HD uint64_t consumed_offset(const LaneArgs& a, uint32_t op, uint32_t slot) 
   return a.layout.consumed_off + (uint64_t{op} * a.shape.ring + slot) * 8;
 }
 
-/// Row of pick (token, k) in a rank's combine slab.
-IBEX_HD uint64_t combine_offset(const LaneArgs& a, uint32_t slot, uint32_t token, uint32_t k) {
-  return slot * a.layout.combine_slot_bytes + (uint64_t{token} * a.shape.max_topk + k) * a.layout.row_bytes;
+/// A consumed word: {place:8 | seq:56}, the newest step that a slot's owner is done with, and the place in its combine
+/// slab for the rows of the next one (late.h; 0 in a dispatch).
+IBEX_HD uint64_t consumed_word(uint64_t seq, uint32_t place) { return uint64_t{place} << 56 | seq; }
+IBEX_HD uint64_t consumed_seq(uint64_t word) { return word & 0x00ffffffffffffffull; }
+IBEX_HD uint32_t consumed_place(uint64_t word) { return static_cast<uint32_t>(word >> 56); }
+
+/// Row of pick (token, k) in one place of a slot of a rank's combine slab.
+IBEX_HD uint64_t combine_offset(const LaneArgs& a, uint32_t slot, uint32_t place, uint32_t token, uint32_t k) {
+  return (place * a.shape.ring + slot) * a.layout.combine_slot_bytes +
+         (uint64_t{token} * a.shape.max_topk + k) * a.layout.row_bytes;
 }
 
 /// Rows that the packed outputs hold per local expert.

@@ -98,7 +98,7 @@ IBEX_DEV uint32_t batch_limit(const SendJob& j) {
 IBEX_DEV void set_phase(SendCursor& cursor, uint32_t phase) {
   warp::sync();
   ONE_LANE {
-    cursor.phase = phase;
+    cursor.phase = static_cast<uint16_t>(phase);
     start_clock(cursor.clock, clock_ns());
   }
   warp::sync();
@@ -157,7 +157,7 @@ IBEX_DEV Ctrl put_signal(SendJob& j, Batch& b, uint64_t word) {
 ///
 /// # Ordering
 /// ORDER(6): rows copied by all lanes -> word. `warp::sync`, then a release at sys; pairs with the acquires of
-///   `read_signal` and `has_credit`.
+///   `read_signal` and `credit_of`.
 IBEX_DEV void store_word_mapped(SendJob& j, uint64_t offset, uint64_t word) {
   warp::sync();
   ONE_LANE st_release_sys(reinterpret_cast<uint64_t*>(j.to.region_ptr + offset), word);
@@ -203,15 +203,28 @@ IBEX_DEV bool is_usable(SendJob& j) {
   return usable;
 }
 
-/// The first sequence number whose ring slot the peer must have emptied for us; older ones need no credit.
-IBEX_DEV bool has_credit(const SendJob& j) {
-  if (!guarded(j.a, kGuardCredit)) return true;
-  const uint64_t needed = j.h.seq - j.a.shape.ring;
-  if (j.h.seq <= j.a.shape.ring || needed < j.to.base_seq[j.h.op] || j.peer == j.a.shape.rank) return true;
-  const uint64_t* word =
+/// What `credit_of` says as long as the peer has not given its credit.
+constexpr uint32_t kNoCredit = 0xffff;
+
+/// Must the peer have emptied the step that is one ring before this one? The first ring of steps finds all slots empty,
+/// and so do the first dispatches of a new pair. Its first combines do not: others' rows stand in that slab.
+IBEX_DEV bool needs_credit(const SendJob& j) {
+  if (!guarded(j.a, kGuardCredit) || j.h.seq <= j.a.shape.ring) return false;
+  return j.h.op == kCombine || j.h.seq - j.a.shape.ring >= j.to.base_seq[j.h.op];
+}
+
+/// The peer's credit for this step: kNoCredit, or the place for our rows in its combine slab (late.h).
+///
+/// A word of this very step says that the peer has gone on without us: then our rows have no place there any more.
+IBEX_DEV uint32_t credit_of(const SendJob& j) {
+  if (j.peer == j.a.shape.rank) return j.h.place;
+  const uint64_t* at =
       reinterpret_cast<const uint64_t*>(j.to.my_region + consumed_offset(j.a, j.h.op, j.h.slot));
   // ORDER(8): the peer's slab reads -> consumed word -> our writes into that slot. Acquire at sys.
-  return static_cast<int64_t>(ld_acquire_sys(word) - needed) >= 0;
+  const uint64_t word = ld_acquire_sys(at), seq = consumed_seq(word);
+  if (seq + j.a.shape.ring < j.h.seq) return needs_credit(j) ? kNoCredit : 0;
+  const bool passed = j.h.op == kCombine && seq >= j.h.seq && guarded(j.a, kGuardLateRows);
+  return passed ? kNowhere : consumed_place(word);
 }
 
 /// Has this QP's wait for its peer, or for CQEs, gone on for too long? Then it is on its way to Lost.
@@ -259,9 +272,11 @@ IBEX_DEV uint32_t open_queue(SendJob& j, Rows& rows) {
 }
 
 IBEX_DEV uint32_t take_credit(SendJob& j) {
-  const bool ready = warp::one_lane([&] { return has_credit(j); });
+  const uint32_t place = warp::one_lane([&] { return credit_of(j); });
   warp::sync();
-  return ready ? kPhaseRows : kStarves;
+  if (place == kNoCredit) return kStarves;
+  ONE_LANE j.cursor.place = static_cast<uint16_t>(place);
+  return kPhaseRows;
 }
 
 /// Says how many rows went to the peer, or LOST to one that cannot be served in this step. The count waits for
@@ -350,6 +365,7 @@ IBEX_DEV void drive_queues(const LaneArgs& a, const HalfContext& h, Rows& rows, 
     ONE_LANE {
       SendCursor& c = a.cursors[q];
       c.phase = kPhaseOpen;
+      c.place = kNowhere;
       c.next = c.num_messages = c.num_picks = 0;
     }
   }

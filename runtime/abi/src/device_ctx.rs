@@ -19,6 +19,12 @@ pub const MAX_RING: usize = 8;
 pub const MAX_CHANNELS: usize = 16;
 /// Staging slots: twice the ring, because a slot outlives its step until a CQE covers it.
 pub const MAX_STAGING_SLOTS: usize = 2 * MAX_RING;
+/// Places that one ring slot of the combine slab may have: one, and spare ones.
+pub const MAX_PLACES: usize = 4;
+/// A place in the combine slab that is none: nobody may send rows for that step.
+pub const NOWHERE: u32 = 0xff;
+/// Sequence numbers stay below this: a consumed word holds a place above them.
+pub const SEQ_END: u64 = 1 << 56;
 /// 64-bit words of a rank bit set.
 pub const RANK_WORDS: usize = MAX_RANKS / 64;
 /// Operations with a sequence of their own: dispatch and combine.
@@ -105,6 +111,8 @@ pub mod code {
     pub const GUARD_TABLE: u32 = 128;
     /// Masks, suspicions, signs of life and loss bits are looked at.
     pub const GUARD_MEMBERSHIP: u32 = 256;
+    /// A combine slot moves away from rows that may come too late.
+    pub const GUARD_LATE_ROWS: u32 = 512;
 }
 
 /// Defines a structure together with the table of its field offsets, which the parity test reads.
@@ -169,6 +177,10 @@ device_struct! {
         pub combine_mode: u32,
         /// Rows in the combine staging ring of one queue pair.
         pub staging_rows: u32,
+        /// Places of one ring slot in the combine slab, 1 to [`MAX_PLACES`].
+        pub num_places: u32,
+        /// Zero.
+        pub reserved: u32,
     }
 }
 
@@ -331,7 +343,7 @@ device_struct! {
         pub my_region: u64,
         /// Zero.
         pub reserved1: u64,
-        /// Per operation: sequence numbers below this one need no credit.
+        /// Per operation: the first sequence number of the pair. A dispatch owes it no older credit.
         pub base_seq: [u64; NUM_OPS],
         /// Last consumed word posted, per operation and ring slot; written by the owner of channel 0.
         pub posted_credit: [[u64; MAX_RING]; NUM_OPS],
@@ -399,6 +411,17 @@ device_struct! {
 }
 
 device_struct! {
+    /// A place of the combine slab into which rows of an old step may still come.
+    #[repr(C)]
+    pub struct SoiledPlace {
+        /// The step; 0 = the place is clean.
+        pub seq: u64,
+        /// Bit per rank: peers that it gave up.
+        pub late: [u64; RANK_WORDS],
+    }
+}
+
+device_struct! {
     /// Kernel state of one lane in device memory. Zeroed once by the host; `next` starts at 1.
     #[repr(C, align(64))]
     pub struct LaneState {
@@ -410,10 +433,12 @@ device_struct! {
         pub busy: u64,
         /// Staging slots handed out so far.
         pub staging_seq: u64,
-        /// Last consumed sequence number per slot; receive halves write it.
+        /// Last consumed word per slot, {place:8 | seq:56}; receive halves write it.
         pub pending: [[u64; MAX_RING]; NUM_OPS],
         /// Snapshot of `pending` that the running send half posts.
         pub posting: [[u64; MAX_RING]; NUM_OPS],
+        /// Places of the combine slab, per slot; receive halves write them.
+        pub places: [[SoiledPlace; MAX_PLACES]; MAX_RING],
         /// Zero.
         pub reserved: [u64; 2],
     }
@@ -529,7 +554,7 @@ device_struct! {
         pub num_tokens: u32,
         /// Picks per token of this step.
         pub num_topk: u32,
-        /// Bit 0: some token picks one expert twice.
+        /// Bit 0: some token picks one expert twice. Bit 1, of a combine: it has given up somebody whose rows may come.
         pub flags: u32,
         /// {nonce:32 | go code:32} while a send half runs, else 0; see half.h.
         pub go_send: u64,
@@ -539,10 +564,14 @@ device_struct! {
         pub send_done_blocks: u32,
         /// Blocks that have left the running receive half.
         pub receive_done_blocks: u32,
-        /// Bit per rank: its picks of this step are lost.
+        /// Bit per rank: its picks of this step are lost; of a combine: it was given up.
         pub lost: [u64; RANK_WORDS],
+        /// Of a combine: where in the slab its rows come, or [`NOWHERE`].
+        pub place: u32,
         /// Zero.
-        pub reserved: [u64; 8],
+        pub reserved0: u32,
+        /// Zero.
+        pub reserved: [u64; 7],
     }
 }
 
@@ -572,7 +601,9 @@ device_struct! {
     #[repr(C, align(64))]
     pub struct SendCursor {
         /// A `SendPhase` of send.h.
-        pub phase: u32,
+        pub phase: u16,
+        /// Of a combine: where its rows go at the peer, or [`NOWHERE`].
+        pub place: u16,
         /// Position in the list of what may have to be sent: tokens, kept messages, or (group, k) steps.
         pub next: u32,
         /// Messages sent so far.
@@ -626,8 +657,10 @@ device_struct! {
         pub qps: u64,
         /// [`PeerCtx`] `[num_ranks]`.
         pub peers: u64,
-        /// u32 `[num_ranks]`, sticky; kernels set, the host clears.
+        /// u32 `[num_ranks]`: 1 = kernels no longer wait for that peer; they set it, the host clears it.
         pub suspects: u64,
+        /// u64 `[num_ranks]`: rows of combines below this one cannot come any more from that peer; the host says so.
+        pub fenced_below: u64,
         /// [`MemberTable`] `[2]`, oldest first.
         pub tables: u64,
         /// The one [`LaneState`].
@@ -876,6 +909,7 @@ pub fn layout_table() -> Vec<(String, usize)> {
         LifeWords,
         MemberTable,
         Limits,
+        SoiledPlace,
         LaneState,
         LaneHostWords,
         DeviceFault,

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ibex_abi::prm::{Op, Status};
+use ibex_abi::prm::Op;
 use ibex_hca::emulated::{CommandRecord, EmulatedConfig, EmulatedHca, Fabric};
 use ibex_hca::fault::FaultHca;
 use ibex_hca::{Hca, LinkLayer};
@@ -78,7 +78,6 @@ pub(super) struct Node {
     pub(super) suspected: BTreeMap<Rank, Instance>,
     /// Version of the view when its commands were looked at last.
     seen_version: u64,
-    objects: BTreeMap<&'static str, i64>,
     /// Queue pairs that kernels drive, by number: to which incarnation of whom.
     peers: BTreeMap<u32, (Rank, Instance)>,
 }
@@ -88,7 +87,7 @@ pub(super) struct Node {
 pub(super) struct Holdings {
     control_bytes: u64,
     gpu_bytes: u64,
-    objects: BTreeMap<&'static str, i64>,
+    objects: BTreeMap<&'static str, usize>,
 }
 
 impl Holdings {
@@ -96,9 +95,10 @@ impl Holdings {
     pub(super) fn beyond(&self, before: &Self) -> u64 {
         let bytes = self.control_bytes.saturating_sub(before.control_bytes)
             + self.gpu_bytes.saturating_sub(before.gpu_bytes);
-        let objects = self.objects.iter().map(|(kind, count)| {
-            (count - before.objects.get(kind).copied().unwrap_or(0)).max(0).unsigned_abs()
-        });
+        let objects = self
+            .objects
+            .iter()
+            .map(|(kind, count)| count.saturating_sub(before.objects.get(kind).copied().unwrap_or(0)) as u64);
         bytes + objects.sum::<u64>()
     }
 }
@@ -152,7 +152,6 @@ impl Node {
             next_keeper_ns: 0,
             suspected: BTreeMap::new(),
             seen_version: 0,
-            objects: BTreeMap::new(),
             peers: BTreeMap::new(),
         }))
     }
@@ -171,20 +170,6 @@ impl Node {
         mut each: impl FnMut(&CommandRecord, Option<(Rank, Instance)>),
     ) {
         for record in records {
-            if record.status == Status::Ok {
-                let (kind, change) = match record.op {
-                    Some(Op::CreateCq) => ("cq", 1),
-                    Some(Op::CreateQp) => ("qp", 1),
-                    Some(Op::CreateMkey) => ("mkey", 1),
-                    Some(Op::AllocUar) => ("uar", 1),
-                    Some(Op::DestroyCq) => ("cq", -1),
-                    Some(Op::DestroyQp) => ("qp", -1),
-                    Some(Op::DestroyMkey) => ("mkey", -1),
-                    Some(Op::DeallocUar) => ("uar", -1),
-                    _ => ("", 0),
-                };
-                *self.objects.entry(kind).or_default() += change;
-            }
             each(record, record.qpn.and_then(|qpn| self.peers.get(&qpn.get()).copied()));
             if record.op == Some(Op::DestroyQp)
                 && let Some(qpn) = record.qpn
@@ -201,39 +186,27 @@ impl Node {
         }
     }
 
-    /// What it holds now; its trace has been taken.
+    /// What it holds now.
     pub(super) fn holdings(&self) -> Holdings {
         Holdings {
             control_bytes: self.session.control_report().live_bytes,
             gpu_bytes: self.gpu.allocated_bytes(),
-            objects: self.objects.clone(),
+            objects: self.device.object_counts().by_kind().into_iter().collect(),
         }
     }
 
     /// Ends it as kill -9 does; the bytes and objects that stay behind.
-    pub(super) fn end(mut self) -> Result<u64, Error> {
+    pub(super) fn end(self) -> Result<u64, Error> {
         self.device.fabric().kill(self.device.port_id());
         self.gpu.kill()?;
         self.hca.clear();
-        let records = self.device.take_trace();
-        self.take_in(&records, |_, _| {});
-        let Self { app, keeper, session, gpu, hca, device, mut objects, .. } = self;
+        let Self { app, keeper, session, gpu, hca, device, .. } = self;
         let (session_left, gpu_left) = (Arc::downgrade(&session), Arc::downgrade(&gpu));
         drop((app, keeper));
         drop(session);
         drop(gpu);
         drop(hca);
-        for record in device.take_trace().iter().filter(|record| record.status == Status::Ok) {
-            let kind = match record.op {
-                Some(Op::DestroyCq) => "cq",
-                Some(Op::DestroyQp) => "qp",
-                Some(Op::DestroyMkey) => "mkey",
-                Some(Op::DeallocUar) => "uar",
-                _ => continue,
-            };
-            *objects.entry(kind).or_default() -= 1;
-        }
-        let left: u64 = objects.values().map(|count| count.max(&0).unsigned_abs()).sum();
-        Ok(left + (session_left.strong_count() + gpu_left.strong_count()) as u64)
+        let left: usize = device.object_counts().by_kind().into_iter().map(|(_, count)| count).sum();
+        Ok((left + session_left.strong_count() + gpu_left.strong_count()) as u64)
     }
 }

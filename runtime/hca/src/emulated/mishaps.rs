@@ -32,6 +32,15 @@ pub struct ObjectCounts {
     pub qps: usize,
 }
 
+impl ObjectCounts {
+    /// Every count with the name of its kind.
+    #[must_use]
+    pub const fn by_kind(&self) -> [(&'static str, usize); 7] {
+        let Self { pds, keys, umems, pages, eqs, cqs, qps } = *self;
+        [("pd", pds), ("mkey", keys), ("umem", umems), ("uar", pages), ("eq", eqs), ("cq", cqs), ("qp", qps)]
+    }
+}
+
 impl EmulatedHca {
     /// Takes the port's link away, or gives it back, and tells of it. While it is down no packet comes or goes; queue
     /// pairs go on trying for as long as their timers say.
