@@ -83,6 +83,7 @@ fn every_invalid_field_of_the_configuration_is_named_with_its_limit() {
         ("sq_depth_log", Config { sq_depth_log: 4, ring: 8, ..good() }),
         ("staging_rows", Config { staging_rows: 0, ..good() }),
         ("staging_rows", Config { staging_rows: 65_537, ..good() }),
+        ("spare_regions", Config { spare_regions: 4, ..good() }),
         ("detect_ms", Config { detect_ms: 0, ..good() }),
         ("detect_ms", Config { detect_ms: 60_001, ..good() }),
         ("stall_ms", Config { stall_ms: Some(0), ..good() }),

@@ -343,7 +343,8 @@ IBEX_DEV void combine_token(const CombineArgs& c, const HalfContext& h, uint32_t
     for (uint32_t i = 0; i < k && first; ++i) first = owners[i] != owner;
     if (reduced && !first) continue;
     ONE_LANE {
-      set.rows[num_rows] = reinterpret_cast<const uint4*>(a.combine_slab + combine_offset(a, h.slot, h.place, token, k));
+      const uint64_t offset = combine_offset(a, h.slot, h.place, token, k);
+      set.rows[num_rows] = reinterpret_cast<const uint4*>(a.combine_slab + offset);
       set.weights[num_rows] = reduced ? 1.0f : c.topk_weights[token * num_topk + k];
     }
     num_rows += 1;

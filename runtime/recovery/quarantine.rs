@@ -3,8 +3,8 @@
 //! A queue pair in ERR or RST lets nothing through, and a retired key neither. A mapping has no such fence: a process
 //! that was stopped, and wakes up, goes on in the middle of its kernel and stores where it would have. So the region of
 //! a peer in another process that may have our memory mapped serves again only after that process has ended, which a
-//! descriptor tells ([`ProcessWatch`]). Until then its successor gets a spare region, and the places of the combine slab
-//! that the process soiled stay soiled (`kernels/include/ibex/late.h`).
+//! descriptor tells ([`ProcessWatch`]). Until then its successor gets a spare region, and the places of the combine
+//! slab that the process soiled stay soiled (`kernels/include/ibex/late.h`).
 //!
 //! INVARIANT: a region is in use, spare or in quarantine, and in one of them only.
 
