@@ -211,6 +211,16 @@ impl Observer {
                 self.report.took(Phase::Detected, detected.saturating_sub(died));
             }
         }
+        self.forget_suspicions();
+    }
+
+    /// Whom only the evicted suspected is suspected no more; for the dead the first suspicion counts.
+    fn forget_suspicions(&mut self) {
+        for (rank, watched) in (0..).map(Rank).zip(&mut self.ranks) {
+            if watched.died_ns.is_none() && !self.suspicions.iter().any(|(_, of)| *of == rank) {
+                watched.detected = None;
+            }
+        }
     }
 
     fn joined(&mut self, now_ns: u64, joined: &[Rank], process: &dyn Fn(Rank) -> Option<Seen>) {
@@ -218,6 +228,8 @@ impl Observer {
         self.ledger.joined(joined, from_step);
         for &rank in joined {
             self.note(now_ns, Some(rank), Happened::Joined);
+            // Of a predecessor that died before it was a member.
+            (self.ranks[rank.index()].died_ns, self.ranks[rank.index()].detected) = (None, None);
             let present = process(rank).filter(|p| p.instance == self.view.slot(rank).instance);
             if core::mem::take(&mut self.ranks[rank.index()].is_missing) {
                 self.report.rejoins += 1;
@@ -504,6 +516,27 @@ mod tests {
         let json = observer.report.to_json();
         assert_eq!((json.detected_ms.p50, json.agree_ms.p50), (3.0, 10.0));
         assert_eq!(observer.reasons, BTreeMap::from([(Why::Exit, 1)]));
+    }
+
+    #[test]
+    fn suspicions_of_the_evicted_and_deaths_of_those_who_only_joined_are_forgotten() {
+        let mut observer = group();
+        let suspects = |peer| Said::Suspects { peer, why: Why::Deadline, details: String::new() };
+        hear(&mut observer, 0, 1_000_000, suspects(1));
+        observer.died(1_000_000, Rank(0));
+        hear(&mut observer, 2, 2_000_000, suspects(0));
+        observer.see(3_000_000, view(2, 6, [0, 2, 3]), &|rank| Some(runs([1, 2, 3], rank)));
+        // It dies again while it joins, and nobody had to notice.
+        observer.died(4_000_000, Rank(0));
+        observer.see(5_000_000, view(3, 8, [9, 2, 3]), &|rank| Some(runs([9, 2, 3], rank)));
+        for rank in [1, 0] {
+            observer.died(900_000_000, Rank(rank));
+            hear(&mut observer, 2, 901_000_000, suspects(rank));
+        }
+        observer.see(902_000_000, view(4, 9, [0, 0, 3]), &|rank| Some(runs([9, 2, 3], rank)));
+        let json = observer.report.to_json();
+        assert_eq!((json.detected_ms.count, json.detected_ms.max), (3, 1.0));
+        assert_eq!((json.agree_ms.count, json.agree_ms.max), (3, 1.0));
     }
 
     #[test]
