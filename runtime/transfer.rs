@@ -19,6 +19,7 @@
 //! from its peers is [`ibex_metadata::drain`]'s business, for which a region is [`Pinned`].
 //!
 //! INVARIANTS:
+//! - nothing is posted on a connection before the peer has answered that it has made its end of it;
 //! - a request is posted with the key that the newest known record gives for its buffer, never with an older
 //!   one: posting and retiring exclude each other;
 //! - nothing here asks the store, or waits for it: only what is known, within its lease, is used;
@@ -57,6 +58,7 @@ mod requester;
 mod seat;
 mod work;
 
+pub(crate) use address::describe as describe_port;
 pub use batch::{Batch, Report};
 pub use error::TransferError;
 pub use requester::{Requester, RequesterOptions, Segment, TransferCounters};

@@ -16,10 +16,16 @@ use ibex::membership::{RankSet, Stop};
 use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::{InputKey, RankInput};
 use ibex::reference::routing::Routing;
-use ibex::session::{ElasticMember, ElasticOptions, GroupName, MemberFabric, MemberOptions, TopkDtype};
+use ibex::session::{
+    ElasticMember, ElasticOptions, GroupName, Happening, MemberFabric, MemberOptions, TopkDtype,
+};
 use ibex_metadata::blocking::Blocking;
 use ibex_metadata::clock::Clock;
+use ibex_metadata::derived::Kind;
 use ibex_metadata::error::StoreError;
+use ibex_metadata::ids::Stamp;
+use ibex_metadata::name::RecordName;
+use ibex_metadata::record::{Buffer, BufferState, RecordState};
 use ibex_metadata::url::StoreUrl;
 use parking_lot::Mutex;
 
@@ -245,4 +251,81 @@ fn a_rank_with_another_configuration_is_not_let_in() {
     assert_eq!(zero.wait_linked(Duration::from_secs(2)).ok(), Some(false));
     let why = other.take_events();
     assert!(!why.is_empty(), "{:?}", other.view());
+}
+
+/// What stands on `member` of what was made for a peer, and under which stamp; all four kinds, or none.
+fn made(member: &ElasticMember, peer: u16) -> Option<Stamp> {
+    let derived = member.derived(Rank(peer));
+    let kinds: Vec<Kind> = derived.iter().map(|from| from.kind).collect();
+    let wanted = [Kind::QueuePair, Kind::Rkey, Kind::Rail, Kind::GpuSlot];
+    assert!(kinds.is_empty() || kinds == wanted, "of {peer}: {kinds:?}");
+    derived.first().map(|from| from.stamp)
+}
+
+fn come_in(group: &Group, options: &ElasticOptions) -> ElasticMember {
+    let member = ElasticMember::join(&group.config, &group.store, options).unwrap();
+    member.ready(1);
+    member
+}
+
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < PATIENCE, "{what} did not happen");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_changed_record_retires_what_kernels_have_of_that_peer_and_of_no_other() {
+    let group = Group::new(config(3));
+    let mut members: Vec<ElasticMember> =
+        (0..3).map(|rank| come_in(&group, &options(rank, &[0, 1, 2], false))).collect();
+    for member in &members {
+        assert!(member.wait_open(PATIENCE).unwrap(), "{:?}", member.view());
+    }
+    let first = [0, 1].map(|me: usize| [made(&members[me], 1 - me as u16), made(&members[me], 2)]);
+    assert!(first.as_flattened().iter().all(Option::is_some), "{first:?}");
+    assert_eq!(members[0].derived_counters().retired.total(), 0, "first connections replace nothing");
+
+    let name = RecordName::new("test", "elastic", "rank-2").unwrap();
+    until("the record of a member", || {
+        group.store.get(&name).unwrap().unchecked().record.state == RecordState::Ready
+    });
+    // Rank 2 offers a buffer, moves it, and takes it back: queue pairs, keys and slots of kernels stay.
+    let queue_pairs = members[0].session().queue_pairs(Rank(2));
+    let buffer = |addr| Buffer { addr, len: 4096, state: BufferState::Ready, ..Buffer::default() };
+    let mut last = Stamp::default();
+    for buffers in [vec![buffer(4096)], vec![buffer(8192)], vec![]] {
+        last = members[2].publish(|record| record.buffers = buffers).unwrap();
+    }
+    let record = group.store.get(&name).unwrap();
+    assert_eq!((record.stamp(), record.unchecked().record.state), (last, RecordState::Ready));
+    // Another rank's retirement below is later in the watch than these.
+    let others = (made(&members[0], 1), made(&members[1], 0));
+
+    // Another process takes the name of one that lives: everything of it goes, and nothing else.
+    let newcomer = come_in(&group, &options(2, &[0, 1, 2], true));
+    until("the replacement's connection", || {
+        [0, 1].iter().all(|me: &usize| made(&members[*me], 2).is_some_and(|stamp| stamp.fence > last.fence))
+    });
+    for me in 0..2 {
+        let counters = members[me].derived_counters();
+        let retired = Kind::ALL.map(|kind| counters.retired.of(kind));
+        assert_eq!(retired, [1, 1, 1, 0, 1], "rank {me}: of each kind the one, by order of Kind::ALL");
+        assert_eq!(counters.replaced, 1, "buffers that come and go replace nobody");
+        assert_eq!((counters.stale_snapshots, counters.concurrent_publishers), (0, 0));
+        let events = members[me].take_events();
+        let retired = events.iter().filter(|event| matches!(event.what, Happening::Retired { .. })).count();
+        assert_eq!(retired, 1, "{events:?}");
+    }
+    assert_eq!((made(&members[0], 1), made(&members[1], 0)), others, "the others' stand as they stood");
+    assert_ne!(members[0].session().queue_pairs(Rank(2)), queue_pairs, "new ones for the new process");
+    let fenced = members[2].wait_open(PATIENCE);
+    assert!(matches!(fenced, Err(Error::Membership(_))), "the old holder is out: {fenced:?}");
+    drop(members.pop());
+    members.push(newcomer);
+    for member in &members {
+        assert!(member.wait_open(PATIENCE).unwrap(), "{:?}", member.view());
+    }
 }

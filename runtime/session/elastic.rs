@@ -25,6 +25,10 @@ use std::thread::{self, JoinHandle};
 use ibex_hca::HcaError;
 use ibex_hca::emulated::{AdvertError, EmulatedHca, Fabric, PortId};
 use ibex_metadata::blocking::Blocking;
+use ibex_metadata::derived::{Provenance, RegistryCounters};
+use ibex_metadata::ids::Stamp;
+use ibex_metadata::publisher::Publisher;
+use ibex_metadata::record::PeerRecord;
 use parking_lot::{Condvar, Mutex};
 
 use super::keeper::{Keeper, KeeperEvent, KeeperOptions, MembershipView};
@@ -82,6 +86,8 @@ pub struct ElasticMember {
     ports: Ports,
     advertised: Option<Advertised>,
     instance: Instance,
+    store: Blocking,
+    publisher: Arc<Publisher>,
 }
 
 /// By rank, the port that its newest known incarnation has on this rank's end of the fabric.
@@ -117,7 +123,7 @@ impl ElasticMember {
                 grace: Duration::from_nanos(limits.store_grace_ns),
             },
         )?;
-        let bell = board.bell();
+        let (bell, publisher) = (board.bell(), board.publisher());
         let membership = Membership::new(limits, board.claimed(), node.pool().now_ns());
         let exits = Arc::new(Mutex::new(Exits::default()));
         let ports = Ports::default();
@@ -131,6 +137,7 @@ impl ElasticMember {
         let keeper = KeeperOptions {
             advert,
             introduce: Some(Box::new(move |from, bytes: &[u8]| introduce.introduce(from, bytes))),
+            records: Some(Box::new(board.records())),
         };
         let keeper = Keeper::new(Arc::clone(node.session()), membership, Box::new(board), keeper)?;
         let shared = Arc::new(Shared {
@@ -139,7 +146,8 @@ impl ElasticMember {
             is_over: Mutex::new(false),
         });
         let thread = start(&shared, node.pool(), &bell, exits)?;
-        Ok(Self { thread: Some(thread), shared, bell, node, ports, advertised, instance })
+        let store = store.clone();
+        Ok(Self { thread: Some(thread), shared, bell, node, ports, advertised, instance, store, publisher })
     }
 
     /// This rank's session.
@@ -194,6 +202,27 @@ impl ElasticMember {
     #[must_use]
     pub fn take_events(&self) -> Vec<KeeperEvent> {
         self.shared.keeper.lock().take_events()
+    }
+
+    /// What was made of a peer's record, and stands.
+    #[must_use]
+    pub fn derived(&self, peer: Rank) -> Vec<Provenance> {
+        self.shared.keeper.lock().derived(peer)
+    }
+
+    /// What was retired because records changed, or queue pairs went.
+    #[must_use]
+    pub fn derived_counters(&self) -> RegistryCounters {
+        self.shared.keeper.lock().derived_counters()
+    }
+
+    /// Changes this rank's record: buffers, manifests, whatever it offers besides. How the group reaches it is the
+    /// keeper's to say. Waits for the store.
+    ///
+    /// # Errors
+    /// `Store`, as [`Publisher::update`].
+    pub fn publish(&self, change: impl FnOnce(&mut PeerRecord) + Send) -> Result<Stamp, Error> {
+        Ok(self.store.update(&self.publisher, change)?)
     }
 
     /// Says that this rank has what it needs; `digest` is told to the group, which then switches to it.

@@ -19,6 +19,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ibex_hca::AsyncEvent;
+use ibex_metadata::derived::{Provenance, RegistryCounters};
+use ibex_metadata::record::RecordState;
 
 use super::{Session, Switch};
 use crate::error::{Error, Evidence};
@@ -31,9 +33,11 @@ use crate::placement::Placement;
 use crate::telemetry::{Fault, FaultKind};
 
 mod cells;
+mod derived;
 mod event;
 mod links;
 
+pub use derived::{Records, Whereabouts};
 pub use event::{Happening, KeeperEvent};
 
 use cells::{OffersCell, placement_from_bytes, placement_to_bytes};
@@ -58,6 +62,8 @@ pub struct KeeperOptions {
     pub advert: Vec<u8>,
     /// What makes a peer's port known to the fabric.
     pub introduce: Option<Box<Introduce>>,
+    /// Where records are; without them nobody looks at any.
+    pub records: Option<Box<dyn Records>>,
 }
 
 /// What a rank knows of its group.
@@ -118,7 +124,7 @@ impl Keeper {
         // Until it is a member nothing of it may run.
         session.close_gate(0);
         Ok(Self {
-            links: Links::new(options, membership.instance(), session.rank(), membership.config().detect_ns),
+            links: Links::new(options, membership.instance(), &session, membership.config().detect_ns),
             session,
             membership,
             board,
@@ -189,6 +195,18 @@ impl Keeper {
             })
     }
 
+    /// What was made of a peer's record, and stands.
+    #[must_use]
+    pub fn derived(&self, peer: Rank) -> Vec<Provenance> {
+        self.links.derived.of(peer)
+    }
+
+    /// What was retired because records changed, or queue pairs went.
+    #[must_use]
+    pub fn derived_counters(&self) -> RegistryCounters {
+        self.links.derived.counters()
+    }
+
     /// What has happened since this was last asked.
     pub fn take_events(&mut self) -> Vec<KeeperEvent> {
         self.events.drain(..).collect()
@@ -221,6 +239,7 @@ impl Keeper {
             return Err(stop);
         }
         self.take_in(now_ns);
+        self.look_at_records(now_ns);
         if now_ns >= self.next_look_ns {
             self.look(now_ns);
             self.next_look_ns = now_ns + self.membership.config().detect_ns / LOOKS_PER_DETECT + 1;
@@ -271,6 +290,26 @@ impl Keeper {
         for _ in 0..limit {
             let Some(event) = self.board.poll() else { return };
             self.take_in_one(now_ns, event);
+        }
+    }
+
+    /// Stops using what was made of records that say something else by now, and says what is new of the own one.
+    fn look_at_records(&mut self, now_ns: u64) {
+        let standing = self.membership.standing();
+        self.links.derived.set_state(match standing {
+            Standing::Leaving => RecordState::Draining,
+            Standing::Member if self.has_started => RecordState::Ready,
+            _ => RecordState::Joining,
+        });
+        self.links.derived.say();
+        for (peer, instance) in self.links.look() {
+            // Whoever leaves is let go by its peers, and has nothing to mask them for.
+            if standing == Standing::Leaving || self.session.mask(peer).is_err() {
+                continue;
+            }
+            self.links.stop_serving(peer);
+            self.note(now_ns, Happening::Retired { peer, instance });
+            self.suspect(now_ns, peer, instance, Evidence::Superseded, None);
         }
     }
 
@@ -476,6 +515,8 @@ impl Keeper {
             }
             Err(stop) => self.stop(now_ns, stop),
         }
+        // The record first: an offer is good only beside it.
+        self.links.derived.say();
         if let Some(cell) = self.links.changed_offers() {
             self.board.put_offers(cell);
         }

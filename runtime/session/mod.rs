@@ -48,10 +48,12 @@ pub use elastic::{ElasticMember, ElasticOptions};
 pub use gate::GateAck;
 pub use guards::Guard;
 pub use host::{Combined, Tokens};
-pub use keeper::{Happening, Introduce, Keeper, KeeperEvent, KeeperOptions, MembershipView};
+pub use keeper::{
+    Happening, Introduce, Keeper, KeeperEvent, KeeperOptions, MembershipView, Records, Whereabouts,
+};
 pub use member::{Member, MemberFabric, MemberOptions};
 pub use regroup::Regroup;
-pub use store_board::{Bell, BoardClaim, GroupName, StoreBoard};
+pub use store_board::{Bell, BoardClaim, GroupName, StoreBoard, StoreRecords};
 pub use switch::Switch;
 pub use tensors::Tensors;
 pub use world::{DeviceWrapper, Gpus, Replacement, World, WorldOptions};

@@ -5,7 +5,7 @@
 //!  cluster/group/row-3          the row of rank 3               written by the holder of rank-3 alone
 //!  cluster/group/offers-3       the offers of rank 3            likewise
 //!  cluster/group/placement-2    a placement of version 2 mod 4  its version stands in front of it
-//!  cluster/group/rank-3         the name that rank 3 claims     leased, fenced
+//!  cluster/group/rank-3         the name that rank 3 claims     leased, fenced; its record: port, queue pairs
 //! ```
 //!
 //! The task lives in one of two states. Away: it asks for the store's health, ever less often. There: it began a watch
@@ -17,7 +17,7 @@
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ibex_metadata::blocking::Blocking;
@@ -25,10 +25,12 @@ use ibex_metadata::error::{Result, StoreError};
 use ibex_metadata::ids::InstanceId;
 use ibex_metadata::keeper::Keeper as LeaseKeeper;
 use ibex_metadata::name::{Prefix, RecordName};
-use ibex_metadata::store::Claim;
+use ibex_metadata::publisher::Publisher;
+use ibex_metadata::store::{Claim, Snapshot};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::Notify;
 
+use super::{Records, Whereabouts};
 use crate::ids::Rank;
 use crate::membership::{Board, BoardEvent, Claimed, Instance};
 
@@ -58,6 +60,8 @@ struct Wishes {
     offers: Pinned,
     placements: Vec<(u32, Vec<u8>)>,
     cas: Option<(u64, Vec<u8>)>,
+    /// What the own record is to say, until it does.
+    whereabouts: Option<Whereabouts>,
 }
 
 /// A cell of which only the newest content matters.
@@ -91,6 +95,8 @@ struct Shared {
     is_over: AtomicBool,
     is_rung: AtomicBool,
     events: Mutex<VecDeque<BoardEvent>>,
+    /// The newest records of peers that nobody has taken.
+    records: Mutex<BTreeMap<Rank, Arc<Snapshot>>>,
     happened: Condvar,
     /// Why the store counts as away.
     trouble: Mutex<Option<StoreError>>,
@@ -135,6 +141,7 @@ pub struct StoreBoard {
     shared: Arc<Shared>,
     claimed: Claimed,
     store: Blocking,
+    publisher: Arc<Publisher>,
     lease: Option<LeaseKeeper>,
 }
 
@@ -171,16 +178,29 @@ impl StoreBoard {
         let claimed = Claimed { rank: what.rank, instance: what.instance, fence: lease.hold().fence.0 };
         let shared = Arc::new(Shared::default());
         let prefix = Prefix::parse(&format!("{}/{}", what.group.cluster, what.group.group))?;
-        let task = Task::new(Arc::clone(&shared), store, prefix, what, claimed);
+        let publisher = Arc::new(Publisher::new(store.store(), lease.hold().clone()));
+        let task = Task::new(Arc::clone(&shared), store, prefix, what, claimed, Arc::clone(&publisher));
         let lost = lease.subscribe();
         store.spawn(task.run(lost));
-        Ok(Self { shared, claimed, store: store.clone(), lease: Some(lease) })
+        Ok(Self { shared, claimed, store: store.clone(), publisher, lease: Some(lease) })
     }
 
     /// Under which fence the name was claimed.
     #[must_use]
     pub const fn claimed(&self) -> Claimed {
         self.claimed
+    }
+
+    /// Peers' records, and the own one.
+    #[must_use]
+    pub fn records(&self) -> StoreRecords {
+        StoreRecords(Arc::clone(&self.shared))
+    }
+
+    /// What publishes the own record, change by change; the board's changes go the same way.
+    #[must_use]
+    pub fn publisher(&self) -> Arc<Publisher> {
+        Arc::clone(&self.publisher)
     }
 
     /// What to wait on between two looks at the board.
@@ -226,6 +246,19 @@ impl Board for StoreBoard {
 
     fn poll(&mut self) -> Option<BoardEvent> {
         self.shared.events.lock().pop_front()
+    }
+}
+
+/// The records of a [`StoreBoard`]'s group.
+pub struct StoreRecords(Arc<Shared>);
+
+impl Records for StoreRecords {
+    fn put_whereabouts(&mut self, whereabouts: Whereabouts) {
+        self.0.wish(|wishes| wishes.whereabouts = Some(whereabouts));
+    }
+
+    fn poll_record(&mut self) -> Option<(Rank, Arc<Snapshot>)> {
+        self.0.records.lock().pop_first()
     }
 }
 

@@ -9,7 +9,7 @@ use ibex_metadata::store::Snapshot;
 use super::TransferError;
 
 /// Writes this process's port and its queue pairs, by peer slot, into its record.
-pub(super) fn describe(port: &PortInfo, qpns: Vec<u32>, record: &mut PeerRecord) {
+pub(crate) fn describe(port: &PortInfo, qpns: Vec<u32>, record: &mut PeerRecord) {
     let (link_layer, way_port) = match port.link {
         LinkLayer::Ib => (record::LinkLayer::InfiniBand, record::PortAddress::Lid(port.lid.0)),
         LinkLayer::Roce => (record::LinkLayer::Ethernet, record::PortAddress::Gid(port.gid.0)),

@@ -56,6 +56,14 @@ pub enum Happening {
         /// Which incarnation.
         instance: Instance,
     },
+    /// The peer's record does not offer any more what this side was connected to: another process has its name, or it
+    /// has other queue pairs.
+    Retired {
+        /// Whose.
+        peer: Rank,
+        /// Which incarnation's.
+        instance: Instance,
+    },
     /// The gate is closed for a switch.
     GateClosed {
         /// The first step that is not launched.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::cells::{OffersCell, PeerOffer};
+use super::derived::Derived;
 use super::{Happening, Introduce, KeeperOptions, Session};
 use crate::error::{Error, Violation};
 use crate::ids::Rank;
@@ -120,11 +121,15 @@ pub(super) struct Links {
     now_ns: u64,
     /// Peers that kernels wait for.
     serving: BTreeMap<Rank, Instance>,
+    /// What was made of peers' records.
+    pub(super) derived: Derived,
 }
 
 impl Links {
-    pub(super) fn new(options: KeeperOptions, instance: Instance, me: Rank, detect_ns: u64) -> Self {
+    pub(super) fn new(options: KeeperOptions, instance: Instance, session: &Session, detect_ns: u64) -> Self {
+        let (me, num_ranks) = (session.rank(), session.config().num_ranks);
         Self {
+            derived: Derived::new(options.records, me, num_ranks, session.hca.port()),
             introduce: options.introduce,
             me,
             detect_ns,
@@ -164,7 +169,19 @@ impl Links {
 
     /// The incarnation that this side is connected with.
     pub(super) fn connected(&self, peer: Rank) -> Option<Instance> {
-        self.work.get(&peer).filter(|link| link.stage == Stage::Connected).map(|link| link.instance)
+        let link = self.work.get(&peer).filter(|link| link.stage == Stage::Connected)?;
+        self.derived.stands(peer).then_some(link.instance)
+    }
+
+    /// Looks at peers' records; who serves by queue pairs that the peer's record does not offer any more.
+    pub(super) fn look(&mut self) -> Vec<(Rank, Instance)> {
+        let retired = self.derived.look();
+        let serves = |peer: &Rank| {
+            // One that is on its way out serves until nothing needs it.
+            let link = self.work.get(peer).filter(|link| link.stage == Stage::Connected)?;
+            self.is_serving(*peer).then_some((*peer, link.instance))
+        };
+        retired.iter().filter_map(serves).collect()
     }
 
     pub(super) fn connect(&mut self, peer: Rank, instance: Instance) {
@@ -293,6 +310,7 @@ impl Links {
 
     fn offer(&mut self, session: &Arc<Session>, peer: Rank, link: &mut LinkWork) -> Result<(), &'static str> {
         let offer = session.offer(peer, None).map_err(|_| "make queue pairs")?;
+        self.derived.offered(peer, Some(&offer));
         self.say(peer, link, offer.to_bytes());
         link.stage = Stage::Await;
         Ok(())
@@ -329,30 +347,34 @@ impl Links {
         if offer.attempt != link.attempt || view.holder(peer) != Some(link.instance) {
             return None;
         }
-        let (bytes, advert) = (offer.offer.clone(), advert.to_vec());
-        match self.join(session, peer, &bytes, &advert) {
-            Ok(()) => {
-                link.stage = Stage::Connected;
-                Some(Done::Connected(peer, link.instance))
-            }
-            Err(_) => {
-                self.fail_attempt(peer, link);
-                None
-            }
+        let advert = advert.to_vec();
+        let Ok(offer) = Offer::from_bytes(&offer.offer) else {
+            self.fail_attempt(peer, link);
+            return None;
+        };
+        // The record may come later than the offer; both must say the same.
+        if !self.derived.agrees(peer, link.instance, &offer) {
+            return None;
         }
+        let is_joined = self.join(session, peer, &offer, &advert).is_ok();
+        if !is_joined || !self.derived.connected(session, peer, &offer) {
+            self.fail_attempt(peer, link);
+            return None;
+        }
+        link.stage = Stage::Connected;
+        Some(Done::Connected(peer, link.instance))
     }
 
-    fn join(&mut self, session: &Arc<Session>, peer: Rank, bytes: &[u8], advert: &[u8]) -> Result<(), Error> {
-        let broken = |check| Error::Protocol(Violation { from: peer, check, found: 0, expected: 1 });
-        let offer = Offer::from_bytes(bytes).map_err(|_| broken("a readable offer"))?;
+    fn join(&mut self, session: &Session, peer: Rank, offer: &Offer, advert: &[u8]) -> Result<(), Error> {
         if offer.from != peer {
-            return Err(broken("offer.from"));
+            let check = "offer.from";
+            return Err(Error::Protocol(Violation { from: peer, check, found: 0, expected: 1 }));
         }
         if let Some(introduce) = &mut self.introduce {
             introduce(peer, advert)?;
         }
         // The switch that admits the peer says which sequence number is the first of the pair.
-        session.connect(&offer, &vec![[1; 2]; offer.lanes.len()])
+        session.connect(offer, &vec![[1; 2]; offer.lanes.len()])
     }
 
     /// This side could not connect: the attempt is void for both.
@@ -381,6 +403,7 @@ impl Links {
     }
 
     fn after_fence(&mut self, peer: Rank, link: &mut LinkWork) -> Option<Done> {
+        self.derived.offered(peer, None);
         if link.is_for_good {
             return Some(Done::Fenced(peer, link.instance));
         }

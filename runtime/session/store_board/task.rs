@@ -13,12 +13,13 @@ use ibex_metadata::ids::{Fence, Version};
 use ibex_metadata::keeper::Keeping;
 use ibex_metadata::limits::PAGE_LEN_MAX;
 use ibex_metadata::name::{Prefix, RecordName};
+use ibex_metadata::publisher::Publisher;
 use ibex_metadata::record::Identity;
 use ibex_metadata::store::{Cell, Change, Filter, Snapshot, Store, Watch};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::{BoardClaim, GroupName, Shared};
+use super::{BoardClaim, GroupName, Shared, Whereabouts};
 use crate::ids::Rank;
 use crate::membership::{BoardEvent, Claimed, Instance};
 
@@ -117,6 +118,7 @@ pub(super) struct Task {
     holders: HashMap<Rank, Claimed>,
     /// Of the cells that this task writes.
     versions: HashMap<String, Version>,
+    publisher: Arc<Publisher>,
 }
 
 impl Task {
@@ -126,6 +128,7 @@ impl Task {
         prefix: Prefix,
         what: &BoardClaim,
         claimed: Claimed,
+        publisher: Arc<Publisher>,
     ) -> Self {
         Self {
             shared,
@@ -137,6 +140,7 @@ impl Task {
             claimed,
             holders: HashMap::new(),
             versions: HashMap::new(),
+            publisher,
         }
     }
 
@@ -243,12 +247,15 @@ impl Task {
         Ok(())
     }
 
-    fn tell_holder(&mut self, snapshot: &Snapshot, is_alive: bool) {
+    fn tell_holder(&mut self, snapshot: &Arc<Snapshot>, is_alive: bool) {
         let Some(Place::Name(rank)) = Place::parse(snapshot.name.parts().2) else { return };
         let Identity::Instance(instance) = snapshot.identity else { return };
         let instance = Instance(u128::from_be_bytes(instance.to_bytes()));
         let claim = Claimed { rank, instance, fence: snapshot.stamp.fence.0 };
         self.holders.insert(rank, claim);
+        if rank != self.claimed.rank {
+            self.shared.records.lock().insert(rank, Arc::clone(snapshot));
+        }
         self.shared.tell(BoardEvent::Claim { claim, is_alive });
     }
 
@@ -321,12 +328,17 @@ impl Task {
     async fn carry_out(&mut self) -> Result<()> {
         let own = self.claimed.rank;
         loop {
-            let (offers, row, placement, cas) = {
+            let (whereabouts, offers, row, placement, cas) = {
                 let wishes = self.shared.wishes.lock();
                 let placement = wishes.placements.first().cloned();
-                (wishes.offers.to_write(), wishes.row.to_write(), placement, wishes.cas.clone())
+                let (offers, row) = (wishes.offers.to_write(), wishes.row.to_write());
+                (wishes.whereabouts.clone(), offers, row, placement, wishes.cas.clone())
             };
-            if let Some(bytes) = offers {
+            // Before the offers, which peers take up only beside it.
+            if let Some(whereabouts) = whereabouts {
+                self.publish(&whereabouts).await?;
+                self.shared.wishes.lock().whereabouts.take_if(|newest| *newest == whereabouts);
+            } else if let Some(bytes) = offers {
                 self.write(Place::Offers(own), &bytes).await?;
                 self.shared.wishes.lock().offers.written(&bytes);
             } else if let Some(bytes) = row {
@@ -340,6 +352,20 @@ impl Task {
             } else {
                 return Ok(());
             }
+        }
+    }
+
+    /// Says in the own record how this rank is reached.
+    async fn publish(&self, whereabouts: &Whereabouts) -> Result<()> {
+        let published = self.publisher.update(|record| whereabouts.describe(record));
+        match within(ANSWER_MAX, published).await {
+            Err(error) if error.is_transient() => Err(error),
+            // The name is lost, which the lease's keeper tells; nothing else refuses a record that we made.
+            Err(error) => {
+                *self.shared.trouble.lock() = Some(error);
+                Ok(())
+            }
+            Ok(_) => Ok(()),
         }
     }
 
