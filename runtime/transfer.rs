@@ -19,7 +19,6 @@
 //! from its peers is [`ibex_metadata::drain`]'s business, for which a region is [`Pinned`].
 //!
 //! INVARIANTS:
-//! - nothing is posted on a connection before the peer has answered that it has made its end of it;
 //! - a request is posted with the key that the newest known record gives for its buffer, never with an older
 //!   one: posting and retiring exclude each other;
 //! - nothing here asks the store, or waits for it: only what is known, within its lease, is used;

@@ -393,6 +393,29 @@ fn posted_wqes_are_all_checked_and_reported() {
 }
 
 #[test]
+fn stores_are_measured_beside_what_the_same_bytes_cost() {
+    let file = scratch("bench-store.json");
+    let json = file.to_str().unwrap();
+    let output = ibex(&["bench", "store", "--iters", "1", "--warmup", "0", "--json", json]);
+    assert_eq!(exit_code(&output), 0, "{}{}", text(&output.stdout), text(&output.stderr));
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    assert_eq!(report["wrong"], 0);
+    let rows = report["rows"].as_array().unwrap();
+    let expected = ["keys", "limit", "limit_us", "operation", "ratio", "store", "target_us", "us"];
+    assert!(rows.iter().all(|row| keys(row) == expected), "{rows:?}");
+    for store in ["memory:", "ibex://, loopback"] {
+        let of_it = rows.iter().filter(|row| row["store"] == store);
+        let operations: Vec<_> = of_it.map(|row| row["operation"].as_str().unwrap()).collect();
+        let wanted =
+            ["batch_get", "batch_get", "batch_get", "publish", "cached resolve", "publish to invalidation"];
+        assert_eq!(operations, wanted, "{store}");
+    }
+    assert!(text(&output.stdout).contains("0 outcomes wrong"));
+    refused(&["bench", "store", "--store", "mysql://x"], &["mysql"]);
+    refused(&["bench", "store", "--iters", "0"], &["--iters"]);
+}
+
+#[test]
 fn a_run_in_one_process_can_be_captured() {
     let file = scratch("one-process.pcapng");
     let path = file.to_str().unwrap().to_owned().leak();
