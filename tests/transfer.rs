@@ -11,5 +11,7 @@ mod rig;
 mod changes;
 #[path = "transfer/leases.rs"]
 mod leases;
+#[path = "transfer/schedules.rs"]
+mod schedules;
 #[path = "transfer/taking_back.rs"]
 mod taking_back;

@@ -289,6 +289,17 @@ impl Requester {
         self.state.read().registry.find(name, self.path(), Kind::QueuePair).is_some()
     }
 
+    /// Whether the peer has answered that it is connected, too: no request is posted before. Asks it if that was not
+    /// done, so that the first request need not wait; [`Requester::progress`] takes the answer.
+    pub fn greet(&self, name: &RecordName) -> bool {
+        let state = self.state.read();
+        let link = state.registry.find(name, self.path(), Kind::QueuePair);
+        let Some((_, Derived::Link(slot))) = link else { return false };
+        let mut seat = self.seat(*slot).lock();
+        seat.greet();
+        seat.is_ready()
+    }
+
     /// Opens a buffer of a resolved peer.
     ///
     /// # Errors
@@ -529,10 +540,11 @@ impl Requester {
             todo.failed.push(slot);
             return done;
         }
-        if !seat.is_linked() {
+        if !seat.is_ready() {
             let pruned = seat.prune(|work| self.check_owner(state, work).err());
             count(&self.counters.refused, pruned as u64);
-            return done + pruned;
+            let has_greeted = !seat.waiting.is_empty() && seat.greet();
+            return done + pruned + usize::from(has_greeted);
         }
         while let Some(work) = seat.waiting.front() {
             match self.resolve(state, work) {

@@ -24,6 +24,18 @@ enum End {
     Linked(HostQp<Rts>),
 }
 
+/// Whether the peer is known to be connected, too: it has answered an empty WRITE.
+///
+/// The answer is a ready-acknowledgement that names both ends. Its packets carry both queue pairs' numbers, and
+/// sequence numbers that each end computed from both numbers and both instances; so neither an earlier life of the
+/// peer nor one that was told another number can give it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Greeting {
+    Due,
+    Posted(u16),
+    Answered,
+}
+
 /// Requests whose queue pair the device would not let go of: their memory stays pinned.
 #[derive(Debug)]
 pub(super) struct Doomed {
@@ -59,6 +71,7 @@ pub(super) struct RemoteRange {
 pub(super) struct Seat {
     // First, so that it is gone before the memory of what was posted on it.
     end: End,
+    greeting: Greeting,
     posted: VecDeque<Work>,
     pub(super) waiting: VecDeque<Work>,
     /// A completion said that the queue pair is in error.
@@ -71,6 +84,7 @@ impl Seat {
     pub(super) const fn new() -> Self {
         Self {
             end: End::Empty,
+            greeting: Greeting::Due,
             posted: VecDeque::new(),
             waiting: VecDeque::new(),
             has_failed: false,
@@ -89,6 +103,25 @@ impl Seat {
 
     pub(super) const fn is_linked(&self) -> bool {
         matches!(self.end, End::Linked(_))
+    }
+
+    /// Whether requests may be posted: the peer is connected, too.
+    pub(super) fn is_ready(&self) -> bool {
+        self.is_linked() && self.greeting == Greeting::Answered
+    }
+
+    /// Asks the peer whether it is connected, unless that was done. Only asked for when somebody has something to
+    /// send: a peer that never looks at our record costs a queue pair per question.
+    pub(super) fn greet(&mut self) -> bool {
+        let (End::Linked(qp), Greeting::Due) = (&mut self.end, self.greeting) else { return false };
+        // SPEC: IBTA C9-88: no key is checked, because no byte is touched.
+        let remote = Remote { addr: Iova(0), rkey: Rkey(0) };
+        let empty = WqeRequest::Write { remote, payload: Vec::new() };
+        match qp.post(CtrlFlags::SIGNALED, empty) {
+            Ok(idx) => self.greeting = Greeting::Posted(idx),
+            Err(_) => self.has_failed = true,
+        }
+        true
     }
 
     /// Makes a queue pair if there is none; `true` if its number is news.
@@ -115,7 +148,7 @@ impl Seat {
             End::Offered(qp) => End::Linked(qp.to_rtr(remote, spec)?.to_rts(spec)?),
             other => other,
         };
-        self.has_failed = false;
+        (self.greeting, self.has_failed) = (Greeting::Due, false);
         Ok(())
     }
 
@@ -154,6 +187,13 @@ impl Seat {
             let Some(completion) = qp.poll() else { return taken };
             taken += 1;
             let qpn = qp.qpn().get();
+            if self.greeting == Greeting::Posted(completion.wqe_counter) {
+                match completion.outcome {
+                    Outcome::Error { .. } => self.has_failed = true,
+                    _ => self.greeting = Greeting::Answered,
+                }
+                continue;
+            }
             // Every request is signalled, so each completion is for the oldest; others are an earlier life's.
             if self.posted.front().is_none_or(|work| work.wqe_idx != completion.wqe_counter) {
                 continue;

@@ -1,11 +1,17 @@
 //! Records that change while requests wait or are posted: each row of the change table, on real keys.
 
+use std::sync::Arc;
+
 use ibex::transfer::{Request, TransferError, Verb};
 use ibex_abi::cqe::Syndrome;
 use ibex_abi::types::QpNum;
 use ibex_hca::{Access, Nanos};
 use ibex_metadata::derived::Kind;
+use ibex_metadata::error::StoreError;
+use ibex_metadata::ids::Fence;
 use ibex_metadata::record::BufferState;
+use ibex_metadata::refresh::Observer;
+use ibex_metadata::store::Snapshot;
 
 use crate::rig::{End, LEN, Over, PATIENCE, Rig, Server, devices, name, open, outcomes, with_guard, write};
 
@@ -41,6 +47,40 @@ fn bytes_go_both_ways_over_every_fabric() {
         assert_eq!(here.view().to_vec(8192, 10), b"to be read");
         assert_eq!(rig.refusals(), 0);
     }
+}
+
+/// The far end does not know yet that it is to connect: what is posted now would meet nobody.
+#[test]
+fn the_first_request_waits_until_the_peer_has_made_its_end() {
+    let store = open("memory:");
+    let [one, other] = devices(Over::Inproc);
+    let (near, far) = (End::new(&store, &one, "near", 1, 0), End::new(&store, &other, "far", 2, 1));
+    let (here, there) = (near.region(), far.region());
+    near.publish(|_| {});
+    far.offer(&there);
+    near.look("far");
+    let rig = Rig { near, far };
+    here.view().write(0, b"first");
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let batch = rig.near.requester.submit(guard, &[write(&here, &segment, 0, 5)], PATIENCE).unwrap();
+        rig.settle();
+        assert_eq!(rig.near.requester.counters().posted, 0, "linked here, and there is nobody yet");
+        assert!(!batch.is_done() && !rig.near.requester.greet(&name("far")));
+        rig.far.look("near");
+        while !batch.is_done() {
+            rig.step();
+            rig.near.requester.progress();
+            // A greeting that nobody answered in time costs a number.
+            if !rig.near.requester.take_failed().is_empty() {
+                rig.near.publish(|_| {});
+                rig.far.look("near");
+            }
+        }
+        assert_eq!(outcomes(batch.wait()), [Ok(5)]);
+    });
+    assert_eq!(there.view().to_vec(0, 5), b"first");
+    assert_eq!((rig.near.requester.counters().posted, rig.refusals()), (1, 0));
 }
 
 /// Four requests fit the queue; the others wait while the record changes, and must find the new key.
@@ -138,6 +178,125 @@ fn a_neighbours_queue_pair_and_a_rank_of_somebody_disturb_nothing() {
     with_guard(&rig.near, "far", |guard| {
         let again = rig.near.requester.open(guard, there.id()).unwrap();
         assert_eq!(again.handle(), segment.handle());
+    });
+}
+
+#[test]
+fn a_request_that_is_out_of_range_or_not_allowed_is_refused_by_name() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let here = rig.near.region();
+    let (small, secret) = (
+        rig.far.requester.register(4096, Access::ALL).unwrap(),
+        rig.far.requester.register(4096, Access { remote_write: false, ..Access::ALL }).unwrap(),
+    );
+    rig.far.offer(&small);
+    rig.far.offer(&secret);
+    with_guard(&rig.near, "far", |guard| {
+        let [small, secret] =
+            [&small, &secret].map(|region| rig.near.requester.open(guard, region.id()).unwrap());
+        let refused =
+            |request| rig.near.requester.submit(guard, &[request], PATIENCE).map(|_| ()).unwrap_err();
+        for (at, len, wanted) in [(0, 0, "len"), (0, 4097, "len"), (4090, 7, "remote_offset")] {
+            let error = refused(write(&here, &small, at, len));
+            assert!(matches!(error, TransferError::OutOfRange { field, .. } if field == wanted), "{error}");
+        }
+        let denied = refused(write(&here, &secret, 0, 8));
+        assert_eq!(denied, TransferError::Denied { buffer: secret.buffer(), verb: "WRITE" });
+    });
+    assert_eq!(rig.near.requester.counters().posted, 0);
+}
+
+#[test]
+fn a_waiting_request_that_the_buffers_successor_has_no_room_for_fails_alone() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let work = [0, 64, 128, 192, 8192, 256].map(|at| write(&here, &segment, at, 64));
+        let batch = rig.near.requester.submit(guard, &work, PATIENCE).unwrap();
+        let smaller = rig.far.requester.register_as(there.id(), 4096, Access::ALL).unwrap();
+        rig.far.offer(&smaller);
+        rig.near.look("far");
+        rig.settle();
+        let ends = outcomes(batch.wait());
+        assert!(matches!(ends[4], Err(TransferError::OutOfRange { value: 8256, max: 4096, .. })), "{ends:?}");
+        assert_eq!([&ends[..4], &ends[5..]].concat(), vec![Ok(64); 5]);
+    });
+    assert_eq!(rig.refusals(), 0);
+}
+
+#[test]
+fn the_end_of_an_earlier_ownership_ends_nothing_and_an_expiry_ends_use_only() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    let far = name("far");
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let work = [write(&here, &segment, 0, 64)];
+        let batch = rig.near.requester.submit(guard, &work, PATIENCE).unwrap();
+        let fence = guard.leased().stamp().fence;
+        rig.near.requester.ended(&far, Fence(fence.0 - 1), true);
+        assert!(rig.near.requester.is_linked(&far), "somebody else's end");
+        rig.near.requester.ended(&far, fence, false);
+        assert!(rig.near.requester.is_linked(&far), "it may be alive behind an outage");
+        rig.settle();
+        let expired = TransferError::Store(StoreError::LeaseExpired { fence });
+        assert_eq!(outcomes(batch.wait()), [Err(expired)], "what was posted may not be trusted");
+        rig.near.requester.ended(&far, fence, true);
+        assert!(!rig.near.requester.is_linked(&far), "given back");
+    });
+}
+
+#[test]
+fn a_segment_of_the_process_before_is_refused_under_the_guard_of_the_next() {
+    let store = open("memory:");
+    let rig = Rig::new(&store, Over::Inproc);
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    let before = with_guard(&rig.near, "far", |guard| rig.near.requester.open(guard, there.id()).unwrap());
+    let next = End::new(&store, &rig.far.device, "far", 3, 1);
+    let again = next.requester.register_as(there.id(), LEN, Access::ALL).unwrap();
+    next.offer(&again);
+    with_guard(&rig.near, "far", |guard| {
+        let refused = rig.near.requester.submit(guard, &[write(&here, &before, 0, 8)], PATIENCE).map(|_| ());
+        assert_eq!(refused, Err(TransferError::PeerReplaced { name: name("far") }));
+        assert!(rig.near.requester.open(guard, again.id()).is_ok());
+    });
+}
+
+#[test]
+fn two_contents_under_one_stamp_are_an_alarm_and_are_not_used() {
+    let rig = Rig::new(&open("memory:"), Over::Inproc);
+    let there = rig.far.region();
+    rig.far.offer(&there);
+    let stored = rig.near.store.get(&name("far")).unwrap();
+    let mut other = Snapshot::clone(stored.unchecked());
+    other.record.world_hint += 1;
+    rig.near.requester.seen(&Arc::new(other));
+    with_guard(&rig.near, "far", |guard| {
+        let refused = rig.near.requester.open(guard, there.id()).map(|_| ());
+        assert_eq!(refused, Err(TransferError::ConcurrentPublisher { stamp: stored.stamp() }));
+    });
+    assert_eq!(rig.near.requester.counters().derived.concurrent_publishers, 1);
+}
+
+#[test]
+fn a_name_that_claims_anothers_rank_does_not_get_its_connection() {
+    let store = open("memory:");
+    let rig = Rig::new(&store, Over::Inproc);
+    let twin = End::new(&store, &rig.far.device, "twin", 7, 1);
+    twin.publish(|_| {});
+    rig.near.look("twin");
+    assert!(!rig.near.requester.is_linked(&name("twin")) && rig.near.requester.is_linked(&name("far")));
+    let (here, there) = (rig.near.region(), rig.far.region());
+    rig.far.offer(&there);
+    with_guard(&rig.near, "far", |guard| {
+        let segment = rig.near.requester.open(guard, there.id()).unwrap();
+        let batch = rig.near.requester.submit(guard, &[write(&here, &segment, 0, 5)], PATIENCE).unwrap();
+        rig.settle();
+        assert_eq!(outcomes(batch.wait()), [Ok(5)]);
     });
 }
 

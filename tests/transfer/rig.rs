@@ -144,6 +144,12 @@ impl Rig {
         self.far.look("near");
         assert!(self.near.requester.is_linked(&name("far")));
         assert!(self.far.requester.is_linked(&name("near")));
+        let greet = || self.near.requester.greet(&name("far")) & self.far.requester.greet(&name("near"));
+        while !greet() {
+            self.step();
+            self.near.requester.progress();
+            self.far.requester.progress();
+        }
     }
 
     pub(crate) fn step(&self) -> bool {

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ibex_abi::doorbell::{Doorbell, UAR_BLUE_FLAME_OFFSET};
 use ibex_abi::eqe::{UAR_CQ_ARM_OFFSET, UAR_EQ_ARM_OFFSET, UAR_EQ_UPDATE_OFFSET};
-use ibex_abi::types::UarIdx;
+use ibex_abi::types::{QpNum, UarIdx};
 
 use super::memory::OwnPage;
 
@@ -66,6 +66,18 @@ impl Uar {
         }
     }
 
+    /// Forgets what a queue pair rang. Hardware hears every store, a word of memory shows changes only: after a reset
+    /// the first doorbell may well be the one that was rung last.
+    pub(super) fn forget(&self, qpn: QpNum) {
+        for (offset, seen) in self.registers() {
+            let value = self.page.span().load64(offset, Ordering::Acquire);
+            if value != 0 && Doorbell::from_register(value).qpn() == qpn {
+                seen.store(0, Ordering::Relaxed);
+                self.page.span().store64(offset, 0, Ordering::Release);
+            }
+        }
+    }
+
     /// The last request to arm a completion queue, if it is new. Like every register, it shows the last value only.
     pub(super) fn take_arm(&self) -> Option<[u8; 8]> {
         let value = self.page.span().load64(UAR_CQ_ARM_OFFSET as u64, Ordering::Acquire);
@@ -102,5 +114,27 @@ mod tests {
             assert!(!uar.has_news());
             uar.poll(|_| panic!("nothing changed"));
         }
+    }
+
+    #[test]
+    fn the_same_doorbell_is_news_after_a_reset_and_a_neighbours_stays() {
+        let uar = Uar::new(UarIdx::new(1), true);
+        let [ours, theirs] = [7, 8].map(|qpn| Doorbell::from_bytes([0, 0, 1, 8, 0, 0, qpn, 2]));
+        let ring = |at: usize, doorbell: Doorbell| {
+            uar.page.span().store64(REGISTERS[at], doorbell.to_register(), Ordering::Release);
+        };
+        let heard = || {
+            let mut heard = Vec::new();
+            uar.poll(|doorbell| heard.push(doorbell.qpn().get()));
+            heard
+        };
+        ring(0, ours);
+        ring(1, theirs);
+        assert_eq!(heard(), [7, 8]);
+        uar.forget(QpNum::new(7));
+        assert_eq!(heard(), []);
+        ring(0, ours);
+        ring(1, theirs);
+        assert_eq!(heard(), [7]);
     }
 }

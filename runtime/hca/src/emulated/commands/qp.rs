@@ -315,5 +315,6 @@ fn reset(qp: &Qp) {
     let mut responder = qp.responder.lock();
     qp.set_state(QpState::Reset);
     qp.forget_doorbell();
+    qp.layout.uar.forget(qp.num());
     (*requester, *responder) = (Requester::default(), Responder::default());
 }
