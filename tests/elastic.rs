@@ -309,13 +309,13 @@ fn a_changed_record_retires_what_kernels_have_of_that_peer_and_of_no_other() {
     until("the replacement's connection", || {
         [0, 1].iter().all(|me: &usize| made(&members[*me], 2).is_some_and(|stamp| stamp.fence > last.fence))
     });
-    for me in 0..2 {
-        let counters = members[me].derived_counters();
+    for (me, member) in members[..2].iter().enumerate() {
+        let counters = member.derived_counters();
         let retired = Kind::ALL.map(|kind| counters.retired.of(kind));
         assert_eq!(retired, [1, 1, 1, 0, 1], "rank {me}: of each kind the one, by order of Kind::ALL");
         assert_eq!(counters.replaced, 1, "buffers that come and go replace nobody");
         assert_eq!((counters.stale_snapshots, counters.concurrent_publishers), (0, 0));
-        let events = members[me].take_events();
+        let events = member.take_events();
         let retired = events.iter().filter(|event| matches!(event.what, Happening::Retired { .. })).count();
         assert_eq!(retired, 1, "{events:?}");
     }

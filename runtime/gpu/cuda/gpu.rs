@@ -681,12 +681,12 @@ impl Drop for CudaStream {
     fn drop(&mut self) {
         let raw = self.raw();
         let mut streams = self.device.streams.lock();
-        if streams.captures.is_capturing(self.idx) {
-            if let Ok(raw) = raw {
-                // SAFETY: live until below. What was recorded is of no use to anybody; one that only joined is refused
-                // by the driver, and ends with its origin.
-                drop(unsafe { context::end_capture(&self.device.context, raw) });
-            }
+        if streams.captures.is_capturing(self.idx)
+            && let Ok(raw) = raw
+        {
+            // SAFETY: live until below. What was recorded is of no use to anybody; one that only joined is refused by
+            // the driver, and ends with its origin.
+            drop(unsafe { context::end_capture(&self.device.context, raw) });
         }
         streams.captures.abandon(self.idx);
         streams.live.remove(&self.idx);

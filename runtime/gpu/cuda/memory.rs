@@ -183,8 +183,11 @@ impl Memory {
 
     pub(super) fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError> {
         self.with_live(addr, bytes.len(), |block| match block.home {
-            // SAFETY: `with_live` has checked the range, and keeps it.
-            Home::Host => Ok(unsafe { raw::copy_in(addr as usize, bytes) }),
+            Home::Host => {
+                // SAFETY: `with_live` has checked the range, and keeps it.
+                unsafe { raw::copy_in(addr as usize, bytes) };
+                Ok(())
+            }
             Home::Device => self.copy(|calls, stream| {
                 // SAFETY: the range lives, the bytes are ours until the copy is over.
                 unsafe { calls.memcpy_htod(addr, bytes.as_ptr().cast(), bytes.len(), stream) }
@@ -194,8 +197,11 @@ impl Memory {
 
     pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         self.with_live(addr, bytes.len(), |block| match block.home {
-            // SAFETY: as in `write`.
-            Home::Host => Ok(unsafe { raw::copy_out(addr as usize, bytes) }),
+            Home::Host => {
+                // SAFETY: as in `write`.
+                unsafe { raw::copy_out(addr as usize, bytes) };
+                Ok(())
+            }
             Home::Device => self.copy(|calls, stream| {
                 // SAFETY: as in `write`.
                 unsafe { calls.memcpy_dtoh(bytes.as_mut_ptr().cast(), addr, bytes.len(), stream) }
@@ -205,8 +211,11 @@ impl Memory {
 
     pub(super) fn fill(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
         self.with_live(addr, len, |block| match block.home {
-            // SAFETY: as in `write`.
-            Home::Host => Ok(unsafe { raw::fill_in(addr as usize, byte, len) }),
+            Home::Host => {
+                // SAFETY: as in `write`.
+                unsafe { raw::fill_in(addr as usize, byte, len) };
+                Ok(())
+            }
             Home::Device => self.set_on_device(addr, byte, len),
         })
     }

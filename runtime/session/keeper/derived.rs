@@ -204,9 +204,9 @@ fn first_qpn(offer: &Offer) -> Option<u32> {
 
 /// The queue pair that a record names for the rank that reads it.
 fn said_qpn(record: &PeerRecord, me: Rank) -> Option<u32> {
-    let ways = record.transports.iter().filter_map(|transport| match &transport.way {
+    let mut ways = record.transports.iter().filter_map(|transport| match &transport.way {
         Way::EpIbgda(way) => Some(way),
         _ => None,
     });
-    ways.last()?.qpns.get(me.index()).copied().filter(|qpn| *qpn != 0)
+    ways.next_back()?.qpns.get(me.index()).copied().filter(|qpn| *qpn != 0)
 }
