@@ -4,16 +4,21 @@
 //! notes which halves had entered; [`Session::poll_fence`] finishes once those have left. [`Session::fence`] does both
 //! and waits in between.
 //!
+//! A half that has entered may itself wait for staged rows that only the fenced queues still name. So rows are let go
+//! of as soon as the device has flushed those queues, before that half has left.
+//!
 //! INVARIANT: memory that a half may still read or post from is given back only after that half has left.
 
 use core::time::Duration;
 use std::collections::HashMap;
 
-use ibex_abi::device_ctx::LaneHostWords;
+use ibex_abi::cqe::{COMPLETION_WORD_OFFSET, CompletionWord, CqeOpcode};
+use ibex_abi::device_ctx::{LaneHostWords, QpDeviceCtx};
 
 use super::Reach;
 use crate::error::{Error, Exhausted, Resource, Stale, Violation};
 use crate::ids::Rank;
+use crate::layout::qp_slot;
 use crate::session::{Guard, LaneRuntime, Mark, Session};
 
 /// Fences that have begun: per peer and lane, what had entered at the mark.
@@ -61,7 +66,11 @@ impl Session {
         let Some(entered) = self.fences.lock().0.get(&peer).cloned() else {
             return Err(Error::Stale(Stale { what: "fence (not begun)", found: 0, current: 1 }));
         };
-        if self.first_missing(&entered)?.is_some() || !self.part_from(peer)? {
+        if self.first_missing(&entered)?.is_some() {
+            self.let_go_of_rows(peer)?;
+            return Ok(false);
+        }
+        if !self.part_from(peer)? {
             return Ok(false);
         }
         // What the device has said of the queues is heard while their numbers are still theirs.
@@ -91,7 +100,10 @@ impl Session {
         let cap = Duration::from_millis(u64::from(self.config.stall_ms()) * u64::from(self.config.num_ranks));
         let mut missing = self.first_missing(&entered);
         let all_left = self.gpu.wait_for(2 * cap, &mut || {
-            missing = self.first_missing(&entered);
+            missing = match self.first_missing(&entered) {
+                Ok(Some(half)) => self.let_go_of_rows(peer).map(|()| Some(half)),
+                none_or_refused => none_or_refused,
+            };
             !matches!(missing, Ok(Some(_)))
         })?;
         match missing? {
@@ -109,6 +121,36 @@ impl Session {
                 requested: 1,
             })),
         }
+    }
+
+    /// Frees the staged rows that a fenced peer's queues name, once the device has completed all that was posted there:
+    /// it reads no row any more. Kernels ask no completion of a queue that is not Active, so the host tells them.
+    ///
+    /// What a half posts after the fence has begun is never executed, so that it does not matter whether it is freed
+    /// with the rest or not until the contexts are zeroed.
+    fn let_go_of_rows(&self, peer: Rank) -> Result<(), Error> {
+        let queues = self.queues.lock();
+        for runtime in &self.lanes {
+            let buffers = runtime.buffers.read();
+            for channel in 0..self.plan.shape.num_channels {
+                let slot = qp_slot(&self.plan.shape, runtime.lane(), peer, channel) as usize;
+                let Some((_, cqe)) = queues.completion_of(slot) else { continue };
+                let context = buffers.qp_ctx_addr(peer, channel);
+                if self.gpu.load_u32(context + STAGED_VALID_OFF)? == 0 {
+                    continue;
+                }
+                let posted = self.gpu.load_u32(context + PRODUCER_OFF)?;
+                // ORDER(15): the device's reads of rows -> completion word -> what overwrites them. Acquire.
+                let word =
+                    CompletionWord::from_register(self.gpu.load_u32(cqe + COMPLETION_WORD_OFFSET as u64)?);
+                let is_written = word.op_own().opcode() != Some(CqeOpcode::Invalid);
+                // CAST: completions name the low 16 bits of an index; a WQE is one basic block.
+                if is_written && word.wqe_counter.get().wrapping_add(1) == posted as u16 {
+                    self.gpu.store_u32(context + STAGED_VALID_OFF, 0)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Halves that have entered so far, per lane.
@@ -149,6 +191,10 @@ impl Session {
     }
 }
 
+/// Offset of `QpDeviceCtx::staged_valid`.
+const STAGED_VALID_OFF: u64 = core::mem::offset_of!(QpDeviceCtx, staged_valid) as u64;
+/// Offset of `QpDeviceCtx::producer_idx`.
+const PRODUCER_OFF: u64 = core::mem::offset_of!(QpDeviceCtx, producer_idx) as u64;
 /// Offset of `LaneHostWords::entered`.
 const ENTERED_OFF: u64 = core::mem::offset_of!(LaneHostWords, entered) as u64;
 /// Offset of `LaneHostWords::left`.
