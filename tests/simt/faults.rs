@@ -25,7 +25,7 @@ fn a_killed_device_never_moves_again_and_says_so_before_the_call_returns() {
         let (lost, finished) = (Arc::new(Finished::default()), Arc::new(Finished::default()));
         let mut pair = Pair::new(40, 8);
         pair.launch(&pool, &lost);
-        turns(&pool, 5 * seed + 1, &lost, 2);
+        turns(&pool, 2 * seed + 1, &lost, 2);
         let one_was_done = lost.count() > 0;
         pool.kill(0).unwrap();
         pool.kill(1).unwrap();

@@ -7,6 +7,9 @@
 /// when it may use it. Where no place is clean the word says `kNowhere`: nobody sends rows for that step, and its sums
 /// are lost, and said so. Nobody waits.
 ///
+/// A peer under suspicion is told `kNowhere` from then on, so that it soils at most one place of each slot, however long
+/// it takes until the group has agreed and fenced it.
+///
 /// A place is clean again once every peer that soiled it has ended its combine of s, which its signals say (they follow
 /// its rows on the same route), or cannot write here any more, which the host says (`LaneArgs::fenced_below`).
 #pragma once
@@ -56,6 +59,13 @@ IBEX_DEV bool is_clean(const LaneArgs& a, const MemberTable& table, SoiledPlace&
   return true;
 }
 
+/// Was `peer` ever given a place for its rows of this combine? Without one it sends none. One lane.
+IBEX_DEV bool was_given_place(const LaneArgs& a, const HalfContext& h, uint32_t peer) {
+  if (h.seq <= a.shape.ring) return true;
+  const uint64_t word = ld_relaxed_gpu(&a.peers[peer].posted_credit[kCombine][h.slot]);
+  return consumed_seq(word) + a.shape.ring >= h.seq && consumed_place(word) != kNowhere;
+}
+
 /// Notes whom this combine has given up, and finds the place for the next rows of its slot. One lane.
 IBEX_CALL uint32_t next_place(const LaneArgs& a, const HalfContext& h) {
   SoiledPlace* places = a.state->places[h.slot];
@@ -64,6 +74,10 @@ IBEX_CALL uint32_t next_place(const LaneArgs& a, const HalfContext& h) {
     soiled.seq = h.seq;
     IBEX_ROLLED
     for (uint32_t w = 0; w < kRankWords; ++w) soiled.late[w] = ld_relaxed_gpu(&h.ctx->lost[w]);
+    IBEX_ROLLED
+    for (uint32_t p = 0; p < a.shape.num_ranks; ++p) {
+      if (!was_given_place(a, h, p)) soiled.late[p / 64] &= ~(uint64_t{1} << (p % 64));
+    }
   }
   IBEX_ROLLED
   for (uint32_t place = 0; place < a.shape.num_places; ++place) {

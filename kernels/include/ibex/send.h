@@ -163,6 +163,12 @@ IBEX_DEV void store_word_mapped(SendJob& j, uint64_t offset, uint64_t word) {
   ONE_LANE st_release_sys(reinterpret_cast<uint64_t*>(j.to.region_ptr + offset), word);
 }
 
+/// The consumed word that `j.peer` is told. Who is suspected gets no place: it would soil that one too (late.h).
+IBEX_DEV uint64_t credit_for(const SendJob& j, uint32_t op, uint64_t word) {
+  const bool withheld = op == kCombine && guarded(j.a, kGuardLateRows) && is_suspected(j.a, j.peer);
+  return withheld ? consumed_word(consumed_seq(word), kNowhere) : word;
+}
+
 /// Posts the credit of every step that was consumed since the last send half. Never waits: without space the
 /// credit stays pending and goes with the next half.
 IBEX_DEV void post_credits(SendJob& j) {
@@ -173,18 +179,20 @@ IBEX_DEV void post_credits(SendJob& j) {
   for (uint32_t i = 0; i < kNumOps * kMaxRing; ++i) {
     const uint32_t op = i / kMaxRing, slot = i % kMaxRing;
     if (slot >= j.a.shape.ring) continue;
-    const uint64_t seq = j.a.state->posting[op][slot];
-    if (seq == j.to.posted_credit[op][slot]) continue;
+    const uint64_t consumed = j.a.state->posting[op][slot];
+    // What was said once of a step stands, also if the peer has come under suspicion or out of it since.
+    if (consumed_seq(consumed) == consumed_seq(j.to.posted_credit[op][slot])) continue;
+    const uint64_t word = warp::one_lane([&] { return credit_for(j, op, consumed); });
     const uint64_t offset = consumed_offset(j.a, op, slot);
     if (!j.rdma()) {
-      store_word_mapped(j, offset, seq);
+      store_word_mapped(j, offset, word);
     } else {
       if (!has_space(j.qp, b.num_wqes + 1)) continue;
-      last = put_word(j, b, offset, seq);
+      last = put_word(j, b, offset, word);
     }
     warp::sync();
     ONE_LANE {
-      j.to.posted_credit[op][slot] = seq;
+      j.to.posted_credit[op][slot] = word;
       add_relaxed_sys(&j.a.telemetry[j.peer].credits, uint64_t{1});
     }
   }
