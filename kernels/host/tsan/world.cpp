@@ -1,5 +1,7 @@
 #include "host/tsan/world.h"
 
+#include <atomic>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -254,7 +256,14 @@ void World::connect(uint32_t from, uint32_t to, const uint64_t (&base_seq)[kNumO
   p.combine_rkey_be = bswap32(combine_key(to, from));
   p.my_region = address(r.regions[to]);
   for (uint32_t op = 0; op < kNumOps; ++op) p.base_seq[op] = base_seq[op];
-  r.lane.peers[to] = p;
+  PeerCtx& ctx = r.lane.peers[to];
+  // Word by word what kernels read of a fenced peer (late.h), the rest as it comes.
+  for (auto& words : ctx.posted_credit) {
+    for (uint64_t& word : words) std::atomic_ref(word).store(0, std::memory_order_relaxed);
+  }
+  constexpr size_t before = offsetof(PeerCtx, posted_credit), after = before + sizeof p.posted_credit;
+  std::memcpy(&ctx, &p, before);
+  std::memcpy(reinterpret_cast<uint8_t*>(&ctx) + after, reinterpret_cast<const uint8_t*>(&p) + after, sizeof p - after);
   for (uint32_t c = 0; c < config_.num_channels; ++c) {
     if (p.route == kRouteIbgda) connect_queue(from, to, c);
   }

@@ -7,8 +7,8 @@
 /// when it may use it. Where no place is clean the word says `kNowhere`: nobody sends rows for that step, and its sums
 /// are lost, and said so. Nobody waits.
 ///
-/// A peer under suspicion is told `kNowhere` from then on, so that it soils at most one place of each slot, however long
-/// it takes until the group has agreed and fenced it.
+/// A peer under suspicion is told `kNowhere` from then on, so that it soils at most one place of each slot, however
+/// long it takes until the group has agreed and fenced it.
 ///
 /// A place is clean again once every peer that soiled it has ended its combine of s, which its signals say (they follow
 /// its rows on the same route), or cannot write here any more, which the host says (`LaneArgs::fenced_below`).
@@ -60,9 +60,11 @@ IBEX_DEV bool is_clean(const LaneArgs& a, const MemberTable& table, SoiledPlace&
 }
 
 /// Was `peer` ever given a place for its rows of this combine? Without one it sends none. One lane.
+///
+/// The host zeroes the word of a peer that it has fenced, whose rows cannot come either.
 IBEX_DEV bool was_given_place(const LaneArgs& a, const HalfContext& h, uint32_t peer) {
   if (h.seq <= a.shape.ring) return true;
-  const uint64_t word = ld_relaxed_gpu(&a.peers[peer].posted_credit[kCombine][h.slot]);
+  const uint64_t word = ld_relaxed_sys(&a.peers[peer].posted_credit[kCombine][h.slot]);
   return consumed_seq(word) + a.shape.ring >= h.seq && consumed_place(word) != kNowhere;
 }
 
