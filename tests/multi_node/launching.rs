@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::process::{Child, Output, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use crate::cleanup::{Running, kill};
 use crate::group::{command, free_port, ibex, text};
@@ -100,7 +102,12 @@ fn strangers_are_refused_and_the_group_does_not_notice() {
         let here = [("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port.as_str()), ("IBEX_TOKEN", token)];
         rank(&[&here[..], &[("RANK", number), ("WORLD_SIZE", size)]].concat(), &[])
     };
-    let first = start("0", "2", "ours");
+    let mut first = start("0", "2", "ours");
+    // Another rank 0 that came before the first would hold the port, and wait there for a rank 1.
+    while TcpStream::connect(("127.0.0.1", port.parse().unwrap())).is_err() {
+        assert_eq!(first.try_wait().unwrap(), None, "rank 0 ended before it listened");
+        thread::sleep(Duration::from_millis(10));
+    }
     let refused = [
         (start("1", "2", "theirs"), "token"),
         (start("1", "3", "ours"), "the group has 2 ranks"),
