@@ -72,14 +72,14 @@ impl EmulatedHca {
             return;
         };
         let uars = Arc::clone(&self.uars.lock());
-        // Taken under the scanning lock: nobody withdraws a queue pair of it meanwhile.
-        let table = self.qp_table();
         for uar in uars.iter() {
             uar.poll(|doorbell| {
                 add(&self.counters.doorbells, 1);
-                match table.by_number.get(&doorbell.qpn().get()) {
-                    Some(qp) if qp.layout.uar.idx == uar.idx && takes_doorbells(qp) => {
-                        self.hear(qp, doorbell.producer_idx());
+                // Looked up now: a table taken before the poll may be older than the queue pair that rang, if this
+                // thread was put aside in between. Nobody withdraws one while the scanning lock is held.
+                match self.find_qp(doorbell.qpn()) {
+                    Some(qp) if qp.layout.uar.idx == uar.idx && takes_doorbells(&qp) => {
+                        self.hear(&qp, doorbell.producer_idx());
                     }
                     _ => add(&self.counters.late_doorbells, 1),
                 }
