@@ -219,6 +219,7 @@ impl Agents {
         if self.next_beat_ns.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return false;
         }
+        // Held while a session is: see the end of a world.
         for (session, silent) in self.sessions.read().iter().zip(&self.silent) {
             if let Some(session) = session.upgrade().filter(|_| !silent.load(Ordering::Relaxed)) {
                 // A host that cannot speak is silent; its peers' clocks say so.
@@ -379,6 +380,14 @@ pub struct World {
     fabric: Arc<Fabric>,
     pool: Arc<Pool>,
     pub(super) members: Mutex<RankSet>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // A worker that sends signs of life holds sessions for a moment. It must not be the last to let go of one: the
+        // session holds the pool, which would then wait for its own worker.
+        self.agents.sessions.write().clear();
+    }
 }
 
 impl World {
@@ -572,4 +581,19 @@ fn make_devices(
 fn default_workers() -> u32 {
     // CAST: at most the number of cores, far below 2^32.
     std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_hold_no_session_of_a_world_that_has_ended() {
+        let config = Config { num_ranks: 2, max_tokens: 4, hidden: 256, num_experts: 8, ..Config::default() };
+        let world = World::new(&config, &WorldOptions::default()).unwrap();
+        let (agents, kept) = (Arc::clone(&world.agents), Arc::clone(&world.sessions[0]));
+        drop(world);
+        assert!(agents.sessions.read().is_empty(), "a worker could be the last to let go");
+        drop(kept);
+    }
 }
