@@ -7,10 +7,12 @@
 #
 # OUT (default: results next to this script) gets the output of every part and table.txt, which belongs to
 # benches/results as gpu-DATE.txt. The exit code is 0 only if every part passed; a part that cannot run there, such as
-# compute-sanitizer where it is not installed, is in the table as SKIPPED and does not fail the run.
+# compute-sanitizer or NCCL where they are not installed, is in the table as SKIPPED and does not fail the run.
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# Every stream of every rank makes progress beside the others.
+export CUDA_DEVICE_MAX_CONNECTIONS=32
 # The published shape: 8 ranks of one GPU, each with an eighth of its multiprocessors.
 shape=(--ranks 8 --tokens 128 --hidden 7168 --experts 256 --topk 8)
 # Far longer than any part takes on a healthy machine; a hung kernel ends here.
@@ -77,17 +79,64 @@ part() {
   fi
 }
 
-# timings NAME COMMAND...: a part whose table of latencies is kept in the summary.
+# filtered NAME COMMAND...: a part that names tests; names that no test has are a failure, not a success.
+filtered() {
+  local name=$1
+  part "$@"
+  if ((!dry)) && ! grep -q '^running [1-9]' "$out/$name.log"; then
+    failed=1
+    row "$name" "FAILED" 0 "no test ran: its names have changed"
+  fi
+}
+
+# optional NAME WHAT COMMAND...: a part that a machine without WHAT refuses with exit code 2 before it runs anything.
+optional() {
+  local name=$1 what=$2 status=0
+  shift 2
+  if ((!dry)); then
+    timeout "$limit" "$@" --iters 1 --warmup 0 >"$out/$name.log" 2>&1 || status=$?
+    if ((status == 2)) && grep -q "$what" "$out/$name.log"; then
+      row "$name" "SKIPPED" 0 "$(grep -m 1 "$what" "$out/$name.log" | cut -c 1-70)"
+      return 0
+    fi
+  fi
+  timings "$name" "$@"
+}
+
+# judge NAME: what the run said of the device's own copies, and of somebody else's all-to-all; a copy that takes less
+# of the kernels' time than its limit fails the run.
+judge() {
+  local name=$1 line
+  while read -r line; do
+    rows+=("$(printf '%-34s %s' "" "$line")")
+  done < <(grep -E '^(copy|nccl) ' "$out/$name.log" | tr -s ' ')
+  # copy OPERATION RATIO of the kernels' time, limit LEAST: ...
+  if ! awk '$1 == "copy" { n++; if ($8 == "limit" && $3 < $9 + 0) low = 1 } END { exit low || n != 2 }' \
+    <(tr -d ',' <"$out/$name.log"); then
+    failed=1
+    row "$name" "FAILED" 0 "the kernels take too long beside copies of the same bytes, or no copies were timed"
+  fi
+}
+
+# timings NAME COMMAND...: a part whose latencies are kept in the summary, beside what copies of the same bytes take.
 timings() {
   local name=$1
   part "$@"
   if ((!dry)) && [[ -e $out/$name.log ]]; then
     rows+=("$(printf '%-34s dispatch %s us, combine %s us (p50, slowest rank, CUDA events)' "" \
       "$(value "$out/$name.log" dispatch)" "$(value "$out/$name.log" combine)")")
-    local floor
-    for floor in $(grep -E '^copy ' "$out/$name.log" | tr -s ' ' '~'); do
-      rows+=("$(printf '%-34s %s' "" "${floor//\~/ }")")
-    done
+    judge "$name"
+  fi
+}
+
+# rates NAME COMMAND...: a part whose table is kept.
+rates() {
+  local name=$1 line
+  part "$@"
+  if ((!dry)) && [[ -e $out/$name.log ]]; then
+    while IFS= read -r line; do
+      rows+=("$(printf '%-34s %s' "" "$line")")
+    done < <(grep -E '^( *[0-9]+ |bytes|method)' "$out/$name.log")
   fi
 }
 
@@ -100,11 +149,12 @@ sanitize() {
     return 0
   fi
   # Of the tests those that launch once at a time: ranks whose launches wait for each other would never end there.
-  part "sanitizer-$tool" "${sanitizer:-compute-sanitizer}" --tool "$tool" --error-exitcode 9 \
+  filtered "sanitizer-$tool" "${sanitizer:-compute-sanitizer}" --tool "$tool" --error-exitcode 9 \
     "$here/cuda_device" --nocapture --test-threads 1 the_selftest all_ranks_in_one_launch
 }
 
 machine() {
+  "$here/ibex" doctor >"$out/doctor.log" 2>&1
   date -u '+%Y-%m-%d %H:%M UTC'
   local asked=name,driver_version,memory.total,clocks.sm
   nvidia-smi --query-gpu="$asked" --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
@@ -113,8 +163,8 @@ machine() {
 
 run_all() {
   local bench=("$here/ibex" bench ep --gpu cuda)
-  part doctor "$here/ibex" info
-  part tests "$here/cuda_device" --nocapture --test-threads 1
+  part info "$here/ibex" info
+  filtered tests "$here/cuda_device" --nocapture --test-threads 1
   local dtype combine graph
   for dtype in bf16 fp8; do
     for combine in exact reduced; do
@@ -124,13 +174,19 @@ run_all() {
       done
     done
   done
+  part check-mapped-fp8-exact-graph "${bench[@]}" --check --graph --dtype fp8 --combine exact --route auto \
+    "${shape[@]}" --iters 5
+  part check-mapped-bf16-reduced-graph "${bench[@]}" --check --graph --dtype bf16 --combine reduced --route auto \
+    "${shape[@]}" --iters 5
   local tool
   for tool in memcheck racecheck synccheck; do
     sanitize "$tool"
   done
   timings timings-mapped "${bench[@]}" --graph --route auto "${shape[@]}" --iters 200 --warmup 20
   timings timings-ibgda "${bench[@]}" --graph --route ibgda "${shape[@]}" --iters 50 --warmup 5
-  part replays-across-replacement "$here/cuda_device" replace_a_peer --nocapture
+  optional baseline-nccl libnccl "${bench[@]}" --route auto "${shape[@]}" --baseline nccl
+  rates post "$here/ibex" bench post --gpu cuda
+  filtered replays-across-replacement "$here/cuda_device" replace_a_peer --nocapture
 }
 
 case ${1:-run} in

@@ -44,7 +44,7 @@ pub use hub::{HubCounters, STRANGERS_MAX};
 /// The binding under [`NcclBootstrap`].
 pub use ibex_nccl;
 pub use nccl::NcclBootstrap;
-pub use place::{DEFAULT_PORT, Launcher, Place, TOKEN_LEN_MAX, Token};
+pub use place::{DEFAULT_PORT, Launcher, Place, TOKEN_LEN_MAX, Token, cuda_connections};
 pub use tcp::TcpBootstrap;
 pub use wire::{BLOB_LEN_MAX, KEY_LEN_MAX};
 

@@ -12,6 +12,7 @@
 //! | state (contexts, tables, handles) | host between halves, kernels | kernels |
 //! | pinned words (faults, telemetry) | kernels | host, at any time |
 
+use core::fmt;
 use std::sync::Arc;
 
 use ibex_abi::device_ctx::{
@@ -19,11 +20,12 @@ use ibex_abi::device_ctx::{
     MemberTable, PeerCtx, PeerTelemetry, QpDeviceCtx, SendCursor,
 };
 use ibex_abi::types::{Iova, Pd};
+use ibex_hca::control_region::RegionPlace;
 use ibex_hca::{Access, Hca, HcaError, MemoryRegion, Mkey, destroyed};
 use zerocopy::IntoBytes;
 
 use crate::error::Error;
-use crate::gpu::{DeviceMemory, Gpu};
+use crate::gpu::{DeviceMemory, Gpu, GpuError, NicWays};
 use crate::ids::Rank;
 use crate::layout::{LINE, PAGE, Plan, SourcePlan};
 
@@ -50,6 +52,78 @@ impl Drop for OwnedPd {
     }
 }
 
+/// Where memory lies that a device works on, and how the device reaches it; and why not in a better way.
+#[derive(Debug, Clone)]
+pub struct PlaceReport {
+    /// The way that is used.
+    pub place: RegionPlace,
+    /// Better ways that the GPU or the device refused, best first.
+    pub refused: Vec<(RegionPlace, Arc<Error>)>,
+}
+
+impl fmt::Display for PlaceReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.place)?;
+        self.refused.iter().try_for_each(|(place, why)| write!(f, "; not {place}: {why}"))
+    }
+}
+
+/// Memory that kernels and the device share.
+pub(crate) struct NicMemory {
+    // Before the memory that they lead to.
+    ways: NicWays,
+    memory: DeviceMemory,
+}
+
+impl NicMemory {
+    /// Allocates `len` bytes, at a page, that `hca` reaches.
+    pub(crate) fn new(gpu: &dyn Gpu, hca: &dyn Hca, len: u64) -> Result<Self, Error> {
+        let memory = gpu.alloc(bytes(len), bytes(PAGE))?;
+        let ways = gpu.nic_ways(memory.addr(), hca.is_on_bus())?;
+        Ok(Self { ways, memory })
+    }
+
+    /// Its first byte.
+    pub(crate) fn addr(&self) -> u64 {
+        self.memory.addr()
+    }
+
+    /// Offers `len` bytes at `addr` to `take` in every way, best first, until it takes one.
+    pub(crate) fn offer<T>(
+        &self,
+        addr: u64,
+        len: u64,
+        mut take: impl FnMut(MemoryRegion) -> Result<T, Error>,
+    ) -> Result<(T, PlaceReport), Refusals> {
+        let by_gpu = |(place, why): &(RegionPlace, GpuError)| (*place, Arc::new(Error::from(why.clone())));
+        let mut refused: Vec<_> = self.ways.refused.iter().map(by_gpu).collect();
+        for way in &self.ways.ways {
+            match take(way.region(addr, addr - self.addr(), len)) {
+                Ok(taken) => return Ok((taken, PlaceReport { place: way.place(), refused })),
+                Err(why) => refused.push((way.place(), Arc::new(why))),
+            }
+        }
+        Err(Refusals(refused))
+    }
+
+    /// The memory itself.
+    pub(crate) fn into_memory(self) -> DeviceMemory {
+        self.memory
+    }
+}
+
+/// Ways to memory that were refused, best first; all of them, where this is an error.
+pub(crate) struct Refusals(pub(crate) Vec<(RegionPlace, Arc<Error>)>);
+
+impl From<Refusals> for Error {
+    /// The last way's refusal: it is the one that most machines have.
+    fn from(mut refusals: Refusals) -> Self {
+        let last = refusals.0.pop().and_then(|(_, why)| Arc::into_inner(why));
+        // A GPU that offers no way at all, and gives no reason.
+        last.unwrap_or(Self::Gpu(GpuError::NotAllocated { addr: 0, len: 0 }))
+    }
+}
+
 /// A memory key that is given back on drop.
 pub(crate) struct OwnedMkey {
     pd: Arc<OwnedPd>,
@@ -58,14 +132,21 @@ pub(crate) struct OwnedMkey {
 }
 
 impl OwnedMkey {
-    /// Registers `len` bytes at `addr`, which the HCA then addresses by the same number.
+    /// Registers `len` bytes of `memory` at `addr`, which the HCA then addresses by the same number.
     #[expect(unsafe_code, reason = "registration lets the HCA reach memory; the owner keeps it alive")]
-    fn register(pd: &Arc<OwnedPd>, addr: u64, len: u64, access: Access) -> Result<Self, Error> {
-        let region = MemoryRegion { addr, len, kind: ibex_hca::MemoryKind::HostPtr };
-        // SAFETY: every caller in this file registers memory that the same `LaneBuffers` (or `Registration`) owns
-        // and drops after this key: fields drop in declaration order, keys stand before memory.
-        let key = unsafe { pd.hca.register(pd.get(), region, Iova(addr), access)? };
-        Ok(Self { pd: Arc::clone(pd), key, is_live: true })
+    fn register(
+        pd: &Arc<OwnedPd>,
+        memory: &NicMemory,
+        addr: u64,
+        len: u64,
+        access: Access,
+    ) -> Result<(Self, PlaceReport), Error> {
+        Ok(memory.offer(addr, len, |region| {
+            // SAFETY: every caller in this file registers memory that the same `LaneBuffers` (or `Registration`) owns
+            // and drops after this key: fields drop in declaration order, keys stand before memory.
+            let key = unsafe { pd.hca.register(pd.get(), region, Iova(addr), access)? };
+            Ok(Self { pd: Arc::clone(pd), key, is_live: true })
+        })?)
     }
 
     pub(crate) fn key(&self) -> &Mkey {
@@ -92,20 +173,20 @@ impl Drop for OwnedMkey {
 /// Caller memory that work requests may name, registered until drop.
 pub struct Registration {
     mkey: OwnedMkey,
-    memory: DeviceMemory,
+    memory: NicMemory,
 }
 
 impl Registration {
     /// Allocates and registers `len` bytes for local use.
     pub(crate) fn new(gpu: &dyn Gpu, pd: &Arc<OwnedPd>, len: u64) -> Result<Self, Error> {
-        let memory = gpu.alloc(bytes(len), bytes(PAGE))?;
-        let mkey = OwnedMkey::register(pd, memory.addr(), len, Access::LOCAL)?;
+        let memory = NicMemory::new(gpu, &*pd.hca, len)?;
+        let (mkey, _) = OwnedMkey::register(pd, &memory, memory.addr(), len, Access::LOCAL)?;
         Ok(Self { mkey, memory })
     }
 
     /// The memory.
     pub fn memory(&self) -> &DeviceMemory {
-        &self.memory
+        &self.memory.memory
     }
 
     /// Was it registered in this protection domain?
@@ -269,9 +350,10 @@ pub(crate) struct LaneBuffers {
     source_plan: SourcePlan,
     state_plan: StatePlan,
     pinned_plan: PinnedPlan,
-    window: DeviceMemory,
-    combine_slab: DeviceMemory,
-    source: DeviceMemory,
+    place: PlaceReport,
+    window: NicMemory,
+    combine_slab: NicMemory,
+    source: NicMemory,
     state: DeviceMemory,
     pinned: DeviceMemory,
 }
@@ -282,13 +364,14 @@ impl LaneBuffers {
         let state_plan = StatePlan::new(&plan);
         let pinned_plan = PinnedPlan::new(&plan);
         let source_plan = plan.source();
-        let alloc = |len: u64| gpu.alloc(bytes(len), bytes(PAGE));
+        let alloc = |len: u64| NicMemory::new(gpu, &*pd.hca, len);
         let window = alloc(plan.window_bytes())?;
         let combine_slab = alloc(plan.combine_slab_bytes())?;
         let source = alloc(source_plan.bytes)?;
-        let state = alloc(state_plan.total)?;
+        let state = gpu.alloc(bytes(state_plan.total), bytes(PAGE))?;
         let pinned = gpu.alloc_pinned(bytes(pinned_plan.total), bytes(PAGE))?;
-        let source_key = OwnedMkey::register(pd, source.addr(), source_plan.bytes, Access::LOCAL)?;
+        let (source_key, place) =
+            OwnedMkey::register(pd, &source, source.addr(), source_plan.bytes, Access::LOCAL)?;
         let mut buffers = Self {
             peer_keys: Vec::new(),
             regions: (0..plan.shape.num_ranks).collect(),
@@ -299,6 +382,7 @@ impl LaneBuffers {
             source_plan,
             state_plan,
             pinned_plan,
+            place,
             window,
             combine_slab,
             source,
@@ -316,10 +400,11 @@ impl LaneBuffers {
     fn register_peer(&self, peer: Rank) -> Result<PeerKeys, Error> {
         let access =
             Access { local_write: true, remote_write: true, remote_read: false, remote_atomic: true };
-        let register = |addr, len| OwnedMkey::register(&self.pd, addr, len, access);
+        let register = |memory, addr, len| OwnedMkey::register(&self.pd, memory, addr, len, access);
+        let (slab, slab_len) = self.combine_slab();
         Ok(PeerKeys {
-            region: register(self.region_addr(peer), self.plan.layout.region_bytes)?,
-            combine: register(self.combine_slab.addr(), self.plan.combine_slab_bytes())?,
+            region: register(&self.window, self.region_addr(peer), self.plan.layout.region_bytes)?.0,
+            combine: register(&self.combine_slab, slab, slab_len)?.0,
         })
     }
 
@@ -332,6 +417,11 @@ impl LaneBuffers {
         self.peer_keys[peer.index()] = None;
         self.peer_keys[peer.index()] = Some(self.register_peer(peer)?);
         Ok(())
+    }
+
+    /// How the HCA reaches payload.
+    pub(crate) fn place(&self) -> &PlaceReport {
+        &self.place
     }
 
     pub(crate) fn peer_keys(&self, peer: Rank) -> Option<&PeerKeys> {

@@ -3,11 +3,13 @@
 //! A [`Rig`] owns the world, one set of tensors and one stream per rank. It copies inputs in and outputs out between
 //! steps, never while kernels run.
 
+mod baseline;
 pub mod fuzz;
 mod parallel;
 pub mod post;
 pub mod rejoin;
 
+pub use baseline::{BaselineError, NcclAllToAll};
 pub use parallel::on_all_cores;
 
 use std::sync::Arc;

@@ -51,6 +51,7 @@ pub(crate) use identity::draw_instance;
 pub use offer::{LaneOffer, Mappings, Offer, OfferError, QueueOffer};
 pub(crate) use quarantine::Quarantine;
 pub(crate) use queues::PeerQueues;
+pub use queues::reaches_doorbells;
 pub(crate) use route::Reach;
 pub use route::{Route, RouteReason, RouteReport};
 

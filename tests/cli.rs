@@ -132,8 +132,13 @@ fn a_device_that_is_not_there_is_refused_with_a_sentence() {
 #[test]
 fn a_gpu_that_is_not_there_is_refused_with_a_sentence() {
     if ibex::gpu::cuda::Driver::load().is_err() {
-        refused(&["bench", "ep", "--gpu", "cuda"], &["libcuda.so.1"]);
+        for bench in ["ep", "post"] {
+            refused(&["bench", bench, "--gpu", "cuda"], &["libcuda.so.1"]);
+        }
+        refused(&["bench", "ep", "--gpu", "cuda", "--baseline", "nccl"], &["libcuda.so.1"]);
+        refused(&["bench", "ep", "--gpu", "cuda", "--provider", "mlx5"], &["libcuda.so.1"]);
     }
+    refused(&["bench", "ep", "--baseline", "nccl"], &["--baseline nccl", "--gpu host"]);
     refused(&["bench", "ep", "--gpu", "cuda", "--fabric", "sim"], &["--fabric sim", "simulation"]);
     refused(&["bench", "ep", "--gpu-uuid", "7"], &["--gpu-uuid", "32 hexadecimal digits"]);
     let uuid = "GPU-00000000-0000-0000-0000-000000000000";
@@ -147,9 +152,7 @@ fn what_is_not_built_yet_is_refused_and_says_what_is() {
     };
     refuses("post", &["--provider", "mlx5"], "emulated");
     refuses("ep", &["--provider", "mlx5", "--procs"], "one process");
-    refuses("post", &["--gpu", "cuda"], "host");
     refuses("ep", &["--gpu", "cuda", "--procs"], "one process");
-    refuses("ep", &["--gpu", "cuda", "--provider", "mlx5"], "emulated");
     for bench in ["ep", "post"] {
         refuses(bench, &["--store", "tcp://127.0.0.1:7"], "store");
     }
@@ -223,11 +226,18 @@ fn a_wrong_byte_ends_a_checked_run_with_exit_code_1() {
 fn a_checked_run_reports_every_key() {
     let report = bench_ep("keys", &["--check", "--route", "ibgda"]);
     let expected = [
+        "baseline",
+        "baseline_us",
         "buffer_bytes",
         "bytes",
         "combine_us",
         "commit",
         "config",
+        "copy_bytes",
+        "copy_method",
+        "copy_ratio",
+        "copy_ratio_min",
+        "copy_us",
         "cqes",
         "dispatch_us",
         "doorbells",
@@ -251,10 +261,15 @@ fn a_checked_run_reports_every_key() {
         let (p50, p999) = (report[operation]["p50"].as_f64(), report[operation]["p999"].as_f64());
         assert!(p50.unwrap() > 0.0 && p50 <= p999);
     }
-    for pair in ["memcpy_floor_us", "floor_ratio"] {
+    for pair in ["memcpy_floor_us", "floor_ratio", "copy_us", "copy_bytes", "copy_ratio"] {
         assert_eq!(keys(&report[pair]), ["combine", "dispatch"]);
         assert!(report[pair]["dispatch"].as_f64().unwrap() > 0.0);
     }
+    // On the host both are memcpy, told as times the floor and as part of the kernels' time.
+    assert_eq!(report["copy_us"], report["memcpy_floor_us"]);
+    let product = ["floor_ratio", "copy_ratio"].map(|key| report[key]["combine"].as_f64().unwrap());
+    assert!((product[0] * product[1] - 1.0).abs() < 1e-9, "{product:?}");
+    assert!(report["copy_ratio_min"].is_null() && report["baseline"].is_null());
     assert_eq!(keys(&report["bytes"]), ["local", "peer", "rdma"]);
     for number in ["wrong", "lost", "unrung_wqes"] {
         assert_eq!(report[number], 0, "{number}");
@@ -297,7 +312,9 @@ fn every_mode_runs_and_is_right() {
 #[test]
 fn no_tokens_is_a_valid_run_without_a_ratio() {
     let report = bench_ep("no-tokens", &["--tokens", "0", "--check"]);
-    assert!(report["floor_ratio"]["dispatch"].is_null() && report["floor_ratio"]["combine"].is_null());
+    for ratio in ["floor_ratio", "copy_ratio"] {
+        assert!(report[ratio]["dispatch"].is_null() && report[ratio]["combine"].is_null(), "{ratio}");
+    }
 }
 
 #[test]

@@ -7,12 +7,16 @@
 
 use std::sync::Arc;
 
+use ibex::config::Link;
 use ibex::gpu::cuda::{CudaError, Uuid};
 use ibex::gpu::pool::{Pool, PoolConfig};
 use ibex::gpu::{
     CaptureError, CudaGpu, CudaMemory, CudaOptions, DeviceMemory, Gpu, GpuError, GpuField, HostGpu, KernelId,
     Launch, Reachable, Stream,
 };
+use ibex::harness::post::{PostCase, PostRig};
+
+use ibex_hca::control_region::RegionPlace;
 
 #[path = "cuda/double.rs"]
 mod double;
@@ -135,6 +139,13 @@ fn use_everything(double: &Double) -> Result<(), Box<dyn std::error::Error>> {
     let mapped = gpu.import(&handle)?;
     assert_eq!((mapped.addr(), mapped.len()), (memory.addr() + 4096, 4096));
     gpu.dma_buf(memory.addr(), 8192)?;
+    match gpu.nic_ways(memory.addr(), true) {
+        // A driver that does not answer is one that does not know.
+        Err(GpuError::UnorderedWrites { found: None, .. }) => {}
+        ways => assert!(!ways?.ways.is_empty()),
+    }
+    // The events of the double are 1.5 ms apart, whatever lies between them.
+    assert_eq!(gpu.copies().measure_ns(&[0, 4096, 100])?, 1_500_000);
     double.fail(0, 0);
     Ok(())
 }
@@ -335,6 +346,46 @@ fn ranks_that_share_a_gpu_dispatch_combine_and_replace_a_peer_through_the_driver
 }
 
 #[test]
+fn payload_stays_on_the_gpu_and_emulated_devices_reach_it_by_copies() {
+    for config in group::modes(&group::config(3)) {
+        let pool = Arc::new(Pool::new(PoolConfig::real_time(1)).unwrap());
+        let double = Double::new("on-device").run_kernels(HostGpu::new(pool, 0));
+        let options = double.options(CudaMemory::Device, 3);
+        let open = || Arc::new(CudaGpu::open(&options).unwrap()) as Arc<dyn Gpu>;
+        let rig = group::rig(&config, (0..3).map(|_| open()).collect());
+        for session in rig.world().sessions() {
+            let places = session.places();
+            assert_eq!(places.queues.place, RegionPlace::HostMapped, "{}", places.queues);
+            assert_eq!(places.payload.place, RegionPlace::GpuCopies, "{}", places.payload);
+        }
+        group::run(&rig);
+        drop(rig);
+        assert_eq!(double.live(), 0, "{config:?}");
+    }
+}
+
+#[test]
+fn a_page_that_several_reach_is_registered_once() {
+    let double = Double::new("page");
+    let gpus = [0, 1].map(|_| open(&double, CudaMemory::Device));
+    let page = ibex_hca::host_memory::HostMemory::new(4096).unwrap();
+    let register = |gpu: &CudaGpu, offset: u64| {
+        // SAFETY: the page lives longer than its reach.
+        unsafe { gpu.reach(page.view().addr(offset), 8, Reachable::Registers) }.unwrap()
+    };
+    let before = double.live();
+    let [one, other] = [register(&gpus[0], 0x800), register(&gpus[1], 0xa00)];
+    assert_eq!((one.addr(), other.addr()), (page.view().addr(0x800), page.view().addr(0xa00)));
+    assert_eq!(double.live(), before + 1);
+    drop(one);
+    assert_eq!(double.live(), before + 1);
+    drop(other);
+    assert_eq!(double.live(), before);
+    drop(register(&gpus[1], 0x800));
+    assert_eq!(double.live(), before);
+}
+
+#[test]
 fn all_ranks_in_one_cooperative_launch_dispatch_and_combine() {
     for config in group::modes(&group::config(3)) {
         let pool = Arc::new(Pool::new(PoolConfig::real_time(1)).unwrap());
@@ -347,6 +398,20 @@ fn all_ranks_in_one_cooperative_launch_dispatch_and_combine() {
         drop(rig);
         assert_eq!(double.live(), 0, "{config:?}");
     }
+}
+
+#[test]
+fn work_requests_are_posted_through_the_driver_to_devices_that_a_thread_steps() {
+    let (double, gpu) = running("post");
+    let case = PostCase { bytes: 100, inline: false, num_qps: 2, slots: 50, batch: 8, sq_depth_log: 4 };
+    let mut rig = PostRig::with_gpu(Arc::new(gpu), case, Link::Roce, 1).unwrap();
+    for _ in 0..3 {
+        let round = rig.round().unwrap();
+        assert_eq!((round.completed, round.wrong), (100, 0));
+    }
+    assert_eq!(rig.unrung_wqes(), 0);
+    drop(rig);
+    assert_eq!(double.live(), 0);
 }
 
 #[test]

@@ -23,6 +23,14 @@ use ibex_hca::mlx5::{self, LiveObjects, LoadError, Mlx5Config, Mlx5Hca};
 use ibex_hca::{AsyncEvent, Hca};
 use serde_json::Value;
 
+#[expect(unsafe_code, reason = "loads the double of a driver, and hands kernels to it")]
+#[path = "cuda/double.rs"]
+mod double;
+#[path = "mlx5/gpu.rs"]
+mod gpu;
+#[path = "cuda/group.rs"]
+mod group;
+
 /// Set in the process with the shim.
 const INSIDE: &str = "IBEX_TEST_INSIDE_SHIM";
 

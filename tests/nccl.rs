@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use ibex::bootstrap::ibex_nccl::{Comm, Nccl, NcclError, ResultCode};
 use ibex::bootstrap::{BLOB_LEN_MAX, Bootstrap, BootstrapError, NcclBootstrap};
-use ibex::gpu::{CudaGpu, CudaMemory};
+use ibex::gpu::{CudaGpu, CudaMemory, GpuError};
+use ibex::harness::{BaselineError, NcclAllToAll};
 use ibex::ids::Rank;
 use libloading::Library;
 
@@ -129,5 +130,37 @@ fn every_call_of_the_driver_that_fails_is_a_typed_error() {
     assert!(failures > 10, "{failures}");
     cuda.fail(0, 0);
     drop(bootstrap);
+    assert_eq!((nccl.live(), cuda.live()), (0, 0));
+}
+
+#[test]
+fn an_all_to_all_is_timed_between_events_and_every_refusal_is_typed() {
+    let (nccl, cuda) = (NcclDouble::new("baseline"), Double::new("nccl-baseline"));
+    let gpu = Arc::new(CudaGpu::open(&cuda.options(CudaMemory::Device, 1)).unwrap());
+    let library = nccl.load();
+    let mut baseline = NcclAllToAll::new(&library, &gpu).unwrap();
+    assert_eq!(baseline.version().to_string(), "2.27.5");
+    // The double's events are 1.5 ms apart, whatever lies between.
+    assert_eq!(baseline.measure_ns(&[100, 0, 7, 100]).unwrap(), 1_500_000);
+    assert_eq!(baseline.measure_ns(&[0, 0]).unwrap(), 0);
+    nccl.async_error(6);
+    let error = baseline.measure_ns(&[5]).unwrap_err();
+    let is_remote = matches!(error, BaselineError::Nccl(NcclError::Call { code: ResultCode::Remote, .. }));
+    assert!(is_remote, "{error}");
+    nccl.async_error(0);
+    let mut refused = 0;
+    for nth in 1.. {
+        cuda.fail(nth, 2);
+        match baseline.measure_ns(&[1 << 20]) {
+            Ok(_) if !cuda.has_failed() => break,
+            // What fails in looking for idle streams disturbs nobody.
+            Ok(_) => {}
+            Err(BaselineError::Gpu(GpuError::Cuda(_))) => refused += 1,
+            Err(error) => panic!("call {nth}: {error}"),
+        }
+    }
+    cuda.fail(0, 0);
+    assert!(refused >= 5, "{refused} calls were seen to fail");
+    drop((baseline, gpu));
     assert_eq!((nccl.live(), cuda.live()), (0, 0));
 }

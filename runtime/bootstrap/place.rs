@@ -200,6 +200,13 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
+/// How many of this process's streams the CUDA driver lets make progress beside each other, if somebody has told it
+/// (`CUDA_DEVICE_MAX_CONNECTIONS`).
+#[must_use]
+pub fn cuda_connections() -> Option<u32> {
+    variable("CUDA_DEVICE_MAX_CONNECTIONS")?.trim().parse().ok()
+}
+
 /// [`super::advertise::choose`] with this process's environment.
 pub(super) fn advertise_variable(name: &str) -> Option<String> {
     variable(name)

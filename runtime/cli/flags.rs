@@ -159,7 +159,7 @@ impl Machine {
         self.gpu == GpuKind::Cuda
     }
 
-    /// Ranks that share a GPU are threads of one process, and their devices are emulated.
+    /// Ranks that share a GPU are threads of one process.
     fn validate_gpu(&self) -> Result<(), CliError> {
         let refuse = |value, available| Err(CliError::NotBuilt { flag: "--gpu", value, available });
         if !self.is_cuda() {
@@ -173,9 +173,6 @@ impl Machine {
         }
         if self.is_group() {
             return refuse("cuda between processes", "one GPU for the ranks of one process");
-        }
-        if self.is_mlx5() {
-            return refuse("cuda with --provider mlx5", "one GPU with emulated devices");
         }
         if self.fabric() == FabricKind::Sim {
             let because = "a simulation runs kernels itself";
@@ -265,10 +262,6 @@ impl Machine {
         };
         if self.is_mlx5() {
             return refuse("--provider", "mlx5");
-        }
-        if self.is_cuda() {
-            let available = "kernels on the host";
-            return Err(CliError::NotBuilt { flag: "--gpu", value: "cuda", available });
         }
         if self.procs {
             return refuse("--procs", "(one process per rank)");
@@ -390,10 +383,11 @@ pub(super) struct Shape {
     /// Steps in flight.
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub(super) ring: u32,
-    /// Blocks of one launch: streaming multiprocessors that a GPU gives to communication.
+    /// Blocks of one launch: streaming multiprocessors that a GPU gives to communication [default: 1; on a GPU the
+    /// rank's equal share].
     #[arg(long, value_name = "N")]
     pub(super) sms: Option<u32>,
-    /// Warps of one block.
+    /// Warps of one block [default: 8; on a GPU 32].
     #[arg(long, value_name = "N")]
     pub(super) warps: Option<u32>,
     /// Warps that post, out of all warps of a launch.
@@ -407,10 +401,19 @@ pub(super) struct Shape {
     pub(super) channels: Option<u32>,
 }
 
+/// Warps of a block where ranks share a GPU: one block then has a multiprocessor for itself.
+const WARPS_PER_SM: u32 = 32;
+
 impl Shape {
     /// Members of the group.
     pub(super) fn ranks(&self) -> u32 {
         self.ranks.unwrap_or(8)
+    }
+
+    /// Lets each rank use its equal share of a GPU's multiprocessors, unless the flags say otherwise.
+    pub(super) fn fill(&mut self, sms: u32) {
+        self.sms.get_or_insert((sms / self.ranks()).max(1));
+        self.warps.get_or_insert(WARPS_PER_SM);
     }
 
     /// The configuration that the flags spell, with the defaults of everything else.

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use ibex::bootstrap::BootstrapError;
 use ibex::error::{ConfigError, Error};
+use ibex::gpu::GpuError;
 
 mod bench;
 mod chaos;
@@ -98,6 +99,12 @@ enum CliError {
     /// No GPU can be used.
     #[error(transparent)]
     Cuda(#[from] ibex::gpu::cuda::CudaError),
+    /// NCCL cannot be used.
+    #[error(transparent)]
+    Nccl(#[from] ibex::bootstrap::ibex_nccl::NcclError),
+    /// What a run is compared with failed.
+    #[error(transparent)]
+    Baseline(#[from] ibex::harness::BaselineError),
     /// A store cannot be served.
     #[error(transparent)]
     Serve(ibex_metadata::grpc::HostError),
@@ -118,8 +125,8 @@ impl From<ConfigError> for CliError {
     }
 }
 
-impl From<ibex::gpu::GpuError> for CliError {
-    fn from(error: ibex::gpu::GpuError) -> Self {
+impl From<GpuError> for CliError {
+    fn from(error: GpuError) -> Self {
         Self::Runtime(error.into())
     }
 }
@@ -131,14 +138,15 @@ impl CliError {
             Self::NotBuilt { .. } | Self::Conflict { .. } | Self::Output { .. } | Self::Launch(_) => 2,
             Self::Device(_)
             | Self::Cuda(_)
+            | Self::Nccl(_)
             | Self::Input { .. }
             | Self::Plan { .. }
             | Self::Place(_)
             | Self::Unclear { .. } => 2,
-            Self::Runtime(Error::Config(_)) => 2,
+            Self::Runtime(Error::Config(_) | Error::Gpu(GpuError::UnorderedWrites { .. })) => 2,
             Self::Runtime(Error::Store(error)) => store::exit_code(error),
             Self::Serve(error) => store::serve_exit_code(error),
-            Self::Runtime(_) => 1,
+            Self::Runtime(_) | Self::Baseline(_) => 1,
         }
     }
 }

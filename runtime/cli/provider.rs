@@ -5,12 +5,15 @@
 
 use core::num::NonZeroU32;
 use std::collections::BTreeMap;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Arc;
 
+use ibex::bootstrap::cuda_connections;
+use ibex::config::RoutePolicy;
 use ibex::error::OsError;
-use ibex::gpu::cuda::{self, CudaError};
 use ibex::gpu::{CudaGpu, CudaMemory, CudaOptions, Gpu};
-use ibex::session::{DeviceWrapper, Gpus};
+use ibex::session::{DeviceWrapper, Gpus, reaches_doorbells};
 use ibex_hca::assisted::{AssistedHca, Forwarder, PAGES_MAX};
 use ibex_hca::mlx5::{self, Mlx5Config, Mlx5Hca, PortState};
 use ibex_hca::shared::SharedHca;
@@ -20,6 +23,14 @@ use super::CliError;
 use super::doctor::Places;
 use super::flags::{Machine, Nics};
 use super::nearest::{self, Anchor, Choice};
+
+/// By which the driver is told how many streams make progress beside each other; how many do if it is not told, and the
+/// most that it takes.
+///
+/// SPEC: CUDA C++ programming guide, environment variables.
+const CONNECTIONS: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+const CONNECTIONS_DEFAULT: u32 = 8;
+const CONNECTIONS_MAX: u32 = 32;
 
 /// What ranks are given.
 pub(super) enum Devices {
@@ -47,38 +58,80 @@ impl Devices {
     }
 }
 
+/// The GPUs of a run.
+#[derive(Default)]
+pub(super) struct OpenGpus {
+    /// What a world is made with.
+    pub(super) gpus: Gpus,
+    /// The one that all ranks share; none where kernels run on the host.
+    pub(super) shared: Option<Arc<CudaGpu>>,
+}
+
+/// Where a run keeps payload: on the GPU, unless emulated devices move it, which only copy it there and back.
+pub(super) fn payload(machine: &Machine, route: RoutePolicy) -> CudaMemory {
+    match (machine.is_mlx5(), route) {
+        (true, _) | (false, RoutePolicy::Auto) => CudaMemory::Device,
+        (false, RoutePolicy::Ibgda) => CudaMemory::HostMapped,
+    }
+}
+
+/// How many connections the driver must be told to give the streams of these ranks; `None` if there are enough.
+///
+/// A rank has a stream for kernels and one for copies. Streams that share a connection wait for each other, and a
+/// kernel may wait for the very one that is behind it.
+fn missing_connections(ranks: u32, told: Option<u32>) -> Option<u32> {
+    // One more to measure on.
+    let wanted = ranks.saturating_mul(2).saturating_add(1).min(CONNECTIONS_MAX);
+    (told.unwrap_or(CONNECTIONS_DEFAULT) < wanted).then_some(wanted)
+}
+
+/// Runs this program in this process from the start, with a driver that will be told; returns only if that fails.
+fn start_again(connections: u32) -> CliError {
+    let started = std::env::current_exe().map(|program| {
+        let mut command = Command::new(program);
+        command.args(std::env::args_os().skip(1)).env(CONNECTIONS, connections.to_string()).exec()
+    });
+    let (Ok(error) | Err(error)) = started;
+    CliError::Runtime(OsError::from_io("execve", &error).into())
+}
+
 /// Opens the GPU that the flags ask for, once for each rank: all of them share it.
 ///
 /// # Errors
 /// No driver, no such GPU, or one that cannot run the kernels: refused before anything runs.
-pub(super) fn open_gpus(machine: &Machine, ranks: u32) -> Result<Gpus, CudaError> {
+pub(super) fn open_gpus(machine: &Machine, ranks: u32, memory: CudaMemory) -> Result<OpenGpus, CliError> {
     if !machine.is_cuda() {
-        return Ok(Gpus::Host);
+        return Ok(OpenGpus::default());
+    }
+    let told = cuda_connections();
+    match missing_connections(ranks, told) {
+        None => {}
+        Some(wanted) if told.is_none() => return Err(start_again(wanted)),
+        Some(wanted) => {
+            println!("gpu       {CONNECTIONS} is less than {wanted}: kernels of some ranks may wait")
+        }
     }
     let options = CudaOptions {
         uuid: machine.gpu_uuid.map(|uuid| uuid.0),
         ranks_per_device: NonZeroU32::new(ranks).unwrap_or(NonZeroU32::MIN),
-        // The emulated devices are the processor's work.
-        memory: CudaMemory::HostMapped,
+        memory,
         ..CudaOptions::default()
     };
-    let mut opened: Vec<Arc<dyn Gpu>> = Vec::new();
-    for rank in 0..ranks {
-        let gpu = CudaGpu::open(&options)?;
-        if rank == 0 {
-            let info = gpu.info();
-            println!("gpu       {} at {}, {} SMs for {ranks} ranks", info.name, info.pci, info.sms);
-        }
-        opened.push(Arc::new(gpu));
+    let opened = (0..ranks).map(|_| CudaGpu::open(&options).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(gpu) = opened.first() {
+        let info = gpu.info();
+        println!("gpu       {} at {}, {} SMs for {ranks} ranks", info.name, info.pci, info.sms);
     }
-    Ok(Gpus::Given(opened))
+    let shared = opened.first().cloned();
+    let gpus = opened.into_iter().map(|gpu| gpu as Arc<dyn Gpu>).collect();
+    Ok(OpenGpus { gpus: Gpus::Given(gpus), shared })
 }
 
 /// Opens what the flags ask for.
 ///
 /// # Errors
 /// No library, no device, no usable port: refused before anything runs.
-pub(super) fn devices(machine: &Machine, ranks: u32) -> Result<Devices, CliError> {
+pub(super) fn devices(machine: &Machine, ranks: u32, gpus: &OpenGpus) -> Result<Devices, CliError> {
     if !machine.is_mlx5() {
         return Ok(Devices::Emulated);
     }
@@ -86,7 +139,8 @@ pub(super) fn devices(machine: &Machine, ranks: u32) -> Result<Devices, CliError
         ibex::config::Link::Ib => LinkLayer::Ib,
         ibex::config::Link::Roce => LinkLayer::Roce,
     };
-    let choices = choices(machine, link, ranks)?;
+    let gpu = gpus.shared.as_deref();
+    let choices = choices(machine, link, ranks, gpu)?;
     if choices.is_empty() {
         // Opening says why there is none.
         Mlx5Hca::open(&config(&machine.nics, None, link))?;
@@ -99,7 +153,7 @@ pub(super) fn devices(machine: &Machine, ranks: u32) -> Result<Devices, CliError
     let mut forwarders = Vec::new();
     for (name, ranks) in users {
         let mut device: Arc<dyn Hca> = Mlx5Hca::open(&config(&machine.nics, Some(name), link))?;
-        if machine.nics.assist_doorbells {
+        if machine.nics.assist_doorbells || !rings(gpu, &*device, name) {
             let (assisted, forwarder) = assist(device)?;
             forwarders.push(forwarder);
             device = assisted;
@@ -124,6 +178,18 @@ pub(super) fn devices(machine: &Machine, ranks: u32) -> Result<Devices, CliError
     Ok(Devices::Real(given, forwarders))
 }
 
+/// Whether the GPU reaches a device's doorbells; if not, the reason is printed.
+fn rings(gpu: Option<&CudaGpu>, device: &dyn Hca, name: &str) -> bool {
+    let Some(gpu) = gpu else { return true };
+    match reaches_doorbells(gpu, device) {
+        Ok(()) => true,
+        Err(refused) => {
+            println!("doorbells of {name} are carried by the host: {refused}");
+            false
+        }
+    }
+}
+
 /// A device for which the host carries doorbells, and the thread that does.
 fn assist(device: Arc<dyn Hca>) -> Result<(Arc<dyn Hca>, Forwarder), ibex::Error> {
     let assisted = AssistedHca::new(device, ASSISTED_PAGES)?;
@@ -132,25 +198,19 @@ fn assist(device: Arc<dyn Hca>) -> Result<(Arc<dyn Hca>, Forwarder), ibex::Error
 }
 
 /// The device of each rank.
-fn choices(machine: &Machine, link: LinkLayer, ranks: u32) -> Result<Vec<Choice>, CliError> {
+fn choices(
+    machine: &Machine,
+    link: LinkLayer,
+    ranks: u32,
+    gpu: Option<&CudaGpu>,
+) -> Result<Vec<Choice>, CliError> {
     let places = Places::of_this_machine();
     let found = if machine.nics.nics.is_empty() { active(link)? } else { Vec::new() };
-    let gpus = if machine.is_cuda() { gpus() } else { Vec::new() };
-    let of_process = Anchor::of_process(&places);
-    let anchor = |rank: usize| match gpus.len() {
-        0 => of_process.clone(),
-        count => Anchor::Gpu(gpus[rank % count].clone()),
-    };
-    let anchors: Vec<_> = (0..ranks as usize).map(anchor).collect();
+    // All ranks share one GPU, if they have any.
+    let anchor = gpu.map_or_else(|| Anchor::of_process(&places), |gpu| Anchor::Gpu(gpu.info().pci.clone()));
+    let anchors = vec![anchor; ranks as usize];
     let measure = |anchor: &Anchor, name: &str| nearest::measure(&places, anchor, name);
     Ok(nearest::choose(&machine.nics.nics, &found, &anchors, measure))
-}
-
-/// PCI addresses of the GPUs, in the order in which ranks are given them. A driver that does not answer is told of
-/// where a GPU is opened.
-fn gpus() -> Vec<String> {
-    let devices = cuda::Driver::load().and_then(|driver| driver.devices()).unwrap_or_default();
-    devices.into_iter().map(|device| device.pci).collect()
 }
 
 /// Every device with an active port of this link layer.
@@ -172,5 +232,19 @@ fn config(nics: &Nics, name: Option<&str>, link: LinkLayer) -> Mlx5Config {
         sl: nics.service_level.unwrap_or(0),
         traffic_class: nics.traffic_class.unwrap_or(0),
         link: Some(link),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_stream_of_every_rank_has_a_connection_as_far_as_the_driver_gives_them() {
+        assert_eq!(missing_connections(3, None), None);
+        assert_eq!(missing_connections(4, None), Some(9));
+        assert_eq!((missing_connections(8, Some(16)), missing_connections(8, Some(17))), (Some(17), None));
+        assert_eq!(missing_connections(64, None), Some(CONNECTIONS_MAX));
+        assert_eq!(missing_connections(64, Some(CONNECTIONS_MAX)), None);
     }
 }

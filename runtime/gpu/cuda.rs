@@ -5,7 +5,9 @@
 //!
 //! ```text
 //!  CudaGpu (gpu.rs) ---- streams, events, graphs, launches ----+
-//!     |  memory.rs  what is allocated, copies, registrations   |
+//!     |  memory.rs  what is allocated, copies, ways of NICs    |
+//!     |  registered.rs  pages of devices that kernels reach    |
+//!     |  copies.rs  plain copies, timed                        |
 //!     |  peer.rs    handles between processes, dma-buf         v
 //!     +----------------------------------------------> context.rs ---> calls.rs ---> libcuda.so.1
 //!                                                      owners of handles   one checked method per call
@@ -26,11 +28,14 @@ use calls::{Calls, RawDevice, check};
 
 mod calls;
 mod context;
+mod copies;
 mod gpu;
 mod memory;
 mod peer;
+mod registered;
 
 pub use calls::CallError;
+pub use copies::DeviceCopies;
 pub use gpu::{CudaGpu, CudaMemory, CudaOptions};
 
 /// Name of the driver's library, as every driver installs it.

@@ -78,6 +78,18 @@ pub enum GpuError {
         /// The other GPU.
         uuid: [u8; 16],
     },
+    /// Kernels of this GPU may see what a NIC writes in another order than it was written in.
+    #[error(
+        "{device} orders what NICs write for {}, kernels need it ordered for the device itself (100): \
+         no route of queue pairs into its memory",
+        found.map_or("nobody knows whom".into(), |found| format!("scope {found}"))
+    )]
+    UnorderedWrites {
+        /// Its name.
+        device: String,
+        /// What the driver says (`CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING`); `None` if it does not know.
+        found: Option<u32>,
+    },
     /// The GPU was dropped with work queued that has not run.
     #[error("the gpu was dropped before the work ran")]
     Dropped,
@@ -105,6 +117,8 @@ pub enum GpuField {
     Blocks,
     /// Warps of one block.
     WarpsPerBlock,
+    /// GPUs of this process whose memory emulated devices reach by copies.
+    Buses,
 }
 
 impl core::fmt::Display for GpuField {
@@ -115,6 +129,7 @@ impl core::fmt::Display for GpuField {
             Self::ArgsLen => "argument length",
             Self::Blocks => "blocks",
             Self::WarpsPerBlock => "warps per block",
+            Self::Buses => "gpus with emulated devices",
         })
     }
 }

@@ -25,11 +25,13 @@ pub mod cuda;
 mod error;
 pub mod host;
 pub mod image;
+mod nic;
 pub mod pool;
 
 pub use cuda::{CudaGpu, CudaMemory, CudaOptions};
 pub use error::{CaptureError, GpuError, GpuField, HandleKind};
 pub use host::{Backing, HostGpu};
+pub use nic::{NicWay, NicWays};
 pub use pool::{ARGS_LEN_MAX, WARPS_PER_BLOCK_MAX};
 
 /// A kernel, by the number under which both sides know it (kernels/include/ibex/kernel_list.h).
@@ -272,6 +274,16 @@ pub trait Gpu: Send + Sync {
     /// # Errors
     /// `Shared` for malformed bytes, a process that is gone or not ours, or memory that is not what was exported.
     fn import(&self, handle: &[u8]) -> Result<DeviceMemory, GpuError>;
+
+    /// The ways by which a device reaches the allocation at `addr`, of which `addr` is the first byte: one that moves
+    /// bytes itself (`is_on_bus`), or an emulated one.
+    ///
+    /// # Errors
+    /// `NotAllocated`; `UnorderedWrites` where what such a device writes may be seen out of order.
+    fn nic_ways(&self, addr: u64, is_on_bus: bool) -> Result<NicWays, GpuError> {
+        let _ = (addr, is_on_bus);
+        Ok(NicWays::host())
+    }
 
     /// Most blocks of `warps_per_block` warps that run at the same time; 0 if not even one block fits.
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32;

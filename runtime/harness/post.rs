@@ -3,6 +3,8 @@
 //! A [`PostRig`] owns two emulated devices on one fabric, a GPU of one worker thread that also steps the
 //! devices whenever the kernel waits, a control region with the queue pairs, and the memory that messages
 //! leave from and arrive in. So one thread does everything, and a rate needs no second core to be its own.
+//! Where a GPU is given, its kernel posts to rings, records and doorbell pages in mapped host memory, and a thread
+//! steps the devices.
 //! Each round gives every WQE a slot of its own at the target, wiped before, so that every WQE is
 //! checked in memory after it.
 //!
@@ -21,8 +23,9 @@ use zerocopy::{FromZeros, IntoBytes};
 use crate::config::Link;
 use crate::error::{ConfigError, Error, Limit};
 use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
-use crate::gpu::{DeviceMemory, Gpu, GpuError, HostGpu, KernelId, Launch, Stream};
+use crate::gpu::{DeviceMemory, Gpu, GpuError, HostGpu, KernelId, Launch, Reachable, Stream};
 use crate::layout::PAGE;
+use crate::session::Stepper;
 
 mod copies;
 
@@ -34,6 +37,8 @@ pub const INLINE_LEN: u32 = 28;
 const WQEBB: u64 = 64;
 /// Targets of inline messages are naturally aligned.
 const INLINE_STRIDE: u64 = 32;
+/// Bytes of a doorbell register.
+const DOORBELL_LEN: usize = 8;
 /// WQEs of one batch, at most: one per lane.
 const BATCH_MAX: u32 = 32;
 /// Most queue pairs of a rig.
@@ -114,6 +119,8 @@ struct Queue {
     qpn: QpNum,
     cqn: CqNum,
     doorbell: DoorbellPage,
+    /// The register as the kernel sees it.
+    register: DeviceMemory,
     ring: Carved,
     cqe: Carved,
     record: Carved,
@@ -153,6 +160,8 @@ pub struct PostRig {
     result: DeviceMemory,
     _contexts: [DeviceMemory; 2],
     _control: DeviceMemory,
+    // Last: queue pairs are destroyed while devices work.
+    _stepper: Option<Stepper>,
 }
 
 impl PostRig {
@@ -161,6 +170,18 @@ impl PostRig {
     /// # Errors
     /// `Config` for a case outside its limits; else what the GPU, the HCA or the operating system refused.
     pub fn new(case: PostCase, link: Link, seed: u64) -> Result<Self, Error> {
+        Self::on(None, case, link, seed)
+    }
+
+    /// The same, posted by a GPU whose memory the host reaches ([`CudaMemory::HostMapped`](crate::gpu::CudaMemory)).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_gpu(gpu: Arc<dyn Gpu>, case: PostCase, link: Link, seed: u64) -> Result<Self, Error> {
+        Self::on(Some(gpu), case, link, seed)
+    }
+
+    fn on(given: Option<Arc<dyn Gpu>>, case: PostCase, link: Link, seed: u64) -> Result<Self, Error> {
         case.validate()?;
         let link = match link {
             Link::Ib => LinkLayer::Ib,
@@ -171,9 +192,7 @@ impl PostRig {
         let near = EmulatedHca::new(Arc::clone(&fabric), config)?;
         let far = EmulatedHca::new(fabric, config)?;
         let devices = Devices([Arc::clone(&near), Arc::clone(&far)]);
-        let pool = PoolConfig::real_time(1).with_progress(Arc::new(devices));
-        let pool = Pool::new(pool).map_err(GpuError::from)?;
-        let gpu: Arc<dyn Gpu> = Arc::new(HostGpu::new(Arc::new(pool), 0));
+        let (gpu, stepper) = machine(given, Arc::new(devices))?;
         let alloc = |len: u64| gpu.alloc(size(len), size(PAGE));
         let source = alloc(case.source_len())?;
         let target = alloc(u64::from(case.num_qps) * case.source_len())?;
@@ -226,6 +245,7 @@ impl PostRig {
             result,
             _contexts: contexts,
             _control: control,
+            _stepper: stepper,
         };
         for index in 0..case.num_qps {
             rig.connect(index, pds)?;
@@ -238,6 +258,7 @@ impl PostRig {
     fn connect(&mut self, index: u32, pds: [Pd; 2]) -> Result<(), Error> {
         let (near, far) = (&*self.near, &*self.far);
         let near_doorbell = near.alloc_doorbell()?;
+        let register = reach(&*self.gpu, near_doorbell)?;
         let (qpn, cqn, [ring, cqe, record]) =
             self.create(near, &self._regions[0], pds[0], near_doorbell, self.case.sq_depth_log, index)?;
         let far_doorbell = far.alloc_doorbell()?;
@@ -248,7 +269,7 @@ impl PostRig {
         join(near, qpn, far_qpn, psns, far)?;
         join(far, far_qpn, qpn, [psns[1], psns[0]], near)?;
         let far = (far_qpn, far_cqn, far_doorbell, far_blocks);
-        self.queues.push(Queue { qpn, cqn, doorbell: near_doorbell, ring, cqe, record, far });
+        self.queues.push(Queue { qpn, cqn, doorbell: near_doorbell, register, ring, cqe, record, far });
         Ok(())
     }
 
@@ -300,7 +321,7 @@ impl PostRig {
                 sq: queue.ring.addr(),
                 // The record is {receive counter, send counter}, 4 bytes each.
                 doorbell_record: queue.record.addr() + 4,
-                doorbell: queue.doorbell.register,
+                doorbell: queue.register.addr(),
                 cqe: queue.cqe.addr(),
                 sq_mask: (1 << self.case.sq_depth_log) - 1,
                 qpn_be: (queue.qpn.get() << 8).to_be(),
@@ -444,6 +465,25 @@ fn join(hca: &dyn Hca, qpn: QpNum, remote_qpn: QpNum, psns: [Psn; 2], other: &dy
     objects::init2rtr(hca, &rtr)?;
     let rts = RtsSpec { qpn, sq_psn: psns[0], ack_timeout: 16, retry_count: 7, rnr_retry: 7, log_sra_max: 0 };
     Ok(objects::rtr2rts(hca, &rts)?)
+}
+
+/// The GPU that posts, and what steps the devices if its own threads do not.
+fn machine(
+    given: Option<Arc<dyn Gpu>>,
+    devices: Arc<Devices>,
+) -> Result<(Arc<dyn Gpu>, Option<Stepper>), Error> {
+    if let Some(gpu) = given {
+        return Ok((gpu, Some(Stepper::start(devices)?)));
+    }
+    let pool = Pool::new(PoolConfig::real_time(1).with_progress(devices)).map_err(GpuError::from)?;
+    Ok((Arc::new(HostGpu::new(Arc::new(pool), 0)), None))
+}
+
+/// Lets the kernel ring a doorbell.
+#[expect(unsafe_code, reason = "a device's pages are mapped by the device; it keeps them while it lives")]
+fn reach(gpu: &dyn Gpu, page: DoorbellPage) -> Result<DeviceMemory, Error> {
+    // SAFETY: devices keep doorbell pages mapped until they are dropped, and the rig holds its devices.
+    Ok(unsafe { gpu.reach(page.register, DOORBELL_LEN, Reachable::Memory) }?)
 }
 
 fn region_of(memory: &DeviceMemory) -> MemoryRegion {

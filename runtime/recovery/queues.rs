@@ -10,16 +10,16 @@ use std::sync::Arc;
 
 use ibex_abi::device_ctx::{QpDeviceCtx, code};
 use ibex_abi::types::{CqNum, Eqn, Psn, QpNum};
-use ibex_hca::control_region::{Carved, ControlRegion};
+use ibex_hca::control_region::{Carved, ControlRegion, RegionPlace};
 use ibex_hca::objects::{self, CqSpec, InitSpec, Place, QpSpec, RtrSpec, RtsSpec};
-use ibex_hca::{Access, AsyncEvent, DoorbellPage, Hca, MemoryKind, MemoryRegion, PortInfo, destroyed};
+use ibex_hca::{Access, AsyncEvent, DoorbellPage, Hca, MemoryRegion, PortInfo, destroyed};
 
 use super::QueueOffer;
 use super::control::{CONTROL_SQ_LOG, ControlQueue};
-use crate::buffer::{OwnedPd, bytes};
+use crate::buffer::{NicMemory, OwnedPd, PlaceReport, bytes};
 use crate::config::{RcTimers, SQ_DEPTH_LOG, ValidConfig, min_sq_depth_log};
 use crate::error::{ConfigError, Error, Limit};
-use crate::gpu::{DeviceMemory, Gpu, Reachable};
+use crate::gpu::{DeviceMemory, Gpu, NicWay, Reachable};
 use crate::ids::{Lane, Rank};
 use crate::layout::{LINE, PAGE, Plan, qp_slot};
 
@@ -96,6 +96,8 @@ pub(crate) struct PeerQueues {
     psn_state: u64,
     /// Rings, CQs and records of the queue pairs that kernels drive; in memory that kernels reach.
     region: ControlRegion,
+    /// Where that memory lies.
+    pub(crate) place: PlaceReport,
     /// The same for the control queue pairs, which the host drives.
     pub(super) host_region: ControlRegion,
     _memory: DeviceMemory,
@@ -135,8 +137,7 @@ impl PeerQueues {
         pd: &Arc<OwnedPd>,
     ) -> Result<Self, Error> {
         let len = Self::region_bytes(plan);
-        let memory = gpu.alloc(bytes(len), bytes(PAGE))?;
-        let region = register_control(hca, &memory)?;
+        let (region, place, memory) = control_memory(gpu, hca, len)?;
         let host_region = ControlRegion::host(hca, Self::host_region_bytes(plan))?;
         let mut queues = Self {
             slots: Vec::new(),
@@ -150,6 +151,7 @@ impl PeerQueues {
             psn_state: 0x9e37_79b9_7f4a_7c15 ^ u64::from(plan.shape.rank) << 32 ^ u64::from(pd.get().get()),
             pd: Arc::clone(pd),
             region,
+            place,
             host_region,
             _memory: memory,
         };
@@ -413,6 +415,19 @@ impl Drop for PeerQueues {
     }
 }
 
+/// Whether kernels of `gpu` can ring the doorbells of `hca`; where they cannot, the host may carry them
+/// ([`AssistedHca`](ibex_hca::assisted::AssistedHca)).
+///
+/// # Errors
+/// Why not: the device has no doorbell to give, or the GPU's driver does not map it.
+pub fn reaches_doorbells(gpu: &dyn Gpu, hca: &dyn Hca) -> Result<(), Error> {
+    let doorbell = hca.alloc_doorbell()?;
+    let reached = reach_doorbell(gpu, hca, doorbell).map(drop);
+    // Its refusal to go leaves a register that nobody rings.
+    let _ = hca.free_doorbell(doorbell);
+    reached
+}
+
 /// Lets kernels ring a doorbell.
 #[expect(unsafe_code, reason = "a device's pages are mapped by the device; it keeps them while it lives")]
 fn reach_doorbell(gpu: &dyn Gpu, hca: &dyn Hca, page: DoorbellPage) -> Result<DeviceMemory, Error> {
@@ -421,10 +436,30 @@ fn reach_doorbell(gpu: &dyn Gpu, hca: &dyn Hca, page: DoorbellPage) -> Result<De
     Ok(unsafe { gpu.reach(page.register, DOORBELL_LEN, what) }?)
 }
 
+/// Makes the memory that kernels post through: on the GPU where the device reaches it there, by dma-buf or by address,
+/// else in memory of the host that kernels reach.
+fn control_memory(
+    gpu: &dyn Gpu,
+    hca: &Arc<dyn Hca>,
+    len: u64,
+) -> Result<(ControlRegion, PlaceReport, DeviceMemory), Error> {
+    let memory = NicMemory::new(gpu, &**hca, len)?;
+    let refusals = match memory.offer(memory.addr(), len, |region| register_control(hca, region)) {
+        Ok((region, place)) => return Ok((region, place, memory.into_memory())),
+        Err(refusals) => refusals,
+    };
+    if refusals.0.iter().all(|(place, _)| *place == RegionPlace::HostMapped) {
+        return Err(refusals.into());
+    }
+    drop(memory);
+    let memory = gpu.alloc_pinned(bytes(len), bytes(PAGE))?;
+    let region = register_control(hca, NicWay::Host.region(memory.addr(), 0, len))?;
+    Ok((region, PlaceReport { place: RegionPlace::HostMapped, refused: refusals.0 }, memory))
+}
+
 /// Registers the memory that kernels post through.
 #[expect(unsafe_code, reason = "registration lets the HCA reach memory; the queues keep it alive")]
-fn register_control(hca: &Arc<dyn Hca>, memory: &DeviceMemory) -> Result<ControlRegion, Error> {
-    let region = MemoryRegion { addr: memory.addr(), len: memory.len() as u64, kind: MemoryKind::HostPtr };
+fn register_control(hca: &Arc<dyn Hca>, region: MemoryRegion) -> Result<ControlRegion, Error> {
     // SAFETY: `PeerQueues` owns both and drops the memory last: fields drop in declaration order.
     Ok(unsafe { ControlRegion::external(hca, region, None)? })
 }

@@ -38,11 +38,14 @@ mod member;
 mod node;
 mod order;
 mod regroup;
+mod stepper;
 mod store_board;
 mod switch;
 mod tensors;
 mod world;
 
+pub use crate::buffer::PlaceReport;
+pub use crate::recovery::reaches_doorbells;
 pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, TopkDtype};
 pub use elastic::{ElasticMember, ElasticOptions};
 pub use gate::GateAck;
@@ -62,6 +65,7 @@ use calls::IndexPool;
 use gate::Steps;
 use order::LaneOrder;
 pub(crate) use order::Mark;
+pub(crate) use stepper::Stepper;
 use switch::{Membership, Tables};
 
 /// Index of the dispatch operation in per-operation arrays.
@@ -112,6 +116,15 @@ impl LaneRuntime {
 struct Capture {
     stream: Stream,
     lanes: HashMap<u32, LaneOrder>,
+}
+
+/// Where the memory of a session lies. See [`Session::places`].
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// Rings, completions and doorbell records of the queue pairs that kernels drive.
+    pub queues: PlaceReport,
+    /// What dispatch and combine move.
+    pub payload: PlaceReport,
 }
 
 /// A captured graph of dispatches and combines.
@@ -340,6 +353,12 @@ impl Session {
             }
         }
         frozen
+    }
+
+    /// Where queues and payload lie, and how the device reaches them.
+    pub fn places(&self) -> Places {
+        let payload = self.lanes[0].buffers.read().place().clone();
+        Places { queues: self.queues.lock().place.clone(), payload }
     }
 
     /// Bytes of one full set of caller tensors.

@@ -9,11 +9,9 @@
 //! no thread beside them; a simulation does all of it on the caller's thread. Where GPUs are given ([`Gpus::Given`]),
 //! one thread does.
 
-use core::time::Duration;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 
 use ibex_hca::emulated::{
     Doorbells, EmulatedConfig, EmulatedHca, Fabric, FabricConfig, PathState, Placement, PortId,
@@ -22,18 +20,13 @@ use ibex_hca::{Hca, LinkLayer, Nanos};
 use parking_lot::{Mutex, RwLock};
 
 use super::Session;
+use super::stepper::Stepper;
 use crate::config::{Config, Link, ValidConfig};
-use crate::error::{ConfigError, Error, Limit, OsError, Violation};
+use crate::error::{ConfigError, Error, Limit, Violation};
 use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
 use crate::gpu::{Backing, Gpu, HostGpu};
 use crate::ids::Rank;
 use crate::membership::RankSet;
-use crate::time::{now_ns, sleep};
-
-/// Looks without work after which the thread that steps devices sleeps between looks. Chosen: some milliseconds.
-const IDLE_SPINS: u32 = 20_000;
-/// How long it sleeps then: less than a step's latency matters to, as no step runs.
-const IDLE_SLEEP: Duration = Duration::from_micros(50);
 
 /// How a [`World`] runs.
 #[derive(Clone, Debug)]
@@ -65,8 +58,7 @@ pub enum Gpus {
     /// The processors of this machine, as fibers; they also step emulated devices.
     #[default]
     Host,
-    /// These, one per rank, in order. They work by themselves, and a thread steps emulated devices, whose work must lie
-    /// in memory that the host reaches ([`CudaMemory::HostMapped`](crate::gpu::CudaMemory)).
+    /// These, one per rank, in order. They work by themselves, and a thread steps emulated devices.
     Given(Vec<Arc<dyn Gpu>>),
 }
 
@@ -274,46 +266,6 @@ impl Progress for Agents {
     }
 }
 
-/// A thread that steps devices while kernels run elsewhere; it ends when this is dropped.
-struct Stepper {
-    is_over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Stepper {
-    fn start(agents: &Arc<Agents>) -> Result<Self, Error> {
-        let is_over = Arc::new(AtomicBool::new(false));
-        let (agents, over) = (Arc::clone(agents), Arc::clone(&is_over));
-        let run = move || {
-            let mut idle: u32 = 0;
-            while !over.load(Ordering::Relaxed) {
-                match agents.progress(0, now_ns(), 0) {
-                    Progressed::Worked => idle = 0,
-                    Progressed::Idle { .. } => idle = idle.saturating_add(1),
-                }
-                if idle > IDLE_SPINS {
-                    sleep(IDLE_SLEEP);
-                }
-            }
-        };
-        let spawned = std::thread::Builder::new().name("ibex-devices".into()).spawn(run);
-        let thread = spawned.map_err(|error| {
-            Error::Os(OsError { call: "pthread_create", errno: error.raw_os_error().unwrap_or(0) })
-        })?;
-        Ok(Self { is_over, thread: Some(thread) })
-    }
-}
-
-impl Drop for Stepper {
-    fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // It has panicked already where it could, and said so.
-            let _ = thread.join();
-        }
-    }
-}
-
 /// Choices drawn from one random word: splitmix64.
 struct Choices(u64);
 
@@ -421,7 +373,8 @@ impl World {
         let pool =
             Arc::new(Pool::new(pool_config.with_progress(progress)).map_err(crate::gpu::GpuError::from)?);
         // Before the first queue pair exists: connecting waits for devices too.
-        let stepper = options.gpus.are_given().then(|| Stepper::start(&agents)).transpose()?;
+        let stepper =
+            options.gpus.are_given().then(|| Stepper::start(Arc::clone(&agents) as _)).transpose()?;
         let mut sessions = Vec::new();
         for rank in 0..config.num_ranks {
             let gpu = options.gpus.of(Rank(rank as u16), &pool, options.backing);

@@ -180,6 +180,12 @@ impl Double {
         unsafe { self.call::<unsafe extern "C" fn(c_int)>("ibex_double_busy")(busy.into()) }
     }
 
+    /// Registers of devices are, or are not, mapped into GPUs.
+    pub(crate) fn refuse_registers(&self, refuse: bool) {
+        // SAFETY: the signature of driver.cpp.
+        unsafe { self.call::<unsafe extern "C" fn(c_int)>("ibex_double_refuse_io")(refuse.into()) }
+    }
+
     /// Objects that were created and not released.
     pub(crate) fn live(&self) -> u64 {
         self.ask("ibex_double_live")

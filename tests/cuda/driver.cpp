@@ -5,6 +5,7 @@
 /// the test (`Hooks`), which may run the same kernel on the CPU.
 ///
 /// Where NVIDIA's header is found, the compiler compares every signature here with it.
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -45,7 +46,8 @@ struct CUipcMemHandle { char reserved[64]; };
 
 namespace {
 
-constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidContext = 201, kInvalidHandle = 400, kNotReady = 600;
+constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidContext = 201, kInvalidHandle = 400, kNotReady = 600,
+              kOperatingSystem = 304, kNotSupported = 801;
 
 /// What the test does for the double; null: nothing happens, and everything is done at once.
 struct Hooks {
@@ -66,6 +68,9 @@ enum Kind { kContext, kModule, kStream, kEvent, kGraph, kExec, kDeviceMemory, kH
 struct Object {
   Kind kind;
   size_t len = 0;
+  /// Of device memory: the file behind it, and where in memory that is.
+  int fd = -1;
+  uint64_t pages = 0;
 };
 
 /// How a test wants its machine.
@@ -75,6 +80,7 @@ struct Machine {
   int capability = 9;
   int attribute_off = -1;  ///< this attribute reads as 0
   int busy = 0;            ///< streams have work
+  int refuses_io = 0;      ///< registers of devices are not mapped
 };
 
 std::mutex lock;
@@ -128,6 +134,34 @@ bool is_memory(uint64_t addr, size_t len) {
   return false;
 }
 
+/// Device memory is a file mapped here, so that a dma-buf of it is that file. What is allocated begins 512 bytes
+/// before, on a page of its own: callers must align what they need more of.
+int allocate_on_device(uint64_t* addr, size_t len) {
+  constexpr size_t kPage = 4096;
+  if (len == 0 || len > size_t{1} << 34) return kOutOfMemory;
+  const size_t size = (len + kPage - 1) / kPage * kPage;
+  const int fd = memfd_create("ibex-double", MFD_CLOEXEC);
+  if (fd < 0 || ftruncate(fd, static_cast<off_t>(size)) != 0) return kOutOfMemory;
+  void* room = mmap(nullptr, kPage + size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (room == MAP_FAILED) return kOutOfMemory;
+  char* pages = static_cast<char*>(room) + kPage;
+  if (mmap(pages, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) return kOutOfMemory;
+  *addr = reinterpret_cast<uint64_t>(pages) - 512;
+  std::memset(reinterpret_cast<void*>(*addr), 0xa5, len);
+  objects[*addr] = {kDeviceMemory, len, fd, reinterpret_cast<uint64_t>(pages)};
+  return 0;
+}
+
+int free_on_device(uint64_t addr, bool fail) {
+  const auto found = objects.find(addr);
+  if (found == objects.end() || found->second.kind != kDeviceMemory) return kInvalidHandle;
+  const Object object = found->second;
+  const size_t size = (object.len + 4095) / 4096 * 4096;
+  munmap(reinterpret_cast<void*>(object.pages - 4096), 4096 + size);
+  close(object.fd);
+  return release(addr, kDeviceMemory, fail);
+}
+
 int allocate(uint64_t* addr, size_t len, Kind kind) {
   if (len == 0 || len > size_t{1} << 34) return kOutOfMemory;
   // 512 bytes and not a page: callers must align what they need more of.
@@ -171,9 +205,10 @@ void ibex_double_reset() {
 }
 void ibex_double_machine(int version, int devices, int capability, int attribute_off) {
   const std::lock_guard guard(lock);
-  machine = {version, devices, capability, attribute_off, 0};
+  machine = {version, devices, capability, attribute_off, 0, 0};
 }
 void ibex_double_busy(int busy) { machine.busy = busy; }
+void ibex_double_refuse_io(int refuses) { machine.refuses_io = refuses; }
 void ibex_double_hook(const Hooks* wanted) { hooks = *wanted; }
 void ibex_double_fail(uint64_t in, int code) {
   const std::lock_guard guard(lock);
@@ -236,7 +271,7 @@ CUresult CUDAAPI cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, 
     case 16: *value = 64; break;                    // multiprocessors
     case 75: *value = machine.capability; break;    // major
     case 76: *value = 0; break;                     // minor
-    case 118: *value = 100; break;                  // writes ordered for their owner
+    case 118: *value = 100; break;                  // writes ordered for their owner; off: for nobody
     default: *value = 1;
   }
   if (static_cast<int>(attribute) == machine.attribute_off) *value = 0;
@@ -314,13 +349,13 @@ CUresult CUDAAPI cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunc
 CUresult CUDAAPI SECOND(cuMemAlloc)(CUdeviceptr* addr, size_t len) {
   BEGIN_IN_CONTEXT("cuMemAlloc_v2");
   uint64_t at = 0;
-  const int answer = allocate(&at, len, kDeviceMemory);
+  const int answer = allocate_on_device(&at, len);
   *addr = at;
   return RESULT(answer);
 }
 CUresult CUDAAPI SECOND(cuMemFree)(CUdeviceptr addr) {
   const std::lock_guard guard(lock);
-  return RESULT(give_back(addr, kDeviceMemory, fails("cuMemFree_v2")));
+  return RESULT(free_on_device(addr, fails("cuMemFree_v2")));
 }
 CUresult CUDAAPI cuMemHostAlloc(void** addr, size_t len, unsigned int flags) {
   BEGIN_IN_CONTEXT("cuMemHostAlloc");
@@ -337,6 +372,7 @@ CUresult CUDAAPI cuMemFreeHost(void* addr) {
 CUresult CUDAAPI SECOND(cuMemHostRegister)(void* addr, size_t len, unsigned int flags) {
   BEGIN_IN_CONTEXT("cuMemHostRegister_v2");
   NEED(id(addr) % 4096 == 0 && len % 4096 == 0 && (flags & 2) != 0);
+  if ((flags & 4) != 0 && machine.refuses_io != 0) return RESULT(kOperatingSystem);
   // The driver refuses a page that is registered already.
   if (objects.count(id(addr)) != 0) return RESULT(712);
   objects[id(addr)] = {kRegistered, len};
@@ -375,6 +411,12 @@ CUresult CUDAAPI SECOND(cuMemcpyDtoHAsync)(void* to, CUdeviceptr from, size_t le
   std::memcpy(to, reinterpret_cast<const void*>(from), len);
   return RESULT(0);
 }
+CUresult CUDAAPI SECOND(cuMemcpyDtoDAsync)(CUdeviceptr to, CUdeviceptr from, size_t len, CUstream stream) {
+  BEGIN_IN_CONTEXT("cuMemcpyDtoDAsync_v2");
+  NEED(is_live(stream, kStream) && is_memory(to, len) && is_memory(from, len));
+  std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), len);
+  return RESULT(0);
+}
 CUresult CUDAAPI cuMemsetD8Async(CUdeviceptr addr, unsigned char byte, size_t len, CUstream stream) {
   BEGIN_IN_CONTEXT("cuMemsetD8Async");
   NEED(is_live(stream, kStream) && is_memory(addr, len));
@@ -384,11 +426,15 @@ CUresult CUDAAPI cuMemsetD8Async(CUdeviceptr addr, unsigned char byte, size_t le
 CUresult CUDAAPI cuMemGetHandleForAddressRange(void* handle, CUdeviceptr addr, size_t len, CUmemRangeHandleType kind,
                                                unsigned long long) {
   BEGIN_IN_CONTEXT("cuMemGetHandleForAddressRange");
-  NEED(static_cast<int>(kind) == 1 && is_memory(addr, len));
-  const int fd = memfd_create("ibex-double", MFD_CLOEXEC);
-  if (fd < 0 || ftruncate(fd, static_cast<off_t>(len)) != 0) return RESULT(kOutOfMemory);
-  *static_cast<int*>(handle) = fd;
-  return RESULT(0);
+  NEED(static_cast<int>(kind) == 1 && addr % 4096 == 0 && len % 4096 == 0 && is_memory(addr, len));
+  if (machine.attribute_off == 124) return RESULT(kNotSupported);
+  for (const auto& [base, object] : objects) {
+    // A file has no part that begins elsewhere.
+    if (object.kind != kDeviceMemory || object.pages != addr) continue;
+    *static_cast<int*>(handle) = fcntl(object.fd, F_DUPFD_CLOEXEC, 0);
+    return RESULT(0);
+  }
+  return RESULT(kInvalidValue);
 }
 CUresult CUDAAPI cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr addr) {
   BEGIN_IN_CONTEXT("cuIpcGetMemHandle");

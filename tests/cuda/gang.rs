@@ -10,7 +10,7 @@ use core::time::Duration;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use ibex::gpu::{DeviceMemory, Event, Gpu, GpuError, Graph, KernelId, Launch, Reachable, Stream};
+use ibex::gpu::{DeviceMemory, Event, Gpu, GpuError, Graph, KernelId, Launch, NicWays, Reachable, Stream};
 use ibex_abi::device_ctx::GroupArgs;
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
@@ -191,6 +191,10 @@ impl Gpu for GangGpu {
 
     fn import(&self, handle: &[u8]) -> Result<DeviceMemory, GpuError> {
         self.gang.gpu.import(handle)
+    }
+
+    fn nic_ways(&self, addr: u64, is_on_bus: bool) -> Result<NicWays, GpuError> {
+        self.gang.gpu.nic_ways(addr, is_on_bus)
     }
 
     fn captured_args(&self, graph: &Graph) -> Result<Vec<Vec<u8>>, GpuError> {

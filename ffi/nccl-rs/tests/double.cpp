@@ -113,12 +113,14 @@ ncclResult_t ncclGroupStart() {
 ncclResult_t ncclGroupEnd() {
   if (depth == 0) return RESULT(kInvalidUsage);
   depth -= 1;
-  // What a rank sends to itself arrives with the group; everything else has nobody to take it.
-  for (const Pending& send : pending) {
-    for (const Pending& receive : pending) {
-      if (send.from != nullptr && receive.to != nullptr && send.peer == receive.peer) {
-        std::memcpy(receive.to, send.from, send.len);
-      }
+  // What a rank sends to itself arrives with the group, in order; everything else has nobody to take it.
+  for (Pending& send : pending) {
+    if (send.from == nullptr) continue;
+    for (Pending& receive : pending) {
+      if (receive.to == nullptr || send.peer != receive.peer) continue;
+      if (send.len == receive.len) std::memcpy(receive.to, send.from, send.len);
+      receive.to = nullptr;
+      break;
     }
   }
   pending.clear();

@@ -91,6 +91,17 @@ fn use_everything(double: &Double) -> Result<(), NcclError> {
         assert_eq!(gathered[..3], [2, 3, 4]);
         comm.all_to_all(sent.as_ptr().cast(), gathered.as_mut_ptr().cast(), 2, null_mut())?;
         assert_eq!(gathered[..4], sent);
+        // Several messages to one peer arrive in their order.
+        let from = sent.as_ptr().cast::<std::ffi::c_void>();
+        let into = gathered.as_mut_ptr().cast::<std::ffi::c_void>();
+        nccl.group(|| {
+            for at in [0, 1, 2] {
+                comm.send(from.byte_add(at), 1, 1, null_mut())?;
+                comm.receive(into.byte_add(4 + at), 1, 1, null_mut())?;
+            }
+            Ok::<(), NcclError>(())
+        })?;
+        assert_eq!(gathered[4..7], sent[..3]);
     }
     double.fail(0, 0);
     Ok(())

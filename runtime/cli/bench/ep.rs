@@ -22,15 +22,15 @@ use ibex::session::{DeviceWrapper, Gpus, WorldOptions};
 use ibex::time::sleep;
 use ibex_hca::emulated::Doorbells;
 
-use super::floor::Floor;
 use super::moved::Moved;
 use super::pcap::Pcap;
 use super::procs;
 use super::rank::{RankBench, Totals, check, count_losses, flip_bit};
 use super::report::{Report, Samples, draw, print};
+use super::yardstick::{Baseline, Yardsticks};
 use crate::cli::flags::{FabricKind, Shared};
 use crate::cli::progress::Progress;
-use crate::cli::provider;
+use crate::cli::provider::{self, OpenGpus};
 use crate::cli::{CliError, Outcome, claim_output, write_output};
 
 /// Far longer than a host needs to post one sign of life.
@@ -51,6 +51,9 @@ pub(in crate::cli) struct Args {
     /// own write a file each, with the rank before the extension. Copies between ranks are none: see --route.
     #[arg(long, value_name = "FILE")]
     pub(super) pcap: Option<PathBuf>,
+    /// Time somebody else's all-to-all of the same bytes beside each step; wants --gpu cuda.
+    #[arg(long)]
+    pub(super) baseline: Option<Baseline>,
     /// Flip one bit of one output of rank 0 in every step, before it is checked: a test of the check itself.
     #[arg(long, hide = true, requires = "check")]
     pub(super) corrupt: bool,
@@ -60,7 +63,11 @@ pub(in crate::cli) struct Args {
 pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
     let place = Place::from_env().map_err(CliError::Place)?;
     let place = args.shared.take_place(place)?;
-    let config = args.shared.config()?;
+    let mut config = args.shared.config()?;
+    if args.baseline.is_some() && !args.shared.machine.is_cuda() {
+        let because = "NCCL moves memory of GPUs";
+        return Err(CliError::Conflict { one: "--baseline nccl", other: "--gpu host", because });
+    }
     if let Some(place) = place {
         return procs::run_rank(&args, &config, &place);
     }
@@ -68,20 +75,45 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
     if args.shared.machine.procs {
         return procs::launch_ranks(&args);
     }
-    let devices = provider::devices(&args.shared.machine, config.num_ranks)?;
+    let memory = provider::payload(&args.shared.machine, args.shared.route);
+    let gpus = provider::open_gpus(&args.shared.machine, config.num_ranks, memory)?;
+    let devices = provider::devices(&args.shared.machine, config.num_ranks, &gpus)?;
     if devices.is_given() && args.pcap.is_some() {
         let because = "packets of real devices are seen on the wire only";
         return Err(CliError::Conflict { one: "--pcap", other: "--provider mlx5", because });
     }
-    let gpus = provider::open_gpus(&args.shared.machine, config.num_ranks)?;
-    let bench = Bench::new(&args.shared, config, devices.wrapper(), gpus, args.corrupt)?;
+    let mut yardsticks = yardsticks(&args, &gpus)?;
+    if let Some(gpu) = &gpus.shared {
+        args.shared.shape.fill(gpu.info().sms);
+        config = args.shared.config()?;
+    }
+    let bench = Bench::new(&args.shared, config, devices.wrapper(), gpus.gpus, args.corrupt)?;
+    if args.shared.machine.is_cuda() || args.shared.machine.is_mlx5() {
+        let places = bench.rig.world().session(Rank(0)).places();
+        println!("queues    {}", places.queues);
+        println!("payload   {}", places.payload);
+    }
     let (world, is_simulation) = (bench.rig.world(), args.shared.machine.fabric() == FabricKind::Sim);
     let pcap = Pcap::start(args.pcap.as_deref(), world, is_simulation)?;
-    let samples = bench.run()?;
+    let samples = bench.run(&mut yardsticks)?;
     bench.end();
     pcap.map(Pcap::end).transpose()?;
     let report = Report::new(&args.shared, bench.rig.config(), None, &samples, &bench.totals()?);
     tell(&args, &report, &samples)
+}
+
+/// What is measured beside the steps: the device's copies where a GPU runs kernels, else the processor's.
+fn yardsticks(args: &Args, gpus: &OpenGpus) -> Result<Yardsticks, CliError> {
+    let Some(gpu) = &gpus.shared else {
+        // Virtual time measures nothing.
+        let is_real = args.shared.machine.fabric() == FabricKind::Inproc;
+        return Ok(if is_real { Yardsticks::host() } else { Yardsticks::default() });
+    };
+    let mut yardsticks = Yardsticks::device(gpu);
+    if args.baseline == Some(Baseline::Nccl) {
+        yardsticks.add_nccl(gpu)?;
+    }
+    Ok(yardsticks)
 }
 
 /// Refuses report files that cannot be written, before the run.
@@ -134,11 +166,8 @@ impl<'a> Bench<'a> {
         Ok(Self { flags, corrupt, benches, rig })
     }
 
-    fn run(&self) -> Result<Samples, Error> {
+    fn run(&self, yardsticks: &mut Yardsticks) -> Result<Samples, CliError> {
         let mut samples = Samples::default();
-        let machine = &self.flags.machine;
-        // The processors' copies are no floor of what a GPU does.
-        let mut floor = (machine.fabric() == FabricKind::Inproc && !machine.is_cuda()).then(Floor::new);
         let total = self.flags.warmup + self.flags.iters;
         let mut progress = Progress::new("step", total);
         for iteration in 0..total {
@@ -147,9 +176,7 @@ impl<'a> Bench<'a> {
             if iteration >= self.flags.warmup {
                 samples.dispatch_us.push(dispatch_us);
                 samples.combine_us.push(combine_us);
-                if let Some(floor) = &mut floor {
-                    samples.measure_floor(floor, &Moved::new(self.rig.config(), &inputs));
-                }
+                yardsticks.measure(&Moved::new(self.rig.config(), &inputs), &mut samples.measured)?;
             }
             progress.step(iteration + 1);
         }

@@ -23,7 +23,7 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    fn bytes(self) -> usize {
+    pub(super) fn bytes(self) -> usize {
         self.piece_len * self.num_pieces
     }
 }
@@ -73,6 +73,9 @@ pub(super) struct Floor {
 }
 
 impl Floor {
+    /// How the time is taken, for reports.
+    pub(super) const METHOD: &'static str = "memcpy on all cores";
+
     /// One set of buffers per core.
     pub(super) fn new() -> Self {
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);

@@ -19,6 +19,7 @@ mod rejoin;
 mod report;
 pub(super) mod stats;
 mod store;
+mod yardstick;
 
 /// The benchmarks.
 #[derive(Subcommand)]

@@ -2,12 +2,16 @@
 //!
 //! A run owns one rig per row. Every WQE of every round is checked in memory, so there is no `--check`; a row's
 //! rate is the median over its rounds. memcpy moves the same messages between the same number of slots on one
-//! thread, because one thread runs the kernel and the device; rounds of both take turns.
+//! thread, because one thread runs the kernel and the device; rounds of both take turns. With `--gpu cuda` the kernel
+//! runs on the GPU, between two of its events; rings, records and doorbell pages are mapped host memory, and one thread
+//! of the host is the device that completes: so the rate is that of both together.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::builder::RangedU64ValueParser;
 use ibex::error::Error;
+use ibex::gpu::{CudaMemory, Gpu};
 use ibex::harness::post::{Copies, INLINE_LEN, PostCase, PostRig};
 use serde::Serialize;
 
@@ -15,6 +19,7 @@ use super::commit::commit;
 use super::stats::median;
 use crate::cli::flags::{FabricKind, Machine};
 use crate::cli::progress::Progress;
+use crate::cli::provider;
 use crate::cli::table::{Table, count};
 use crate::cli::{CliError, Outcome, claim_output, write_output};
 
@@ -29,6 +34,11 @@ const LATENCY_WQES: u32 = 2_000;
 const LENGTHS: [u32; 4] = [64, 1024, 7168, 14_336];
 /// Queue pairs of the rows.
 const QUEUES: [u32; 2] = [1, 4];
+
+/// What a rate is of.
+const METHOD_HOST: &str = "one thread is kernel and device; its clock around the launch";
+const METHOD_CUDA: &str = "kernel on the gpu, between CUDA events; rings, records and doorbells in mapped host memory; \
+                           one host thread is the device";
 
 /// Flags of `bench post`.
 #[derive(clap::Args)]
@@ -65,6 +75,8 @@ struct Report {
     rows: Vec<Row>,
     wrong: u64,
     unrung_wqes: u64,
+    /// What ran where, and whose clock was read.
+    method: &'static str,
 }
 
 /// One message shape.
@@ -88,6 +100,8 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         return Err(CliError::Conflict { one: "--fabric sim", other: "bench post", because });
     }
     claim_output(args.json.as_deref())?;
+    let gpus = provider::open_gpus(&args.machine, 1, CudaMemory::HostMapped)?;
+    let gpu = gpus.shared.map(|gpu| gpu as Arc<dyn Gpu>);
     let shapes: Vec<(u32, bool, u32)> = QUEUES
         .into_iter()
         .flat_map(|qps| {
@@ -104,11 +118,12 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         rows: Vec::new(),
         wrong: 0,
         unrung_wqes: 0,
+        method: if gpu.is_some() { METHOD_CUDA } else { METHOD_HOST },
     };
     // CAST: a dozen rows.
     let mut progress = Progress::new("row", shapes.len() as u32);
     for (done, (bytes, inline, qps)) in (1..).zip(shapes) {
-        let row = measure(args, bytes, inline, qps, &mut report)?;
+        let row = measure(args, gpu.as_ref(), bytes, inline, qps, &mut report)?;
         report.rows.push(row);
         progress.step(done);
     }
@@ -123,12 +138,19 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
 }
 
 /// Measures one row; what is wrong adds up in the report.
-fn measure(args: &Args, bytes: u32, inline: bool, qps: u32, report: &mut Report) -> Result<Row, Error> {
+fn measure(
+    args: &Args,
+    gpu: Option<&Arc<dyn Gpu>>,
+    bytes: u32,
+    inline: bool,
+    qps: u32,
+    report: &mut Report,
+) -> Result<Row, Error> {
     let wqes = ROUND_BYTES.div_ceil(bytes.into()).min(ROUND_WQES_MAX);
     // CAST: bounded by ROUND_WQES_MAX.
     let slots = wqes.div_ceil(qps.into()) as u32;
     let case = PostCase { bytes, inline, num_qps: qps, slots, batch: 32, sq_depth_log: 10 };
-    let mut rig = PostRig::new(case, args.machine.link, args.seed)?;
+    let mut rig = rig(args, gpu, case)?;
     let mut copies = Copies::new(&case);
     let (mut rates, mut copy_rates) = (Vec::new(), Vec::new());
     for round in 0..args.warmup + args.iters {
@@ -153,14 +175,26 @@ fn measure(args: &Args, bytes: u32, inline: bool, qps: u32, report: &mut Report)
         bytes_per_s,
         memcpy_bytes_per_s,
         ratio: bytes_per_s / memcpy_bytes_per_s.max(1.0),
-        latency_us: latency_us(args, &case, report)?,
+        latency_us: latency_us(args, gpu, &case, report)?,
     })
 }
 
+fn rig(args: &Args, gpu: Option<&Arc<dyn Gpu>>, case: PostCase) -> Result<PostRig, Error> {
+    match gpu {
+        Some(gpu) => PostRig::with_gpu(Arc::clone(gpu), case, args.machine.link, args.seed),
+        None => PostRig::new(case, args.machine.link, args.seed),
+    }
+}
+
 /// From post to completion: a queue of one WQE cannot post the next before it has seen the last.
-fn latency_us(args: &Args, case: &PostCase, report: &mut Report) -> Result<f64, Error> {
+fn latency_us(
+    args: &Args,
+    gpu: Option<&Arc<dyn Gpu>>,
+    case: &PostCase,
+    report: &mut Report,
+) -> Result<f64, Error> {
     let case = PostCase { num_qps: 1, slots: LATENCY_WQES, batch: 1, sq_depth_log: 0, ..*case };
-    let mut rig = PostRig::new(case, args.machine.link, args.seed)?;
+    let mut rig = rig(args, gpu, case)?;
     let mut samples = Vec::new();
     for _ in 0..args.iters.min(10) {
         let round = rig.round()?;
@@ -186,5 +220,6 @@ fn print(report: &Report) {
         ]);
     }
     print!("{table}");
+    println!("method  {}", report.method);
     println!("result  every WQE checked in memory: {} wrong, {} unrung", report.wrong, report.unrung_wqes);
 }

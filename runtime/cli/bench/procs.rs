@@ -26,10 +26,10 @@ use ibex_hca::emulated::{Doorbells, UdpConfig};
 use serde::{Deserialize, Serialize};
 
 use super::ep::{Args, QUIET, all_inputs, claim_outputs, input, tell};
-use super::floor::Floor;
 use super::moved::Moved;
 use super::rank::{RankBench, Totals, check, count_losses, flip_bit};
 use super::report::{Report, Samples};
+use super::yardstick::Yardsticks;
 use crate::cli::flags::{FabricKind, Shared};
 use crate::cli::launch::{self, Ending, LaunchError, Output, Plan};
 use crate::cli::progress::Progress;
@@ -191,13 +191,13 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn run(&self) -> Result<Samples, Error> {
+    fn run(&self) -> Result<Samples, CliError> {
         let flags = self.flags();
         let mut samples = Samples::default();
         let total = flags.warmup + flags.iters;
         let is_first = self.me() == Rank(0);
         let mut progress = is_first.then(|| Progress::new("step", total));
-        let mut floor = is_first.then(Floor::new);
+        let mut yardsticks = is_first.then(Yardsticks::host);
         for iteration in 0..total {
             let inputs = self.inputs(iteration, is_first);
             let times = self.step(iteration, &inputs, &mut samples.verdict)?;
@@ -206,8 +206,8 @@ impl<'a> Run<'a> {
                 samples.dispatch_us.push(dispatch_us);
                 samples.combine_us.push(combine_us);
                 self.barrier("bench/quiet")?;
-                if let Some(floor) = &mut floor {
-                    samples.measure_floor(floor, &Moved::new(self.config(), &inputs));
+                if let Some(yardsticks) = &mut yardsticks {
+                    yardsticks.measure(&Moved::new(self.config(), &inputs), &mut samples.measured)?;
                 }
                 self.barrier("bench/floor")?;
             }

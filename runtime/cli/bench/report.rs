@@ -2,16 +2,15 @@
 //!
 //! Owns the numbers of one run. Keys of the JSON report are part of the interface.
 
-use ibex::config::ValidConfig;
+use ibex::config::{RoutePolicy, ValidConfig};
 use ibex::reference::check::Verdict;
 use ibex_hca::emulated::switch::{FaultCounts, FaultPlan};
 use serde::{Deserialize, Serialize};
 
 use super::commit::commit;
-use super::floor::Floor;
-use super::moved::Moved;
 use super::rank::{PacketTotals, Totals};
 use super::stats::{Percentiles, median};
+use super::yardstick::{BaselineName, COPY_RATIO_MIN, Measured};
 use crate::cli::Outcome;
 use crate::cli::flags::{ConfigReport, Shared};
 use crate::cli::plot::{self, Series};
@@ -22,17 +21,8 @@ use crate::cli::table::{self, Table};
 pub(super) struct Samples {
     pub(super) dispatch_us: Vec<f64>,
     pub(super) combine_us: Vec<f64>,
-    pub(super) dispatch_floor_us: Vec<f64>,
-    pub(super) combine_floor_us: Vec<f64>,
+    pub(super) measured: Measured,
     pub(super) verdict: Verdict,
-}
-
-impl Samples {
-    /// Measures what plain memcpy takes for a step's bytes.
-    pub(super) fn measure_floor(&mut self, floor: &mut Floor, moved: &Moved) {
-        self.dispatch_floor_us.push(floor.measure_us(&moved.dispatch));
-        self.combine_floor_us.push(floor.measure_us(&moved.combine));
-    }
 }
 
 /// The machine-readable report; keys are part of the interface.
@@ -61,6 +51,16 @@ pub(super) struct Report {
     pub(super) fault_counts: Option<FaultCounts>,
     pub(super) memcpy_floor_us: Pair,
     pub(super) floor_ratio: Pair,
+    /// What copies of the same bytes took, where the kernels ran; how they were made; their part of the kernels' time;
+    /// the least that it should be, where there is a limit.
+    pub(super) copy_us: Pair,
+    pub(super) copy_bytes: Pair,
+    pub(super) copy_method: Option<&'static str>,
+    pub(super) copy_ratio: Pair,
+    pub(super) copy_ratio_min: Option<f64>,
+    /// What `--baseline` took for the same bytes; absent where there was none.
+    pub(super) baseline: Option<BaselineName>,
+    pub(super) baseline_us: Pair,
 }
 
 impl Report {
@@ -72,13 +72,16 @@ impl Report {
         samples: &Samples,
         totals: &Totals,
     ) -> Self {
-        let floor =
-            Pair { dispatch: median(&samples.dispatch_floor_us), combine: median(&samples.combine_floor_us) };
-        // Median over floor; a step that moves nothing has none.
-        let ratio = |samples_us: &[f64], floor_us: Option<f64>| {
-            let floor_us = floor_us.filter(|floor| *floor > 0.0 && flags.shape.tokens != 0)?;
-            Some(median(samples_us)? / floor_us)
+        let measured = &samples.measured;
+        let (floor, copy) = (measured.floor_us.medians(), measured.copy_us.medians());
+        let took = Pair { dispatch: median(&samples.dispatch_us), combine: median(&samples.combine_us) };
+        // Of medians; a step that moves nothing has none.
+        let moves = flags.shape.tokens != 0;
+        let share = |part: Option<f64>, whole: Option<f64>| {
+            let whole = whole.filter(|whole| *whole > 0.0 && moves)?;
+            Some(part? / whole)
         };
+        let is_mapped = flags.machine.is_cuda() && flags.route == RoutePolicy::Auto;
         Self {
             config: ConfigReport::new(flags, config, faults),
             provider: flags.machine.provider_name(),
@@ -101,9 +104,19 @@ impl Report {
             fault_counts: totals.fault_counts,
             memcpy_floor_us: floor,
             floor_ratio: Pair {
-                dispatch: ratio(&samples.dispatch_us, floor.dispatch),
-                combine: ratio(&samples.combine_us, floor.combine),
+                dispatch: share(took.dispatch, floor.dispatch),
+                combine: share(took.combine, floor.combine),
             },
+            copy_us: copy,
+            copy_bytes: measured.copy_bytes.medians(),
+            copy_method: measured.copy_method,
+            copy_ratio: Pair {
+                dispatch: share(copy.dispatch, took.dispatch),
+                combine: share(copy.combine, took.combine),
+            },
+            copy_ratio_min: is_mapped.then_some(COPY_RATIO_MIN),
+            baseline: measured.baseline.clone(),
+            baseline_us: measured.baseline_us.medians(),
         }
     }
 
@@ -150,6 +163,7 @@ pub(super) fn print(report: &Report, checked: u64) {
         );
     }
     print!("{times}");
+    print_yardsticks(report);
     let bytes = report.bytes;
     println!(
         "moved     local {}, peer {}, rdma {}",
@@ -175,6 +189,30 @@ pub(super) fn print(report: &Report, checked: u64) {
             "result    {checked} rows and outputs checked: {} wrong, {} picks lost",
             report.wrong, report.lost
         ),
+    }
+}
+
+/// Prints what the same bytes take without Ibex.
+fn print_yardsticks(report: &Report) {
+    let (us, sizes, ratios) = (report.copy_us, report.copy_bytes, report.copy_ratio);
+    let rows = [
+        ("dispatch", us.dispatch, sizes.dispatch, ratios.dispatch),
+        ("combine", us.combine, sizes.combine, ratios.combine),
+    ];
+    for (name, us, size, ratio) in rows {
+        let (Some(us), Some(size), Some(ratio), Some(method)) = (us, size, ratio, report.copy_method) else {
+            continue;
+        };
+        let limit = report.copy_ratio_min.map_or(String::new(), |min| format!(", limit {min:.2}"));
+        // CAST: a whole number of bytes, far below 2^53.
+        let size = table::bytes(size as u64);
+        println!("copy      {name} {ratio:.2} of the kernels' time{limit}: {us:.1} us for {size} ({method})");
+    }
+    if let (Some(baseline), Some(dispatch), Some(combine)) =
+        (&report.baseline, report.baseline_us.dispatch, report.baseline_us.combine)
+    {
+        let BaselineName { name, version, method } = baseline;
+        println!("{name:<9} dispatch {dispatch:.1} us, combine {combine:.1} us ({version}, {method})");
     }
 }
 

@@ -129,6 +129,8 @@ calls! {
     memcpy_htod = "cuMemcpyHtoDAsync_v2" (to: u64, from: *const c_void, len: usize, stream: RawHandle);
     /// Queues a copy to the host.
     memcpy_dtoh = "cuMemcpyDtoHAsync_v2" (to: *mut c_void, from: u64, len: usize, stream: RawHandle);
+    /// Queues a copy within device memory.
+    memcpy_dtod = "cuMemcpyDtoDAsync_v2" (to: u64, from: u64, len: usize, stream: RawHandle);
     /// Queues a fill.
     memset_d8 = "cuMemsetD8Async" (addr: u64, byte: u8, len: usize, stream: RawHandle);
     /// A descriptor behind which a NIC reaches device memory.

@@ -15,8 +15,9 @@ use std::collections::BTreeMap;
 use std::ffi::{OsString, c_void};
 use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
+use ibex_hca::bus::{self, Bus, BusId};
 use ibex_hca::shared_memory::SharedMemoryError;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -24,13 +25,15 @@ use super::super::host::capture::{CapturedMark, Captures, Plan};
 use super::super::host::queue::{FrozenLaunch, StreamIdx};
 use super::super::pool::{self, PoolLaunch, kernel_name};
 use super::super::{
-    ARGS_LEN_MAX, CaptureError, DeviceMemory, Event, Gpu, GpuError, GpuField, GpuId, Graph, Launch,
-    Reachable, Stream, WARPS_PER_BLOCK_MAX, image,
+    ARGS_LEN_MAX, CaptureError, DeviceMemory, Event, Gpu, GpuError, GpuField, GpuId, Graph, Launch, NicWay,
+    NicWays, Reachable, Stream, WARPS_PER_BLOCK_MAX, image,
 };
 use super::calls::{CallError, RawDevice, RawHandle};
 use super::context::{self, Context, Module, OwnedEvent, OwnedGraph, OwnedStream};
-use super::memory::{Home, Memory, Registered};
+use super::copies::DeviceCopies;
+use super::memory::{Home, Memory};
 use super::peer::{self, Exported, Imported};
+use super::registered::Registered;
 use super::{Attribute, CudaError, DRIVER_VERSION_MIN, DeviceInfo, Driver, LIBRARY_NAME};
 use crate::time::{Stopwatch, sleep};
 
@@ -43,13 +46,18 @@ const WAIT_POLL: Duration = Duration::from_micros(50);
 /// The oldest part that the image has code for.
 const CAPABILITY_MAJOR_MIN: u32 = 8;
 
+/// What NICs write is seen in its order by kernels of the GPU that it is written to.
+///
+/// SPEC: cuda.h `CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER`.
+const WRITES_ORDERED_FOR_OWNER: u32 = 100;
+
 /// Where [`Gpu::alloc`] puts what kernels and NICs share.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum CudaMemory {
-    /// On the device. NICs reach it by dma-buf or nvidia-peermem.
+    /// On the device. NICs reach it by dma-buf or nvidia-peermem, emulated devices by copies.
     #[default]
     Device,
-    /// In host memory that kernels reach: what an emulated device works on.
+    /// In host memory that kernels reach: what an emulated device works on best.
     HostMapped,
 }
 
@@ -104,6 +112,19 @@ struct Device {
     all: Vec<([u8; 16], RawDevice)>,
     home: Home,
     shares: u32,
+    /// Where emulated devices find memory of this GPU.
+    bus: OnceLock<BusId>,
+}
+
+/// Emulated devices reach memory of the GPU by the same copies as the host.
+impl Bus for Device {
+    fn read(&self, addr: u64, bytes: &mut [u8]) -> bool {
+        self.memory.read(addr, bytes).is_ok()
+    }
+
+    fn write(&self, addr: u64, bytes: &[u8]) -> bool {
+        self.memory.write(addr, bytes).is_ok()
+    }
 }
 
 /// A loaded kernel.
@@ -236,6 +257,7 @@ impl CudaGpu {
                 CudaMemory::HostMapped => Home::Host,
             },
             shares: options.ranks_per_device.get(),
+            bus: OnceLock::new(),
         };
         Ok(Self { device: Arc::new(device) })
     }
@@ -261,12 +283,49 @@ impl CudaGpu {
         stream.of::<CudaStream>(self.device.id)?.raw()
     }
 
+    /// Runs `body` with the GPU's context as the thread's current one: what libraries ask for that take the device of
+    /// whoever calls them, such as NCCL.
+    ///
+    /// # Errors
+    /// The context cannot be entered.
+    pub fn run_in_context<T>(&self, body: impl FnOnce() -> T) -> Result<T, GpuError> {
+        let _entered = self.device.context.enter()?;
+        Ok(body())
+    }
+
     /// A descriptor by which a NIC reaches `len` bytes at `addr`, both multiples of a page.
     ///
     /// # Errors
     /// `NotAllocated`, or the driver's refusal: the device or its kernel module does not know dma-buf.
     pub fn dma_buf(&self, addr: u64, len: usize) -> Result<OwnedFd, GpuError> {
         self.device.memory.with_live(addr, len, |_| Ok(peer::dma_buf(&self.device.context, addr, len)?))
+    }
+
+    /// Plain copies on this device, to measure kernels against.
+    pub fn copies(&self) -> DeviceCopies {
+        DeviceCopies::new(Self { device: Arc::clone(&self.device) })
+    }
+
+    /// Allocates on the device, wherever [`Gpu::alloc`] does.
+    pub(crate) fn alloc_on_device(&self, len: usize) -> Result<DeviceMemory, GpuError> {
+        self.device.alloc(Home::Device, len, 1)
+    }
+
+    /// Queues a copy of `len` bytes within device memory.
+    pub(super) fn queue_copy(
+        &self,
+        stream: &Stream,
+        to: &DeviceMemory,
+        from: &DeviceMemory,
+        len: usize,
+    ) -> Result<(), GpuError> {
+        for memory in [to, from] {
+            self.device.memory.with_live(memory.addr(), len, |_| Ok(()))?;
+        }
+        let (_, raw) = self.stream_of(stream)?;
+        let _entered = self.device.context.enter()?;
+        // SAFETY: live ranges and a live stream; what is dropped while the copy is queued is kept until it is over.
+        Ok(unsafe { self.device.context.calls.memcpy_dtod(to.addr(), from.addr(), len, raw) }?)
     }
 
     fn new_stream(&self, handle: Result<StreamHandle, CallError>) -> Stream {
@@ -610,6 +669,23 @@ impl Gpu for CudaGpu {
         Ok(DeviceMemory::new(addr, len, Box::new(imported)))
     }
 
+    fn nic_ways(&self, addr: u64, is_on_bus: bool) -> Result<NicWays, GpuError> {
+        let device = &self.device;
+        device.memory.with_live(addr, 1, |block| {
+            if Memory::home(block) == Home::Host {
+                return Ok(NicWays::host());
+            }
+            if !is_on_bus {
+                return Ok(NicWays { ways: vec![NicWay::Copies(device.bus()?)], refused: Vec::new() });
+            }
+            let found = device.info.write_ordering;
+            if found.is_none_or(|scope| scope < WRITES_ORDERED_FOR_OWNER) {
+                return Err(GpuError::UnorderedWrites { device: device.info.name.clone(), found });
+            }
+            Ok(block.nic_ways())
+        })
+    }
+
     fn max_coresident_blocks(&self, warps_per_block: u32) -> u32 {
         if !(1..=WARPS_PER_BLOCK_MAX).contains(&warps_per_block) {
             return 0;
@@ -637,6 +713,19 @@ impl Device {
         self.settle();
         let addr = self.memory.alloc(home, len, align)?;
         Ok(DeviceMemory::new(addr, len, Box::new(CudaBlock { device: Arc::clone(self), addr })))
+    }
+
+    /// The bus that this memory is on.
+    fn bus(self: &Arc<Self>) -> Result<BusId, GpuError> {
+        if let Some(bus) = self.bus.get() {
+            return Ok(*bus);
+        }
+        let weak: Weak<dyn Bus> = Arc::downgrade(&(Arc::clone(self) as Arc<dyn Bus>));
+        let max = bus::BUSES_MAX as u64;
+        let full = GpuError::OutOfRange { field: GpuField::Buses, value: max + 1, min: 1, max };
+        let attached = bus::attach(weak).map_err(|_| full)?;
+        // Whoever was first has it; a second one is good for nothing, and harmless.
+        Ok(*self.bus.get_or_init(|| attached))
     }
 
     /// Blocks of any kernel that fit this rank's share of the device together.

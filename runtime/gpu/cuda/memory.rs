@@ -1,4 +1,4 @@
-//! What a GPU has allocated: where it lives, how the host reaches it, and when it is given back.
+//! What a GPU has allocated: where it lives, how the host and devices reach it, and when it is given back.
 //!
 //! [`Memory`] owns every live block and every dropped one that a queued launch may still name. Blocks on the device are
 //! reached by copies on a stream of their own, which waits for no kernel; blocks on the host by the processor itself.
@@ -8,31 +8,32 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::os::fd::OwnedFd;
 use std::ptr::null_mut;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use ibex_hca::control_region::RegionPlace;
 use parking_lot::{Mutex, RwLock};
 
 use super::super::host::raw;
-use super::super::{GpuError, GpuField};
+use super::super::{GpuError, GpuField, NicWay, NicWays};
 use super::calls::CallError;
 use super::context::{Context, OwnedStream};
+use super::peer;
 
 /// Longest allocation; far beyond any device.
 const ALLOC_LEN_MAX: usize = 1 << 46;
 /// What the driver aligns every allocation to, at least.
 const ALLOC_ALIGN: usize = 256;
+/// Bytes that a fill copies at a time.
+const FILL_PIECE: usize = 1 << 20;
+/// Pages of the host, of which dma-bufs are made.
+const PAGE: usize = 4096;
 /// Host memory is reached by kernels of every context, at its own address.
 ///
 /// SPEC: cuda.h `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`.
 const HOST_ALLOC_FLAGS: u32 = 0x1 | 0x2;
-/// SPEC: cuda.h `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.
-const HOST_REGISTER_FLAGS: u32 = 0x1 | 0x2;
-/// The range is a device's registers, not memory.
-///
-/// SPEC: cuda.h `CU_MEMHOSTREGISTER_IOMEMORY`.
-const HOST_REGISTER_IO: u32 = 0x4;
 
 /// Where an allocation lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,12 +51,16 @@ pub(super) struct Block {
     base: u64,
     pub(super) addr: u64,
     pub(super) len: usize,
+    /// What NICs reach it by, made when it is first asked for.
+    dma_buf: OnceLock<Result<Arc<OwnedFd>, CallError>>,
 }
 
 impl Block {
     fn new(context: &Arc<Context>, home: Home, len: usize, align: usize) -> Result<Self, GpuError> {
         let align = checked_align(len, align)?;
-        let room = len + (align - ALLOC_ALIGN);
+        // Whole pages on the device: a dma-buf has no smaller parts.
+        let used = if home == Home::Device { len.next_multiple_of(PAGE) } else { len };
+        let room = used + (align - ALLOC_ALIGN);
         let _entered = context.enter()?;
         let base = match home {
             Home::Device => {
@@ -72,17 +77,42 @@ impl Block {
             }
         };
         let addr = base.next_multiple_of(align as u64);
-        Ok(Self { context: Arc::clone(context), home, base, addr, len })
+        Ok(Self { context: Arc::clone(context), home, base, addr, len, dma_buf: OnceLock::new() })
     }
 
     /// First byte of what the driver gave, which is what its handles name.
     pub(super) fn base(&self) -> u64 {
         self.base
     }
+
+    /// A descriptor of all of it, which lies on the device and begins at a page.
+    fn dma_buf(&self) -> Result<Arc<OwnedFd>, CallError> {
+        let make = || peer::dma_buf(&self.context, self.addr, self.len.next_multiple_of(PAGE)).map(Arc::new);
+        self.dma_buf.get_or_init(make).clone()
+    }
+
+    /// The ways by which a device that moves bytes itself reaches it, best first.
+    pub(super) fn nic_ways(&self) -> NicWays {
+        if self.home == Home::Host {
+            return NicWays::host();
+        }
+        let by_buffer = match self.addr.is_multiple_of(PAGE as u64) {
+            true => self.dma_buf().map_err(GpuError::from),
+            false => Err(GpuError::Misaligned { addr: self.addr, align: PAGE as u64 }),
+        };
+        match by_buffer {
+            Ok(buffer) => {
+                NicWays { ways: vec![NicWay::DmaBuf(buffer), NicWay::Address], refused: Vec::new() }
+            }
+            Err(why) => NicWays { ways: vec![NicWay::Address], refused: vec![(RegionPlace::GpuDmaBuf, why)] },
+        }
+    }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
+        // No descriptor of ours outlives what it describes.
+        self.dma_buf.take();
         // SAFETY: given by the driver, given back once.
         self.context.release(|calls| unsafe {
             match self.home {
@@ -216,12 +246,29 @@ impl Memory {
                 unsafe { raw::fill_in(addr as usize, byte, len) };
                 Ok(())
             }
-            Home::Device => self.set_on_device(addr, byte, len),
+            Home::Device => self.fill_on_device(addr, byte, len),
         })
     }
 
+    /// By copies, and not by the driver's own fill, which is a kernel: those that run may wait for what the host does
+    /// next, and leave no room for another.
+    fn fill_on_device(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
+        let bytes = vec![byte; len.min(FILL_PIECE)];
+        let mut done = 0;
+        while done < len {
+            let piece = &bytes[..(len - done).min(FILL_PIECE)];
+            self.copy(|calls, stream| {
+                // SAFETY: the caller holds the range; the bytes are ours until the copy is over.
+                unsafe { calls.memcpy_htod(addr + done as u64, piece.as_ptr().cast(), piece.len(), stream) }
+            })?;
+            done += piece.len();
+        }
+        Ok(())
+    }
+
+    /// For memory that nobody uses yet.
     fn set_on_device(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
-        // SAFETY: every caller vouches for the range.
+        // SAFETY: the caller vouches for the range.
         self.copy(|calls, stream| unsafe { calls.memset_d8(addr, byte, len, stream) })
     }
 
@@ -309,54 +356,7 @@ impl Memory {
     }
 }
 
-fn pointer(addr: u64) -> *mut c_void {
+pub(super) fn pointer(addr: u64) -> *mut c_void {
     // CAST: a 64-bit host.
     std::ptr::with_exposed_provenance_mut(addr as usize)
-}
-
-/// Host memory of somebody else that kernels reach; taken back when dropped.
-#[derive(Debug)]
-pub(super) struct Registered {
-    context: Arc<Context>,
-    base: u64,
-    /// Where kernels see the first byte of the page.
-    device_base: u64,
-}
-
-impl Registered {
-    /// Registers the pages around a range.
-    ///
-    /// # Safety
-    /// The pages stay mapped until the result is dropped.
-    pub(super) unsafe fn new(
-        context: &Arc<Context>,
-        addr: u64,
-        len: usize,
-        is_io: bool,
-    ) -> Result<Self, CallError> {
-        const PAGE: u64 = 4096;
-        let base = addr / PAGE * PAGE;
-        // CAST: a range of this process.
-        let room = ((addr + len as u64).next_multiple_of(PAGE) - base) as usize;
-        let flags = HOST_REGISTER_FLAGS | if is_io { HOST_REGISTER_IO } else { 0 };
-        let _entered = context.enter()?;
-        // SAFETY: the caller's contract.
-        unsafe { context.calls.mem_host_register(pointer(base), room, flags) }?;
-        let mut this = Self { context: Arc::clone(context), base, device_base: 0 };
-        // SAFETY: registered above, and a writable address.
-        unsafe { context.calls.mem_host_get_device_pointer(&mut this.device_base, pointer(base), 0) }?;
-        Ok(this)
-    }
-
-    /// Where kernels see host address `addr`.
-    pub(super) fn seen_by_kernels(&self, addr: u64) -> u64 {
-        self.device_base + (addr - self.base)
-    }
-}
-
-impl Drop for Registered {
-    fn drop(&mut self) {
-        // SAFETY: registered once. A refusal leaves the pages pinned, which harms nobody.
-        self.context.release(|calls| unsafe { calls.mem_host_unregister(pointer(self.base)) });
-    }
 }

@@ -272,6 +272,10 @@ impl<H: Hca + ?Sized> Hca for AssistedHca<H> {
         self.inner.poll_async_event()
     }
 
+    fn is_on_bus(&self) -> bool {
+        self.inner.is_on_bus()
+    }
+
     fn unrung_wqes(&self) -> Option<u64> {
         self.forward();
         self.inner.unrung_wqes()

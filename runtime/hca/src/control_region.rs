@@ -66,13 +66,15 @@ impl Drop for Shared {
     }
 }
 
-/// Whose memory a control region lies in, best first.
+/// Whose memory a device works on, and how it reaches it; best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RegionPlace {
     /// Memory of a GPU, exported as a dma-buf.
     GpuDmaBuf,
     /// Memory of a GPU, by its virtual address (nvidia-peermem).
     GpuAddress,
+    /// Memory of a GPU, by copies that the host makes for an emulated device.
+    GpuCopies,
     /// Memory of the host that kernels reach.
     HostMapped,
 }
@@ -82,51 +84,9 @@ impl std::fmt::Display for RegionPlace {
         f.write_str(match self {
             Self::GpuDmaBuf => "gpu memory by dma-buf",
             Self::GpuAddress => "gpu memory by address",
+            Self::GpuCopies => "gpu memory by copies",
             Self::HostMapped => "host memory",
         })
-    }
-}
-
-/// A place where a control region may lie.
-#[derive(Debug, Clone, Copy)]
-pub struct Candidate {
-    place: RegionPlace,
-    memory: CandidateMemory,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum CandidateMemory {
-    Own { len: u64 },
-    Given { region: MemoryRegion, host_base: Option<*mut u8> },
-}
-
-impl Candidate {
-    /// Memory that the caller keeps; see [`ControlRegion::external`].
-    #[must_use]
-    pub const fn given(place: RegionPlace, region: MemoryRegion, host_base: Option<*mut u8>) -> Self {
-        Self { place, memory: CandidateMemory::Given { region, host_base } }
-    }
-
-    /// Host memory that the region allocates; see [`ControlRegion::host`].
-    #[must_use]
-    pub const fn host(len: u64) -> Self {
-        Self { place: RegionPlace::HostMapped, memory: CandidateMemory::Own { len } }
-    }
-}
-
-/// Where a control region lies, and why not in a better place.
-#[derive(Debug, Clone)]
-pub struct Choice {
-    /// The place.
-    pub place: RegionPlace,
-    /// Places that were refused before it, in order.
-    pub refused: Vec<(RegionPlace, ControlError)>,
-}
-
-impl std::fmt::Display for Choice {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "control region in {}", self.place)?;
-        self.refused.iter().try_for_each(|(place, error)| write!(f, "; not in {place}: {error}"))
     }
 }
 
@@ -172,36 +132,6 @@ impl ControlRegion {
         let backing = Some(Backing::External { host_base });
         let shared = Arc::new(Shared { hca: Arc::clone(hca), umem, base: region.addr, backing });
         Ok(Self { shared, heap })
-    }
-
-    /// A region in the first of these places that the device takes.
-    ///
-    /// # Errors
-    /// The last place's refusal, when every place was refused; there must be one.
-    ///
-    /// # Safety
-    /// As for [`external`](Self::external), for every candidate in memory that the caller provides.
-    pub unsafe fn first_of(
-        hca: &Arc<dyn Hca>,
-        candidates: &[Candidate],
-    ) -> Result<(Self, Choice), ControlError> {
-        let mut refused = Vec::new();
-        for candidate in candidates {
-            let made = match candidate.memory {
-                CandidateMemory::Own { len } => Self::host(hca, len),
-                CandidateMemory::Given { region, host_base } => {
-                    // SAFETY: the caller's contract.
-                    unsafe { Self::external(hca, region, host_base) }
-                }
-            };
-            match made {
-                Ok(made) => return Ok((made, Choice { place: candidate.place, refused })),
-                Err(error) => refused.push((candidate.place, error)),
-            }
-        }
-        let (field, value, min, max) = ("number of candidates", 0, 1, u64::MAX);
-        let none = HcaError::OutOfRange { field, value, min, max };
-        Err(refused.pop().map_or(none.into(), |(_, error)| error))
     }
 
     /// The umem that everything lies in.

@@ -108,6 +108,15 @@ pub enum HcaError {
         /// What does not match.
         reason: &'static str,
     },
+    /// Something that only emulated devices have.
+    #[error("{what} is for emulated devices only")]
+    OnlyEmulated {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// A queue cannot live there.
+    #[error("queues cannot live in memory that is reached by copies")]
+    QueueInCopied,
     /// The object does not exist on this device.
     #[error("no {what} with number {number:#x}")]
     Unknown {

@@ -256,6 +256,10 @@ impl<H: Hca> Hca for FaultHca<H> {
         self.inner.doorbells_are_registers()
     }
 
+    fn is_on_bus(&self) -> bool {
+        self.inner.is_on_bus()
+    }
+
     fn unrung_wqes(&self) -> Option<u64> {
         self.inner.unrung_wqes()
     }

@@ -15,6 +15,7 @@ use ibex_abi::types::{
     CqNum, Eqn, Gid, Iova, Lid, Lkey, Mac, MkeyIndex, PathMtu, Pd, QpNum, Rkey, UarIdx, UmemId,
 };
 
+use crate::bus::BusId;
 use crate::error::{CommandError, HcaError};
 
 /// The control path of one RDMA device function.
@@ -118,6 +119,12 @@ pub trait Hca: Send + Sync {
 
     /// Whether doorbells are registers of a device, which a GPU maps by another right than memory.
     fn doorbells_are_registers(&self) -> bool {
+        false
+    }
+
+    /// Whether the device moves bytes itself, over PCI Express, and not by this process. Then it reaches memory of a
+    /// GPU by dma-buf or by address, may keep queues there, and its writes must be ordered for that GPU.
+    fn is_on_bus(&self) -> bool {
         false
     }
 
@@ -285,6 +292,12 @@ pub enum MemoryKind {
         fd: RawFd,
         /// Position of the first byte in the buffer.
         offset: u64,
+    },
+    /// Memory that this process reaches by copies only, at `addr` of a bus; only emulated devices reach it, and no
+    /// queue of theirs lives in it.
+    Copied {
+        /// What copies.
+        bus: BusId,
     },
 }
 

@@ -55,6 +55,7 @@
 //! ```
 
 pub mod assisted;
+pub mod bus;
 pub mod contract;
 pub mod control_region;
 pub mod emulated;

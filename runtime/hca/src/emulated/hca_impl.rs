@@ -6,7 +6,7 @@ use ibex_abi::types::{Eqn, Iova, Lkey, MkeyIndex, Pd, Rkey, UarIdx, UmemId};
 
 use super::EmulatedHca;
 use super::commands::{FIRST_EQN, Granted, NUM_VECTORS};
-use super::memory::{PAGE, WindowId};
+use super::memory::{COPIED_END, PAGE, WindowId};
 use crate::objects::{simple, simple_out};
 use crate::{
     Access, AsyncEvent, CommandError, DoorbellPage, Hca, HcaCaps, HcaError, LinkLayer, MemoryKind,
@@ -63,6 +63,9 @@ impl Hca for EmulatedHca {
     }
 
     unsafe fn create_umem(&self, mem: MemoryRegion) -> Result<Umem, HcaError> {
+        if matches!(mem.kind, MemoryKind::Copied { .. }) {
+            return Err(HcaError::QueueInCopied);
+        }
         // SAFETY: this function's own contract, until `destroy_umem`.
         let (window, addr) = unsafe { self.grant(&mem) }?;
         let made = self.make_umem(addr, mem.len);
@@ -169,6 +172,14 @@ impl EmulatedHca {
                 .iommu
                 .map(fd, offset, mem.len)
                 .map_err(|failed| HcaError::Os { call: "mmap", errno: failed.errno }),
+            MemoryKind::Copied { bus } => {
+                objects.iommu.grant_copied(bus, mem.addr, mem.len).ok_or(HcaError::OutOfRange {
+                    field: "end of memory on a bus",
+                    value: mem.addr + mem.len,
+                    min: 1,
+                    max: COPIED_END,
+                })
+            }
         }
     }
 

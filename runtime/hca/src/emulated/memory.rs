@@ -4,6 +4,9 @@
 //! [`Span`] is a range that the IOMMU granted; words that another agent polls are single atomic
 //! accesses, bulk payload moves through `memmove` on raw pointers, as a DMA engine would move it.
 //!
+//! Memory on a bus ([`crate::bus`]) has spans too: their addresses carry a tag that no address of a process has, and
+//! every access looks for it first.
+//!
 //! *Who owns what.* Nothing here owns the caller's memory. [`Iommu`] keeps the list of ranges that
 //! callers granted (by `register` and `create_umem`, which are `unsafe` for that reason) and the
 //! mappings it made itself for descriptors.
@@ -17,10 +20,51 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::bus::{self, BusId};
 use crate::shared_memory::{PeerRegion, SharedRegion};
 
 /// Bytes in the smallest page that the device maps.
 pub(super) const PAGE: u64 = 4096;
+
+/// Marks the address of memory on a bus; no pointer of a process has this bit.
+const ON_BUS: u64 = 1 << 62;
+/// Where the bus stands in such an address, above the address on it.
+const BUS_SHIFT: u32 = 48;
+/// Addresses on a bus lie below this.
+pub(super) const COPIED_END: u64 = 1 << BUS_SHIFT;
+/// Bytes that are moved at a time between two spans of which one lies on a bus.
+const BOUNCE: usize = 16 << 10;
+
+/// A place on a bus.
+#[derive(Debug, Clone, Copy)]
+struct OnBus {
+    bus: BusId,
+    addr: u64,
+}
+
+impl OnBus {
+    /// What an address means, if it is tagged.
+    #[inline]
+    fn of(at: *mut u8) -> Option<Self> {
+        let addr = at.addr() as u64;
+        if addr & ON_BUS == 0 {
+            return None;
+        }
+        // CAST: 14 bits lie between the tag and the address.
+        let bus = BusId::of(((addr & !ON_BUS) >> BUS_SHIFT) as u16);
+        Some(Self { bus, addr: addr & (COPIED_END - 1) })
+    }
+
+    fn word<const N: usize>(self) -> [u8; N] {
+        let mut word = [0; N];
+        bus::read(self.bus, self.addr, &mut word);
+        word
+    }
+
+    fn set<const N: usize>(self, word: [u8; N]) {
+        bus::write(self.bus, self.addr, &word);
+    }
+}
 
 /// A range of memory that was granted to the device.
 #[derive(Debug, Clone, Copy)]
@@ -82,34 +126,57 @@ impl Span {
 
     #[inline]
     pub(super) fn load32(&self, offset: u64, order: Ordering) -> u32 {
-        self.word32(offset).load(order)
+        match OnBus::of(self.at(offset, 4)) {
+            Some(place) => u32::from_ne_bytes(place.word()),
+            None => self.word32(offset).load(order),
+        }
     }
 
     #[inline]
     pub(super) fn load64(&self, offset: u64, order: Ordering) -> u64 {
-        self.word64(offset).load(order)
+        match OnBus::of(self.at(offset, 8)) {
+            Some(place) => u64::from_ne_bytes(place.word()),
+            None => self.word64(offset).load(order),
+        }
     }
 
     #[inline]
     pub(super) fn store32(&self, offset: u64, value: u32, order: Ordering) {
-        self.word32(offset).store(value, order);
+        match OnBus::of(self.at(offset, 4)) {
+            Some(place) => place.set(value.to_ne_bytes()),
+            None => self.word32(offset).store(value, order),
+        }
     }
 
     #[inline]
     pub(super) fn store64(&self, offset: u64, value: u64, order: Ordering) {
-        self.word64(offset).store(value, order);
+        match OnBus::of(self.at(offset, 8)) {
+            Some(place) => place.set(value.to_ne_bytes()),
+            None => self.word64(offset).store(value, order),
+        }
     }
 
-    /// Changes the 4-byte word at `offset` atomically and returns what it was.
+    /// Changes the 4-byte word at `offset` atomically and returns what it was. On a bus it is atomic among what this
+    /// device does, as atomics of a NIC are.
     pub(super) fn update32(&self, offset: u64, change: impl Fn(u32) -> u32) -> u32 {
+        if let Some(place) = OnBus::of(self.at(offset, 4)) {
+            let old = u32::from_ne_bytes(place.word());
+            place.set(change(old).to_ne_bytes());
+            return old;
+        }
         let word = self.word32(offset);
         match word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| Some(change(old))) {
             Ok(old) | Err(old) => old,
         }
     }
 
-    /// Changes the 8-byte word at `offset` atomically and returns what it was.
+    /// Changes the 8-byte word at `offset`; see [`update32`](Self::update32).
     pub(super) fn update64(&self, offset: u64, change: impl Fn(u64) -> u64) -> u64 {
+        if let Some(place) = OnBus::of(self.at(offset, 8)) {
+            let old = u64::from_ne_bytes(place.word());
+            place.set(change(old).to_ne_bytes());
+            return old;
+        }
         let word = self.word64(offset);
         match word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| Some(change(old))) {
             Ok(old) | Err(old) => old,
@@ -125,7 +192,7 @@ impl Span {
     #[inline]
     pub(super) fn prefetch(&self, offset: u64) {
         #[cfg(target_arch = "x86_64")]
-        if offset < self.len {
+        if offset < self.len && OnBus::of(self.base).is_none() {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             let line = self.at(offset, 1).cast_const().cast();
             // SAFETY: a prefetch has no effect that a program can see, whatever the address.
@@ -141,6 +208,9 @@ impl Span {
     #[inline]
     pub(super) fn read_block(&self, offset: u64, out: &mut [u8; 64]) {
         let from = self.at(offset, 64);
+        if let Some(place) = OnBus::of(from) {
+            return bus::read(place.bus, place.addr, out);
+        }
         // SAFETY: 64 bytes are in bounds of a granted range; `out` is ours and cannot overlap it.
         unsafe { move_bytes(out.as_mut_ptr(), from, 64) };
     }
@@ -148,6 +218,9 @@ impl Span {
     /// Reads `out.len()` bytes at any alignment.
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) {
         let from = self.at(offset, out.len() as u64);
+        if let Some(place) = OnBus::of(from) {
+            return bus::read(place.bus, place.addr, out);
+        }
         // SAFETY: the source is in bounds of a granted range; `out` is ours and cannot overlap it.
         unsafe { move_bytes(out.as_mut_ptr(), from, out.len()) };
     }
@@ -159,6 +232,9 @@ impl Span {
     #[inline]
     pub(super) fn write(&self, offset: u64, data: &[u8]) {
         let to = self.at(offset, data.len() as u64);
+        if let Some(place) = OnBus::of(to) {
+            return bus::write(place.bus, place.addr, data);
+        }
         // SAFETY: the target is in bounds of a granted range; `data` is ours.
         unsafe { place(to, data.as_ptr(), data.len()) };
     }
@@ -168,12 +244,29 @@ impl Span {
     pub(super) fn copy_from(&self, offset: u64, source: Self, source_offset: u64, len: u64) {
         let to = self.at(offset, len);
         let from = source.at(source_offset, len);
+        if OnBus::of(to).or(OnBus::of(from)).is_some() {
+            return self.bounce_from(offset, source, source_offset, len);
+        }
         // SAFETY: both ranges are in bounds of granted ranges. CAST: `len` is within a live range.
         unsafe { place(to, from, len as usize) };
     }
 }
 
 impl Span {
+    /// Moves bytes to or from a bus, in pieces; the two do not overlap.
+    #[cold]
+    fn bounce_from(&self, offset: u64, source: Self, source_offset: u64, len: u64) {
+        let mut bytes = [0; BOUNCE];
+        let mut done = 0;
+        while done < len {
+            // CAST: at most BOUNCE.
+            let piece = (len - done).min(BOUNCE as u64) as usize;
+            source.read(source_offset + done, &mut bytes[..piece]);
+            self.write(offset + done, &bytes[..piece]);
+            done += piece as u64;
+        }
+    }
+
     /// The bytes of a region that this process shares with others; whoever uses the span holds the region.
     pub(super) fn of_region(region: &SharedRegion) -> Self {
         Self { base: region.as_ptr(), len: region.len() }
@@ -427,6 +520,16 @@ impl Iommu {
         self.push(base, len, None)
     }
 
+    /// Grants memory on a bus; returns the grant and its address here. `None` if it does not end below
+    /// [`COPIED_END`].
+    pub(super) fn grant_copied(&mut self, bus: BusId, addr: u64, len: u64) -> Option<(WindowId, u64)> {
+        addr.checked_add(len).filter(|end| *end <= COPIED_END)?;
+        let tagged = ON_BUS | u64::from(bus.get()) << BUS_SHIFT | addr;
+        // CAST: a number that is looked at before anything follows it.
+        let base = std::ptr::without_provenance_mut(tagged as usize);
+        Some((self.push(base, len, None), tagged))
+    }
+
     /// Maps and grants `len` bytes behind a descriptor; returns the grant and its address here.
     pub(super) fn map(&mut self, fd: RawFd, offset: u64, len: u64) -> Result<(WindowId, u64), MapFailed> {
         let lead = offset % PAGE;
@@ -539,6 +642,53 @@ mod tests {
         assert_eq!(span.load64(0, Ordering::Acquire), 7);
         assert_eq!(span.update32(8, |old| old ^ 3), 0);
         assert_eq!(span.load32(8, Ordering::Acquire), 3);
+    }
+
+    /// Memory that is nobody's address.
+    struct Far(parking_lot::Mutex<Vec<u8>>);
+
+    impl crate::bus::Bus for Far {
+        fn read(&self, addr: u64, bytes: &mut [u8]) -> bool {
+            bytes.copy_from_slice(&self.0.lock()[addr as usize..][..bytes.len()]);
+            true
+        }
+
+        fn write(&self, addr: u64, bytes: &[u8]) -> bool {
+            self.0.lock()[addr as usize..][..bytes.len()].copy_from_slice(bytes);
+            true
+        }
+    }
+
+    #[test]
+    fn memory_on_a_bus_is_reached_by_every_kind_of_access_and_never_as_a_pointer() {
+        let far: std::sync::Arc<dyn crate::bus::Bus> =
+            std::sync::Arc::new(Far(parking_lot::Mutex::new(vec![0; 100_000])));
+        let bus = crate::bus::attach(std::sync::Arc::downgrade(&far)).unwrap();
+        let mut iommu = Iommu::default();
+        let (id, addr) = iommu.grant_copied(bus, 8, 99_992).unwrap();
+        let span = iommu.span(addr, 99_992).unwrap();
+        assert!(iommu.span(addr, 99_993).is_none() && iommu.span(8, 8).is_none());
+        span.store32(0, 5, Ordering::Release);
+        span.store64(8, 6, Ordering::Release);
+        assert_eq!((span.load32(0, Ordering::Acquire), span.load64(8, Ordering::Acquire)), (5, 6));
+        assert_eq!((span.update32(0, |old| old + 1), span.update64(8, |old| old * 7)), (5, 6));
+        assert_eq!((span.load32(0, Ordering::Acquire), span.load64(8, Ordering::Acquire)), (6, 42));
+        span.prefetch(0);
+        let mut words: Vec<u64> = (0..6000).collect();
+        let near = granted(&mut words);
+        // There and back, in more than one piece, at no alignment.
+        span.copy_from(21, near, 3, 40_000);
+        near.copy_from(0, span, 21, 40_000);
+        let mut bytes = [0; 16];
+        near.read(5, &mut bytes);
+        assert_eq!(bytes, [1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        span.copy_from(60_000, span, 21, 100);
+        let mut block = [0; 64];
+        span.read_block(60_005, &mut block);
+        assert_eq!(block[..8], 1_u64.to_le_bytes());
+        assert!(iommu.grant_copied(bus, COPIED_END - 1, 2).is_none());
+        iommu.revoke(id);
+        assert!(iommu.span(addr, 1).is_none());
     }
 
     #[test]

@@ -30,6 +30,8 @@ const OBJ_PD: u64 = sys::MLX5DV_OBJ_PD as u64;
 const UMEM_BY_DMA_BUF: u64 = 1;
 /// Offset of the next hop's Ethernet address in an address vector (mlx5dv.h `mlx5_wqe_av.rmac`).
 const AV_RMAC: usize = 20;
+/// What only an emulated device can use.
+const COPIED: &str = "memory that is reached by copies";
 /// Routers that a packet may pass.
 const HOP_LIMIT: u8 = 255;
 
@@ -88,6 +90,7 @@ impl Hca for Mlx5Hca {
         let offset = match mem.kind {
             MemoryKind::HostPtr => mem.addr,
             MemoryKind::DmaBuf { offset, .. } => offset,
+            MemoryKind::Copied { .. } => return Err(HcaError::OnlyEmulated { what: COPIED }),
         };
         let value = offset ^ iova.get();
         if !value.is_multiple_of(PAGE) {
@@ -108,6 +111,7 @@ impl Hca for Mlx5Hca {
             MemoryKind::DmaBuf { fd, offset } => ("ibv_reg_dmabuf_mr", unsafe {
                 library.ibv_reg_dmabuf_mr(domain, offset, len, iova.get(), fd, flags.cast_signed())
             }),
+            MemoryKind::Copied { .. } => return Err(HcaError::OnlyEmulated { what: COPIED }),
         };
         if handle.is_null() {
             return Err(failed(call, &io::Error::last_os_error()));
@@ -155,6 +159,7 @@ impl Hca for Mlx5Hca {
                     library.mlx5dv_devx_umem_reg_ex(context, &mut described)
                 })
             }
+            MemoryKind::Copied { .. } => return Err(HcaError::OnlyEmulated { what: COPIED }),
         };
         if handle.is_null() {
             return Err(failed(call, &io::Error::last_os_error()));
@@ -259,6 +264,10 @@ impl Hca for Mlx5Hca {
     }
 
     fn doorbells_are_registers(&self) -> bool {
+        true
+    }
+
+    fn is_on_bus(&self) -> bool {
         true
     }
 
