@@ -69,7 +69,7 @@ impl NcclAllToAll {
             Some(sides) => sides,
             None => [gpu.alloc_on_device(total)?, gpu.alloc_on_device(total)?],
         };
-        let [mut from, mut to] = self.sides.insert(sides).each_ref().map(|side| pointer(side));
+        let [mut from, mut to] = self.sides.insert(sides).each_ref().map(pointer);
         let stream = gpu.raw_stream(&self.stream)?;
         gpu.record(&self.start, &self.stream)?;
         self.nccl.group(|| {
