@@ -96,7 +96,7 @@ fn two_hosts_and_packets_that_are_lost_late_or_damaged() {
     if lacks_namespaces() {
         return;
     }
-    let kinds = "kill,drop,delay,duplicate,reorder,corrupt,pause";
+    let kinds = "partial_message,kill,drop,delay,duplicate,reorder,corrupt,pause";
     let hosts = ["--fabric", "udp", "--hosts", "netns", "--num-hosts", "2", "--ranks", "4"];
     let report = good("hosts", &[&hosts[..], &["--steps", "35", "--seed", "1", "--faults", kinds]].concat());
     assert_eq!(report["faults"], 5);
@@ -132,7 +132,7 @@ fn two_hundred_faults_of_all_kinds_on_eight_processes() {
 fn what_processes_cannot_do_is_refused_by_name() {
     for (flags, wanted) in [
         (&["--fabric", "shm", "--faults", "kill,corrupt"][..], "--fabric udp"),
-        (&["--fabric", "udp", "--faults", "partial_message"], "--fabric sim"),
+        (&["--fabric", "shm", "--faults", "partial_message"], "--fabric udp"),
         (&["--fabric", "udp", "--faults", "store_outage", "--store", "memory:"], "--store"),
         (&["--fabric", "shm", "--hosts", "netns"], "share no memory"),
         (&["--fabric", "shm", "--ranks", "1"], "ranks"),

@@ -65,6 +65,7 @@ fn options(rank: u16, initial: &[u16], takeover: bool) -> ElasticOptions {
         rank: Rank(rank),
         initial: set(initial),
         takeover,
+        flap_window: None,
         node: MemberOptions { fabric: MemberFabric::Shm, ..MemberOptions::default() },
     }
 }

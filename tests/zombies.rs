@@ -75,6 +75,7 @@ fn one_rank() {
         rank: Rank(rank.parse().unwrap()),
         initial: RankSet::first(RANKS.into()),
         takeover: takeover == "true",
+        flap_window: None,
         node: MemberOptions {
             fabric: if fabric == "udp" { MemberFabric::Udp } else { MemberFabric::Shm },
             ..MemberOptions::default()

@@ -286,6 +286,9 @@ fn mark(page: &mut String, scale: &Scale, entry: &Entry, height: f64) {
         Happened::Stopped(why) => {
             small(page, x, y + 17.0, "ink", &format!("{ms:.3} ms: stops, {}", escape(why)))
         }
+        Happened::Late(what) => {
+            small(page, x, y + 34.0, "ink", &format!("{ms:.3} ms: late, {}", escape(what)))
+        }
         _ => Ok(()),
     };
 }

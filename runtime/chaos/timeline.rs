@@ -33,6 +33,8 @@ pub enum Happened {
     GateOpened,
     /// A rank has stopped using the group.
     Stopped(String),
+    /// A process was late by its own clock.
+    Late(String),
     /// A rank has finished a step.
     Step {
         /// Which.

@@ -20,7 +20,7 @@ use parking_lot::RwLock;
 use super::Session;
 use crate::error::{Error, OsError};
 use crate::gpu::pool::{Pool, Progress, Progressed};
-use crate::time::sleep;
+use crate::time::{now_ns as clock_ns, sleep};
 
 /// A worker that stepped the device within this time is still at it.
 const WORKER_AT_IT_NS: u64 = 2_000_000;
@@ -28,6 +28,40 @@ const WORKER_AT_IT_NS: u64 = 2_000_000;
 const NAP: Duration = Duration::from_millis(1);
 /// Longest sleep: what the thread takes to see that it should end.
 const SLEEP_MAX_NS: u64 = 5_000_000;
+
+/// How long this process was itself late, whatever its peers did: nothing else tells a machine that gives it no time
+/// from a bug that keeps it from speaking.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lateness {
+    /// The longest time between two of its signs of life.
+    pub silent_ns: u64,
+    /// The longest time between two steps of its device while it was looked after; what peers send waits that long.
+    pub unattended_ns: u64,
+}
+
+/// The longest time between two ends of the same thing.
+#[derive(Debug, Default)]
+struct Longest {
+    /// 0 before the first.
+    last_ns: AtomicU64,
+    longest_ns: AtomicU64,
+}
+
+impl Longest {
+    fn note(&self, now_ns: u64) {
+        let last_ns = self.last_ns.swap(now_ns.max(1), Ordering::Relaxed);
+        if last_ns != 0 {
+            self.longest_ns.fetch_max(now_ns.saturating_sub(last_ns), Ordering::Relaxed);
+        }
+    }
+
+    /// What lasts by now counts, too.
+    fn take(&self, now_ns: u64) -> u64 {
+        let last_ns = self.last_ns.load(Ordering::Relaxed);
+        let present_ns = if last_ns == 0 { 0 } else { now_ns.saturating_sub(last_ns) };
+        self.longest_ns.swap(0, Ordering::Relaxed).max(present_ns)
+    }
+}
 
 /// What worker and thread share.
 struct Service {
@@ -41,6 +75,8 @@ struct Service {
     next_beat_ns: AtomicU64,
     /// When a worker last stepped the device.
     worker_ns: AtomicU64,
+    beats: Longest,
+    steps: Longest,
 }
 
 impl Service {
@@ -57,12 +93,18 @@ impl Service {
         // Held while the session is: see `forget_session`.
         let session = self.session.read();
         // A host that cannot speak is silent; its peers' clocks say so.
-        session.upgrade().is_some_and(|session| session.send_sign_of_life().is_ok())
+        let is_sent = session.upgrade().is_some_and(|session| session.send_sign_of_life().is_ok());
+        if is_sent {
+            // By the clock and not by `now_ns`: who was stopped in between spoke as late as that.
+            self.beats.note(clock_ns());
+        }
+        is_sent
     }
 
     fn step(&self, now_ns: u64) -> Progressed {
         let beaten = self.beat_if_due(now_ns);
         let step = self.device.step(Nanos(now_ns));
+        self.steps.note(clock_ns());
         if beaten || step.did_work {
             return Progressed::Worked;
         }
@@ -112,6 +154,8 @@ impl Attendant {
             beat_every_ns: u64::from(detect_ms) * 1_000_000 / 4,
             next_beat_ns: AtomicU64::new(0),
             worker_ns: AtomicU64::new(0),
+            beats: Longest::default(),
+            steps: Longest::default(),
         };
         Self { service: Arc::new(service), thread: None }
     }
@@ -136,6 +180,13 @@ impl Attendant {
         *self.service.session.write() = Weak::new();
     }
 
+    /// How late this process was since this was last asked.
+    pub(super) fn take_lateness(&self) -> Lateness {
+        let now_ns = clock_ns();
+        let service = &self.service;
+        Lateness { silent_ns: service.beats.take(now_ns), unattended_ns: service.steps.take(now_ns) }
+    }
+
     /// Stops or resumes the signs of life.
     pub(super) fn set_silent(&self, silent: bool) {
         self.service.silent.store(silent, Ordering::Relaxed);
@@ -152,5 +203,21 @@ impl Drop for Attendant {
             // PANIC: the device met a broken invariant of ours; its message was printed there.
             panic!("the attendant panicked");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_pause_is_told_once_and_one_that_lasts_at_any_time() {
+        let beats = Longest::default();
+        assert_eq!(beats.take(500), 0, "nothing has begun");
+        for at in [100, 130, 190, 200] {
+            beats.note(at);
+        }
+        assert_eq!(beats.take(210), 60);
+        assert_eq!((beats.take(220), beats.take(300)), (20, 100));
     }
 }

@@ -31,6 +31,7 @@ use ibex_metadata::publisher::Publisher;
 use ibex_metadata::record::PeerRecord;
 use parking_lot::{Condvar, Mutex};
 
+use super::attendant::Lateness;
 use super::keeper::{Keeper, KeeperEvent, KeeperOptions, MembershipView};
 use super::node::{Node, check_host, parts};
 use super::store_board::{Bell, BoardClaim, GroupName, StoreBoard};
@@ -65,6 +66,9 @@ pub struct ElasticOptions {
     /// Take the name from a process whose lease still runs: for launchers that know that it is dead. Otherwise the
     /// claim is refused until the lease has run out.
     pub takeover: bool,
+    /// A rank that is evicted sooner than this after it had come is flapping, and from the fourth time on held down;
+    /// 100 x `detect_ms` unless said otherwise.
+    pub flap_window: Option<Duration>,
     /// Device, fabric, workers; `first_seq` is the group's to say.
     pub node: MemberOptions,
 }
@@ -110,7 +114,11 @@ impl ElasticMember {
             Ok(())
         };
         let node = Node::new(&config, rank, &options.node, advertised, meet)?;
-        let limits = MembershipConfig::new(&config, options.initial);
+        let mut limits = MembershipConfig::new(&config, options.initial);
+        if let Some(window) = options.flap_window {
+            // CAST: 584 years.
+            limits.flap_window_ns = window.as_nanos() as u64;
+        }
         let board = StoreBoard::claim(
             store,
             &BoardClaim {
@@ -279,6 +287,13 @@ impl ElasticMember {
     pub fn begin_leave(&self) {
         self.shared.keeper.lock().leave(self.pool().now_ns());
         self.bell.ring();
+    }
+
+    /// How late this process itself was since this was last asked: a peer that gave it up within `detect_ms` was
+    /// right to if it was silent for longer.
+    #[must_use]
+    pub fn take_lateness(&self) -> Lateness {
+        self.node.take_lateness()
     }
 
     /// Stops or resumes the signs of life, as if this host were stopped.

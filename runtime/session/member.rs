@@ -15,6 +15,7 @@ use core::time::Duration;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ibex_abi::types::PathMtu;
 use ibex_hca::emulated::switch::FaultPlan;
 use ibex_hca::emulated::{Doorbells, EmulatedHca, Fabric};
 
@@ -51,6 +52,8 @@ pub struct MemberOptions {
     pub advertise: Option<String>,
     /// What goes wrong with packets that this rank sends; fabric `Udp` only.
     pub faults: Option<FaultPlan>,
+    /// Largest MTU of the rank's port; fabric `Udp` only.
+    pub mtu: PathMtu,
     /// What stands between the session and its device; a [`given`](DeviceWrapper::given) device is refused.
     pub devices: DeviceWrapper,
     /// A file for every packet that this rank sends or receives, or on fabric `Shm` would.
@@ -70,6 +73,7 @@ impl Default for MemberOptions {
             advertise_flag: None,
             advertise: None,
             faults: None,
+            mtu: PathMtu::B4096,
             devices: DeviceWrapper::default(),
             capture: None,
             first_seq: 1,

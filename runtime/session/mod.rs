@@ -46,6 +46,7 @@ mod world;
 
 pub use crate::buffer::PlaceReport;
 pub use crate::recovery::reaches_doorbells;
+pub use attendant::Lateness;
 pub use calls::{CombineSource, CombineTicket, DispatchCall, DispatchHandle, Halves, TopkDtype};
 pub use elastic::{ElasticMember, ElasticOptions};
 pub use gate::GateAck;

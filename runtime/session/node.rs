@@ -13,7 +13,7 @@ use std::sync::Arc;
 use ibex_hca::emulated::{Capture, EmulatedConfig, EmulatedHca, Fabric, ShmConfig, UdpConfig};
 use ibex_hca::{HcaError, LinkLayer, Nanos};
 
-use super::attendant::Attendant;
+use super::attendant::{Attendant, Lateness};
 use super::{MemberFabric, MemberOptions, Session};
 use crate::bootstrap::{Advertised, BootstrapError};
 use crate::config::{Link, ValidConfig};
@@ -91,6 +91,11 @@ impl Node {
         Ok(self.capture.as_ref().map(|capture| capture.flush()).transpose()?)
     }
 
+    /// How late this process was since this was last asked.
+    pub(super) fn take_lateness(&self) -> Lateness {
+        self.attendant.take_lateness()
+    }
+
     /// Stops or resumes the signs of life.
     pub(super) fn set_silent(&self, silent: bool) {
         self.attendant.set_silent(silent);
@@ -118,7 +123,12 @@ fn make_fabric(
         }
         MemberFabric::Udp => {
             let ip = advertised.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |a| a.address);
-            let config = UdpConfig { node: rank.0, faults: options.faults.clone(), ..UdpConfig::new(ip) };
+            let config = UdpConfig {
+                node: rank.0,
+                mtu: options.mtu,
+                faults: options.faults.clone(),
+                ..UdpConfig::new(ip)
+            };
             match Fabric::udp(config.clone()) {
                 // Another job has RoCEv2's port; peers are told which one it is instead.
                 Err(HcaError::Os { errno: libc::EADDRINUSE, .. }) => {

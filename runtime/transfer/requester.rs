@@ -503,6 +503,9 @@ impl Requester {
         }
         let slot = self.slot_of(snapshot)?;
         let (instance, address, qpn) = endpoint(snapshot, self.options.slot)?;
+        // A port that nobody has introduced yet costs no queue pair, whose number the peer was told: the next look may
+        // find it.
+        self.hca.resolve(&address)?;
         let mut seat = self.seat(slot).lock();
         if seat.is_linked() {
             return Err(unreachable_peer(snapshot, "a rank of its own"));

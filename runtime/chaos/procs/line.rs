@@ -190,6 +190,8 @@ pub enum Order {
         /// How long after it began.
         after_us: u64,
     },
+    /// End by SIGKILL within a message: its first packet has left, its last never does.
+    DieWithinMessage,
     /// Everybody is here: what is held now is the measure for the end.
     Baseline,
     /// Launch nothing from this step on.
@@ -267,6 +269,14 @@ pub enum Said {
         doing: String,
         /// How often.
         attempts: u32,
+    },
+    /// This process was late by its own clock, more than a machine with time for it is: the longest times since its
+    /// last such word.
+    Late {
+        /// Between two of its signs of life.
+        silent_ns: u64,
+        /// Between two steps of its device.
+        unattended_ns: u64,
     },
     /// Commands on queue pairs to healthy members.
     Touched {

@@ -7,7 +7,7 @@
 //!  supervisor                              rank: worker
 //!   inject    orders, signals  -- stdin -->  ElasticMember, App: one step after the other, each judged
 //!   observer  <-------------- stdout ------  words: steps, losses, suspicions, gates, what is held
-//!      ^
+//!      ^                                            weights: those of its experts, read from a survivor
 //!      +---- the view's cell, from the store itself: nobody's word for who is a member
 //! ```
 //!
@@ -19,8 +19,9 @@
 mod commands;
 mod line;
 mod observer;
+mod weights;
 mod worker;
 
 pub use line::{Between, Lost, Moment, Order, Role, Said, Shape, StepWord, Way, Why, Word};
-pub use observer::{Observer, Seen};
+pub use observer::{FaultEntry, Observer, Seen};
 pub use worker::{Worker, WorkerEnd};

@@ -7,7 +7,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::Serialize;
+
 use super::line::{Said, StepWord, Why, Word};
+use crate::chaos::FaultKind;
 use crate::chaos::ledger::Ledger;
 use crate::chaos::report::{Phase, Report};
 use crate::chaos::timeline::{Happened, Timeline};
@@ -25,6 +28,36 @@ pub struct Seen {
     pub is_doomed: bool,
 }
 
+/// One fault, as it went.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct FaultEntry {
+    /// When it struck, in milliseconds since the campaign began.
+    pub at_ms: u64,
+    /// What.
+    pub kind: FaultKind,
+    /// To whom first.
+    pub rank: u16,
+    /// How long until the group was whole again, as far as that was seen before the next fault.
+    pub took_ms: Option<u64>,
+}
+
+/// A member that was evicted although nothing was done to it; why is said at the end, when its own word is known.
+#[derive(Clone, Debug)]
+struct FalseDeath {
+    at_ns: u64,
+    rank: Rank,
+    instance: Instance,
+    reason: String,
+}
+
+/// How late a process was by its own clock, at worst.
+#[derive(Clone, Copy, Debug, Default)]
+struct Late {
+    silent_ns: u64,
+    unattended_ns: u64,
+    at_ns: u64,
+}
+
 /// One rank, as the observer follows it.
 #[derive(Clone, Debug, Default)]
 struct Watched {
@@ -39,6 +72,10 @@ struct Watched {
     /// The newest step and epoch that it has finished.
     finished: Option<(u64, u32)>,
     is_gate_closed: bool,
+    /// What was refused to it last.
+    refused: String,
+    /// When it was last stopped on purpose, or went on.
+    stopped_ns: Option<u64>,
 }
 
 /// See the module documentation.
@@ -51,6 +88,8 @@ pub struct Observer {
     pub timeline: Timeline,
     /// What is wrong, in words.
     pub flaws: Vec<String>,
+    /// Bytes of expert weights that replacements have read.
+    pub weights_bytes: u64,
     /// How suspicions began, by what was seen first.
     pub reasons: BTreeMap<Why, u64>,
     view: View,
@@ -60,6 +99,11 @@ pub struct Observer {
     /// Steps that have lost something, until the view has caught up with them.
     waiting: Vec<(u64, (Rank, Instance), StepWord)>,
     clean_from: Option<u64>,
+    false_deaths: Vec<FalseDeath>,
+    late: BTreeMap<(Rank, Instance), Late>,
+    /// The longest that anybody was silent who was not stopped.
+    longest_silence_ns: u64,
+    faults: Vec<FaultEntry>,
     hang_ns: u64,
     origin_ns: u64,
 }
@@ -73,12 +117,17 @@ impl Observer {
             report: Report { seeds: 1, ..Report::default() },
             timeline: Timeline::new(num_ranks),
             flaws: Vec::new(),
+            weights_bytes: 0,
             reasons: BTreeMap::new(),
             view: View::empty(num_ranks),
             ranks: vec![Watched::default(); num_ranks as usize],
             suspicions: BTreeSet::new(),
             waiting: Vec::new(),
             clean_from: None,
+            false_deaths: Vec::new(),
+            late: BTreeMap::new(),
+            longest_silence_ns: 0,
+            faults: Vec::new(),
             hang_ns,
             origin_ns: now_ns,
         }
@@ -93,6 +142,40 @@ impl Observer {
     /// Puts an entry on the timeline.
     pub fn note(&mut self, now_ns: u64, rank: Option<Rank>, what: Happened) {
         self.timeline.push(now_ns.saturating_sub(self.origin_ns), rank, what);
+    }
+
+    /// A fault strikes.
+    pub fn struck(&mut self, now_ns: u64, rank: Rank, kind: FaultKind) {
+        self.report.count_fault(kind);
+        self.note(now_ns, Some(rank), Happened::Fault(format!("{kind} {rank}")));
+        let at_ms = now_ns.saturating_sub(self.origin_ns) / 1_000_000;
+        self.faults.push(FaultEntry { at_ms, kind, rank: rank.0, took_ms: None });
+    }
+
+    /// The group is whole, and nothing of any fault is left.
+    pub fn is_whole_again(&mut self, now_ns: u64) {
+        let at_ms = now_ns.saturating_sub(self.origin_ns) / 1_000_000;
+        for fault in self.faults.iter_mut().rev().take_while(|fault| fault.took_ms.is_none()) {
+            fault.took_ms = Some(at_ms.saturating_sub(fault.at_ms));
+        }
+    }
+
+    /// Every fault so far.
+    #[must_use]
+    pub fn fault_log(&self) -> &[FaultEntry] {
+        &self.faults
+    }
+
+    /// The process of `rank` was stopped, or goes on: by its own clock it is silent meanwhile.
+    pub fn stopped(&mut self, now_ns: u64, rank: Rank, is_stopped: bool) {
+        self.note(now_ns, Some(rank), Happened::Frozen(is_stopped));
+        self.ranks[rank.index()].stopped_ns = Some(now_ns);
+    }
+
+    /// The longest that any rank was silent by its own clock, those aside that were stopped meanwhile.
+    #[must_use]
+    pub fn longest_silence_ns(&self) -> u64 {
+        self.longest_silence_ns
     }
 
     /// Something is wrong.
@@ -111,7 +194,7 @@ impl Observer {
 
     /// A process of `rank` ends now, or stands still for too long.
     pub fn died(&mut self, now_ns: u64, rank: Rank) {
-        self.ledger.touch_rank(rank);
+        self.ledger.died(rank);
         let watched = &mut self.ranks[rank.index()];
         if watched.died_ns.is_none() {
             (watched.died_ns, watched.detected) = (Some(now_ns), None);
@@ -162,7 +245,7 @@ impl Observer {
             let (before, after) = (old.slot(rank), self.view.slot(rank));
             let is_another = before.instance != after.instance;
             if before.state == SlotState::Member && (after.state != SlotState::Member || is_another) {
-                self.evicted(now_ns, rank);
+                self.evicted(now_ns, rank, before.instance);
             }
             let watched = &mut self.ranks[rank.index()];
             match after.state {
@@ -190,14 +273,14 @@ impl Observer {
         self.judge_waiting();
     }
 
-    fn evicted(&mut self, now_ns: u64, rank: Rank) {
+    fn evicted(&mut self, now_ns: u64, rank: Rank, instance: Instance) {
         self.report.kills += 1;
         self.note(now_ns, Some(rank), Happened::Evicted);
         self.suspicions.retain(|(by, of)| *by != rank && *of != rank);
         if !self.ledger.evicted(rank) {
             self.report.findings.false_deaths += 1;
-            let reason = &self.ranks[rank.index()].reason;
-            self.flaw(now_ns, format!("rank {rank} was evicted and nothing was done to it; {reason}"));
+            let reason = self.ranks[rank.index()].reason.clone();
+            self.false_deaths.push(FalseDeath { at_ns: now_ns, rank, instance, reason });
         }
         let watched = &mut self.ranks[rank.index()];
         watched.is_missing = true;
@@ -290,7 +373,21 @@ impl Observer {
                     self.hang(at_ns, format!("rank {rank}: {unrung} WQEs without a doorbell"));
                 }
             }
-            Said::Hello { .. } | Said::Ready { .. } | Said::Refused { .. } => {}
+            Said::Late { silent_ns, unattended_ns } => {
+                let since_ns = at_ns.saturating_sub(silent_ns.max(unattended_ns));
+                if self.ranks[rank.index()].stopped_ns.is_none_or(|stopped_ns| stopped_ns < since_ns) {
+                    self.longest_silence_ns = self.longest_silence_ns.max(silent_ns);
+                }
+                self.late.insert((rank, instance), Late { silent_ns, unattended_ns, at_ns });
+                let [silent, unattended] = [silent_ns, unattended_ns].map(|ns| ns / 1_000_000);
+                let what = format!("silent for {silent} ms, its device left alone for {unattended} ms");
+                self.note(at_ns, Some(rank), Happened::Late(what));
+            }
+            Said::Ready { read_bytes } => self.weights_bytes += read_bytes,
+            Said::Refused { doing, attempts } => {
+                self.ranks[rank.index()].refused = format!("refused {attempts} times: {doing}");
+            }
+            Said::Hello { .. } => self.ranks[rank.index()].refused.clear(),
             // A zombie's word for the group.
             Said::Suspects { .. } | Said::Gate { .. } => {}
         }
@@ -391,11 +488,44 @@ impl Observer {
         }
     }
 
+    /// Who has finished what, waits for whom no more, and was refused what last; for a message.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let of = |(rank, watched): (u16, &Watched)| {
+            let gate = if watched.is_gate_closed { ", gate closed" } else { "" };
+            format!("rank {rank}: step and epoch {:?}{gate}, {}", watched.finished, watched.refused)
+        };
+        let ranks: Vec<String> = (0..).zip(&self.ranks).map(of).collect();
+        format!("{}; suspicions {:?}", ranks.join("; "), self.suspicions)
+    }
+
     /// Judges what nothing more will be learnt about.
     pub fn close(&mut self) {
         for (at_ns, from, step) in core::mem::take(&mut self.waiting) {
             self.judge(at_ns, from, &step);
         }
+        for death in core::mem::take(&mut self.false_deaths) {
+            let FalseDeath { at_ns, rank, instance, reason } = death;
+            let own_word = self.own_word(rank, instance);
+            self.flaw(
+                at_ns,
+                format!("rank {rank} was evicted and nothing was done to it; {reason}; {own_word}"),
+            );
+        }
+    }
+
+    /// What the process itself, and those who gave it up, have said of how late they were.
+    fn own_word(&self, rank: Rank, instance: Instance) -> String {
+        let Some(late) = self.late.get(&(rank, instance)) else {
+            return "it was never late by its own clock".into();
+        };
+        let Late { silent_ns, unattended_ns, at_ns } = *late;
+        let ms = |ns: u64| ns / 1_000_000;
+        let at = ms(at_ns.saturating_sub(self.origin_ns));
+        let (silent, unattended) = (ms(silent_ns), ms(unattended_ns));
+        format!(
+            "by its own clock, at {at} ms, silent for {silent} ms, its device left alone for {unattended} ms"
+        )
     }
 }
 

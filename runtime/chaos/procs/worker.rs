@@ -12,6 +12,7 @@ use std::thread;
 
 use ibex_abi::cqe::Syndrome;
 use ibex_abi::prm::Status;
+use ibex_abi::types::PathMtu;
 use ibex_hca::emulated::{EmulatedHca, PathState};
 use ibex_hca::fault::{Effect, Fault, FaultHca};
 use ibex_hca::{Hca, Nanos};
@@ -23,6 +24,7 @@ use rustix::process::{Signal, getpid, kill_process};
 
 use super::commands::Commands;
 use super::line::{Between, Lost, Moment, Order, Role, Said, StepWord, Word};
+use super::weights::{Weights, Whose};
 use crate::chaos::app::{App, Finished, Sets, Stage};
 use crate::chaos::draws::Draws;
 use crate::chaos::inputs::Inputs;
@@ -32,7 +34,7 @@ use crate::error::{Error, OsError};
 use crate::ids::Rank;
 use crate::membership::{RankSet, Stop};
 use crate::session::{
-    DeviceWrapper, ElasticMember, ElasticOptions, GroupName, Happening, MemberFabric, MemberOptions,
+    DeviceWrapper, ElasticMember, ElasticOptions, GroupName, Happening, Lateness, MemberFabric, MemberOptions,
 };
 use crate::time::{Deadline, sleep, unix_ns};
 
@@ -48,6 +50,15 @@ const STORE_BUDGET: Duration = Duration::from_secs(2);
 const CLAIM_PATIENCE: Duration = Duration::from_secs(120);
 /// Pause between two attempts.
 const CLAIM_PAUSE: Duration = Duration::from_millis(20);
+/// Rows are messages of several packets, so that a process can end within one.
+const PATH_MTU: PathMtu = PathMtu::B512;
+/// A rank that dies so many `detect_ms` after it had come is flapping. In a campaign every rank dies every few
+/// seconds, and is wanted back; who dies again and again at once is still held down.
+const FLAP_WINDOW_DETECTS: u32 = 3;
+/// Pause between two attempts to read the weights of experts.
+const FETCH_PAUSE: Duration = Duration::from_millis(5);
+/// A worker says that it was late whenever that grows by this part of what its peers bear.
+const LATE_PER_DETECT: u64 = 3;
 /// How long nothing must be posted before doorbells are counted.
 const QUIET: Duration = Duration::from_millis(20);
 
@@ -81,6 +92,7 @@ impl<W: Write> Mouth<W> {
 /// See the module documentation.
 pub struct Worker<W> {
     // What it computes goes before what that stands on.
+    weights: Weights,
     app: App,
     inputs: Inputs,
     tables: Tables,
@@ -90,9 +102,13 @@ pub struct Worker<W> {
     mouth: Mouth<W>,
     commands: Commands,
     baseline: Option<Held>,
+    /// How late this process was at worst, as far as it has said so.
+    told: Lateness,
     dies_in: Option<(Moment, Duration)>,
     finish: Option<u64>,
     is_ready: bool,
+    /// To get the weights of its experts.
+    attempts: u32,
     is_done: bool,
     has_served: bool,
 }
@@ -122,6 +138,7 @@ impl Held {
 
 /// A rank that has claimed its name.
 struct Joined {
+    weights: Weights,
     app: App,
     tables: Tables,
     member: ElasticMember,
@@ -138,7 +155,7 @@ impl<W: Write> Worker<W> {
         let mut mouth = Mouth { out, offset_ns: 0 };
         let Ok(Order::Be(role)) = orders.recv() else { return Ok(WorkerEnd::Bad) };
         let joined = role.shape.config().map_err(Error::from).and_then(|config| join(&role, &config));
-        let Joined { app, tables, member, hca } = match joined {
+        let Joined { weights, app, tables, member, hca } = match joined {
             Ok(joined) => joined,
             Err(error) => {
                 mouth.say_at(unix_ns(), Said::Failed { why: error.to_string() });
@@ -149,6 +166,7 @@ impl<W: Write> Worker<W> {
         let mut inputs = Inputs::new(role.shape.seed, member.session().config());
         inputs.think_ns_max = THINK_NS_MAX;
         let mut worker = Self {
+            weights,
             app,
             inputs,
             tables,
@@ -158,9 +176,11 @@ impl<W: Write> Worker<W> {
             mouth,
             commands: Commands::default(),
             baseline: None,
+            told: Lateness::default(),
             dies_in: None,
             finish: None,
             is_ready: false,
+            attempts: 0,
             is_done: false,
             has_served: false,
         };
@@ -187,6 +207,8 @@ impl<W: Write> Worker<W> {
                 return Ok(Ending::Told);
             }
             self.tell_events();
+            self.tell_lateness();
+            self.weights.turn();
             if !self.is_ready && self.member.wait_linked(Duration::ZERO).unwrap_or(false) {
                 self.become_ready();
             }
@@ -265,6 +287,7 @@ impl<W: Write> Worker<W> {
             Order::DieIn { moment, after_us } => {
                 self.dies_in = Some((moment, Duration::from_micros(after_us)));
             }
+            Order::DieWithinMessage => self.member.fabric().end_within_message()?,
             Order::Baseline => {
                 self.look_at_commands();
                 self.baseline = Some(self.held());
@@ -278,7 +301,9 @@ impl<W: Write> Worker<W> {
     /// Ends as kill -9 does, if this is the moment.
     fn die_if_due(&mut self) {
         let stage = self.app.stage();
-        if let Some((_, after)) = self.dies_in.filter(|(moment, _)| moment.is(stage)) {
+        let at_moment = self.dies_in.filter(|(moment, _)| moment.is(stage)).map(|(_, after)| after);
+        let within_message = self.member.fabric().has_ended().then_some(Duration::ZERO);
+        if let Some(after) = at_moment.or(within_message) {
             self.say(Said::Dies);
             sleep(after);
             // Nothing comes behind it.
@@ -286,10 +311,24 @@ impl<W: Write> Worker<W> {
         }
     }
 
+    /// Says that this rank is ready once it has the weights of its experts: made where no member could be asked, read
+    /// from a survivor otherwise.
     fn become_ready(&mut self) {
-        self.is_ready = true;
-        self.member.ready(u128::from(self.member.session().rank().0));
-        self.say(Said::Ready { read_bytes: 0 });
+        let is_first = self.member.view().members.is_empty();
+        let got = if is_first { Ok((0, self.weights.make())) } else { self.weights.fetch() };
+        match got {
+            Ok((read_bytes, digest)) => {
+                self.is_ready = true;
+                self.member.ready(digest);
+                self.say(Said::Ready { read_bytes });
+            }
+            Err(error) => {
+                self.attempts += 1;
+                self.say(Said::Refused { doing: error.to_string(), attempts: self.attempts });
+                // Whoever has them may have to say so first.
+                sleep(FETCH_PAUSE);
+            }
+        }
     }
 
     /// Passes on what the keeper has seen and done.
@@ -321,6 +360,20 @@ impl<W: Write> Worker<W> {
                 _ => continue,
             };
             self.mouth.say_at(event.at_ns, said);
+        }
+    }
+
+    /// Says how late this process has been at worst, whenever that is news and more than a part of what peers bear.
+    fn tell_lateness(&mut self) {
+        let worth_ns = u64::from(self.member.session().config().detect_ms) * 1_000_000 / LATE_PER_DETECT;
+        let Lateness { silent_ns, unattended_ns } = self.member.take_lateness();
+        let is_news = silent_ns > self.told.silent_ns.saturating_add(worth_ns)
+            || unattended_ns > self.told.unattended_ns.saturating_add(worth_ns);
+        if is_news {
+            self.told.silent_ns = self.told.silent_ns.max(silent_ns);
+            self.told.unattended_ns = self.told.unattended_ns.max(unattended_ns);
+            let Lateness { silent_ns, unattended_ns } = self.told;
+            self.say(Said::Late { silent_ns, unattended_ns });
         }
     }
 
@@ -372,6 +425,7 @@ impl<W: Write> Worker<W> {
     /// Takes everything down, and says what is left.
     fn end(mut self, ending: Result<Ending, Error>) -> WorkerEnd {
         self.tell_events();
+        self.tell_lateness();
         let told = match ending {
             Ok(Ending::Told) => true,
             Ok(Ending::Stopped(stop)) => {
@@ -394,9 +448,10 @@ impl<W: Write> Worker<W> {
             sleep(QUIET);
             unrung = self.member.device().check_unrung();
         }
-        let Self { app, member, hca, mut mouth, mut commands, .. } = self;
+        let Self { weights, app, member, hca, mut mouth, mut commands, .. } = self;
         let device = Arc::clone(member.device());
         let at_ns = member.pool().now_ns();
+        drop(weights);
         drop(app);
         drop(member);
         drop(hca);
@@ -461,11 +516,41 @@ fn try_join(role: &Role, config: &ValidConfig) -> Result<Joined, Error> {
         rank: Rank(role.rank),
         initial: RankSet::first(role.shape.ranks),
         takeover: role.takeover,
-        node: MemberOptions { fabric, devices, ..MemberOptions::default() },
+        flap_window: Some(Duration::from_millis(config.detect_ms.into()) * FLAP_WINDOW_DETECTS),
+        node: MemberOptions { fabric, devices, mtu: PATH_MTU, ..MemberOptions::default() },
     };
     let member = ElasticMember::join(config, &store, &options)?;
     let (draws, style) = (Draws::new(role.draw, 4), Some(role.way.style()));
     let app = App::new(member.session(), draws, style, Sets::ONE)?;
     let tables = Tables::constant(config)?;
-    Ok(Joined { app, tables, member, hca: hca.get().cloned() })
+    let weights = claim_weights(role, config, &store, &member, hca.get())?;
+    Ok(Joined { weights, app, tables, member, hca: hca.get().cloned() })
+}
+
+/// Claims the second name of a rank, that of its weights. The first one stays claimed meanwhile.
+fn claim_weights(
+    role: &Role,
+    config: &ValidConfig,
+    store: &Blocking,
+    member: &ElasticMember,
+    hca: Option<&Arc<FaultHca<EmulatedHca>>>,
+) -> Result<Weights, Error> {
+    let hca = hca.map_or_else(|| Arc::clone(member.device()) as Arc<dyn Hca>, |hca| Arc::clone(hca) as _);
+    let whose = Whose {
+        group: &role.shape.group,
+        rank: Rank(role.rank),
+        num_ranks: role.shape.ranks,
+        instance: member.instance(),
+        lease_ttl: Duration::from_millis(config.lease_ttl_ms().into()),
+        grace: Duration::from_millis(config.store_grace_ms.into()),
+        seed: role.shape.seed,
+        num_experts: role.shape.experts,
+    };
+    let patience = Deadline::after(CLAIM_PATIENCE);
+    loop {
+        match Weights::new(&whose, store, &hca) {
+            Err(Error::Store(error)) if is_passing(&error) && !patience.has_passed() => sleep(CLAIM_PAUSE),
+            other => return other,
+        }
+    }
 }

@@ -19,8 +19,10 @@ use rustix::process::Signal;
 use super::supervisor::{Birth, Supervisor};
 use crate::cli::launch::LaunchError;
 
-/// What `detect_ms` is where the lengths of faults are drawn: they stretch with it.
-const DETECT_MS_OF_PLANS: u64 = 20;
+/// What `detect_ms` is where the lengths of faults are drawn: they stretch with it, up to one and a half times of it.
+const DETECT_MS_OF_PLANS: u64 = 40;
+/// One replacement in so many has to wait until the lease of its predecessor has run out.
+const WAITS_FOR_LEASE: u64 = 8;
 /// How long a rank may take to reach the moment at which it is to end.
 const MOMENT_NS_MAX: u64 = 3_000_000_000;
 /// Longest way of a replacement that is quick.
@@ -89,7 +91,9 @@ pub(super) struct Injector {
 /// Why a kind cannot be carried out on processes; none if it can.
 pub(super) fn why_not(kind: FaultKind, between: Between, has_own_store: bool) -> Option<&'static str> {
     match kind {
-        FaultKind::PartialMessage => Some("no process can be told to end within a message: --fabric sim can"),
+        FaultKind::PartialMessage if between == Between::Shm => Some(
+            "peers pull a message from its sender's memory, which outlives it until they have: --fabric udp",
+        ),
         kind if kind.needs_packets() && between == Between::Shm => Some("it needs packets: --fabric udp"),
         FaultKind::StoreOutage | FaultKind::StoreAndRank if !has_own_store => {
             Some("a store that was given with --store is not ours to kill")
@@ -112,7 +116,7 @@ impl Injector {
     pub(super) fn turn(&mut self, group: &mut Supervisor<'_>, now_ns: u64) -> Result<(), LaunchError> {
         self.end_lasting(group, now_ns)?;
         self.throttle(group, now_ns);
-        self.begin(group);
+        self.begin(group, now_ns);
         for (fault, victim, next) in core::mem::take(&mut self.present) {
             if let Some((victim, next)) = self.go_on(group, now_ns, &fault, victim, next)? {
                 self.present.push((fault, victim, next));
@@ -122,7 +126,7 @@ impl Injector {
     }
 
     /// Takes the next fault up if its step has come and the group can bear it.
-    fn begin(&mut self, group: &Supervisor<'_>) {
+    fn begin(&mut self, group: &mut Supervisor<'_>, now_ns: u64) {
         let Some(fault) = self.waiting.last().copied() else { return };
         if group.observer.step() < fault.at_step || !group.is_whole() {
             return;
@@ -130,6 +134,9 @@ impl Injector {
         let harmless = fault.kind.licence() == Licence::Nothing;
         let is_alone = !self.lasting.iter().any(|(_, kind, _)| *kind == fault.kind) && self.lasting.len() < 2;
         let is_free = self.present.is_empty() && self.lasting.is_empty() && group.observer.ledger.is_whole();
+        if is_free {
+            group.observer.is_whole_again(now_ns);
+        }
         if if harmless { is_alone } else { is_free } {
             self.waiting.pop();
             self.present.push((fault, Rank(fault.rank), Next::Start));
@@ -202,8 +209,7 @@ impl Injector {
         fault: &Fault,
         victim: Rank,
     ) -> Result<Option<(Rank, Next)>, LaunchError> {
-        group.observer.report.count_fault(fault.kind);
-        group.observer.note(now_ns, Some(victim), Happened::Fault(format!("{} {victim}", fault.kind)));
+        group.observer.struck(now_ns, victim, fault.kind);
         let stretch = u64::from(group.shape.detect_ms) / DETECT_MS_OF_PLANS;
         let until = now_ns + fault.lasts_us * 1_000 * stretch.max(1);
         match fault.kind {
@@ -256,11 +262,15 @@ impl Injector {
         fault: &Fault,
         victim: Rank,
     ) -> Option<(Rank, Next)> {
-        if let Some(moment) = moment_of(fault.kind) {
+        let after_us = self.draws.below(1_500);
+        let order = match fault.kind {
+            FaultKind::PartialMessage => Some(Order::DieWithinMessage),
+            kind => moment_of(kind).map(|moment| Order::DieIn { moment, after_us }),
+        };
+        if let Some(order) = order {
             let process = group.newest(victim)?.id;
             group.observer.died(now_ns, victim);
-            let after_us = self.draws.below(1_500);
-            tell(group, victim, &Order::DieIn { moment, after_us });
+            tell(group, victim, &order);
             return Some((victim, Next::Death { process, told_ns: now_ns }));
         }
         self.kill(group, now_ns, fault, victim);
@@ -306,7 +316,7 @@ impl Injector {
         group.observer.died_at(now_ns, victim);
         let is_quick = matches!(fault.kind, FaultKind::QuickRejoin | FaultKind::Flapping);
         let wait = if is_quick { self.draws.between(1_000, QUICK_NS) } else { fault.lasts_us * 1_000 };
-        let takes_over = is_quick || !self.draws.one_in(4);
+        let takes_over = is_quick || !self.draws.one_in(WAITS_FOR_LEASE);
         if !group.births.iter().any(|birth| birth.rank == victim) {
             group.births.push(Birth { rank: victim, at_ns: now_ns + wait, takes_over });
         }
@@ -511,7 +521,7 @@ fn stop(group: &mut Supervisor<'_>, now_ns: u64, rank: Rank) -> Option<u64> {
     process.signal(Signal::STOP);
     process.is_stopped = true;
     let id = process.id;
-    group.observer.note(now_ns, Some(rank), Happened::Frozen(true));
+    group.observer.stopped(now_ns, rank, true);
     Some(id)
 }
 
@@ -521,7 +531,7 @@ fn go_on(group: &mut Supervisor<'_>, now_ns: u64, id: u64) {
     process.signal(Signal::CONT);
     process.is_stopped = false;
     let rank = process.rank();
-    group.observer.note(now_ns, Some(rank), Happened::Frozen(false));
+    group.observer.stopped(now_ns, rank, false);
 }
 
 /// Whether the group keeps its quorum without a rank: more than half, or half with the lowest.

@@ -7,6 +7,7 @@
 //!  procs        flags, what this machine cannot do, what is left behind
 //!  supervisor   the group: who runs, who is to come, when it is over
 //!  inject       faults on processes          process    ranks, the store, the view in it
+//!  pace         how long ranks may be silent on this machine
 //! ```
 
 use std::path::PathBuf;
@@ -26,6 +27,7 @@ use super::{CliError, Outcome, claim_output, write_output};
 
 mod inject;
 mod leaks;
+mod pace;
 mod process;
 mod procs;
 mod supervisor;

@@ -7,14 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ibex::chaos::plan::{Ask, CLEAN_STEPS, Plan};
-use ibex::chaos::procs::{Between, Observer, Shape, Worker, WorkerEnd};
+use ibex::chaos::procs::{Between, FaultEntry, Observer, Shape, Worker, WorkerEnd};
+use ibex::chaos::report::ReportJson;
 use ibex::chaos::{ALL_KINDS, FaultKind, html};
 use ibex::error::{ConfigError, Limit, OsError};
 use ibex::time::unix_ns;
+use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::inject::why_not;
 use super::leaks::{Present, inhabitants, numbers};
+use super::pace::Pace;
 use super::process::StoreProcess;
 use super::supervisor::{Ground, run as supervise};
 use super::{Args, FLAWS_SHOWN, Fabric, Hosts, STEPS_MAX};
@@ -41,7 +44,7 @@ pub(super) struct Flags {
     /// Experts [default: 32].
     #[arg(long)]
     experts: Option<u32>,
-    /// How long a peer may be silent [default: 1000: a busy machine is no dead peer].
+    /// How long a peer may be silent [default: 250 for each rank that shares a core, more where threads wait for one].
     #[arg(long)]
     detect_ms: Option<u32>,
     /// How long a live peer may take [default: 5x --detect-ms].
@@ -76,10 +79,6 @@ impl Flags {
             None => Ok(()),
         }
     }
-
-    fn detect_ms(&self) -> u32 {
-        self.detect_ms.unwrap_or(1_000)
-    }
 }
 
 /// Runs one rank of a campaign: what its supervisor starts.
@@ -101,7 +100,8 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     let hidden = args.hidden.unwrap_or(HIDDEN);
     let ask = Ask { ranks: Some(ranks), steps, kinds, tokens: args.tokens, hidden };
     let plan = Plan::draw(args.seed, &ask);
-    let mut shape = shape(args, between, plan.ranks)?;
+    let pace = Pace::measure(plan.ranks);
+    let mut shape = shape(args, between, plan.ranks, pace)?;
     shape.config()?;
     claim_output(args.json.as_deref())?;
     claim_output(args.report.as_deref())?;
@@ -120,7 +120,8 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     };
     shape.store =
         store.as_ref().map_or_else(|| args.procs.store.clone().unwrap_or_default(), StoreProcess::url);
-    say_how(&shape, &plan);
+    say_how(&shape, &plan, pace);
+    let told = Told { pace, detect_ms: shape.detect_ms, stall_ms: shape.stall_ms };
     // CAST: at most STEPS_MAX.
     let mut progress = Progress::new("step", steps as u32);
     let mut observer = supervise(Ground {
@@ -133,7 +134,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     })?;
     drop(namespaces);
     look_for_leaks(&mut observer, &before, &homes);
-    let outcome = tell(args, &observer)?;
+    let outcome = tell(args, &observer, told)?;
     Ok(if is_interrupted.load(Ordering::Relaxed) { Outcome::Ended(130) } else { outcome })
 }
 
@@ -179,8 +180,8 @@ fn kinds(args: &Args, between: Between) -> Result<Vec<FaultKind>, CliError> {
     Ok(kinds)
 }
 
-fn shape(args: &Args, between: Between, ranks: u32) -> Result<Shape, CliError> {
-    let detect_ms = args.procs.detect_ms();
+fn shape(args: &Args, between: Between, ranks: u32, pace: Pace) -> Result<Shape, CliError> {
+    let detect_ms = args.procs.detect_ms.unwrap_or_else(|| pace.detect_ms());
     Ok(Shape {
         seed: args.seed,
         ranks,
@@ -198,12 +199,43 @@ fn shape(args: &Args, between: Between, ranks: u32) -> Result<Shape, CliError> {
     })
 }
 
-fn say_how(shape: &Shape, plan: &Plan) {
+fn say_how(shape: &Shape, plan: &Plan, pace: Pace) {
     let (faults, ranks) = (plan.faults.len(), shape.ranks);
     println!(
         "seed {}: {ranks} processes, {faults} faults, detect {} ms, stall {} ms, store {}",
         plan.seed, shape.detect_ms, shape.stall_ms, shape.store
     );
+    let Pace { cores, ranks_per_core, delay } = pace;
+    println!(
+        "{cores} cores: {ranks_per_core} ranks share one; beside {ranks} busy threads one waits up to {:.1} ms for it",
+        delay.as_secs_f64() * 1e3
+    );
+}
+
+/// What a report says of the machine, and of the limits chosen for it.
+#[derive(Clone, Copy)]
+struct Told {
+    pace: Pace,
+    detect_ms: u32,
+    stall_ms: u32,
+}
+
+/// The report of a campaign between processes: that of any campaign, and how it came about.
+#[derive(Serialize)]
+struct Json<'a> {
+    #[serde(flatten)]
+    report: ReportJson,
+    detect_ms: u32,
+    stall_ms: u32,
+    cores: u32,
+    /// The longest that a thread waited for a core before the campaign began.
+    sched_delay_ms: f64,
+    /// The longest that any rank was silent by its own clock, those aside that were stopped on purpose.
+    longest_silence_ms: f64,
+    /// Bytes of expert weights that replacements have read from survivors before they were ready.
+    weights_bytes: u64,
+    /// Every fault: when, what, to whom, and how long until the group was whole again.
+    fault_log: &'a [FaultEntry],
 }
 
 fn interruption() -> Result<Arc<AtomicBool>, CliError> {
@@ -224,14 +256,27 @@ fn look_for_leaks(observer: &mut Observer, before: &Present, homes: &[u64]) {
     }
 }
 
-fn tell(args: &Args, observer: &Observer) -> Result<Outcome, CliError> {
+fn tell(args: &Args, observer: &Observer, told: Told) -> Result<Outcome, CliError> {
     super::print("the clock", &observer.report);
     let reasons: Vec<String> =
         observer.reasons.iter().map(|(why, count)| format!("{why:?} {count}")).collect();
     println!("deaths were seen first by: {}", reasons.join(", ").to_lowercase());
     observer.flaws.iter().take(FLAWS_SHOWN).for_each(|flaw| println!("  {flaw}"));
     let json = observer.report.to_json();
+    // CAST: durations far below 2^53 ns.
+    let longest_silence_ms = observer.longest_silence_ns() as f64 / 1e6;
+    println!("a rank was silent for {longest_silence_ms:.0} ms at most, stops on purpose aside");
     if let Some(path) = &args.json {
+        let json = Json {
+            report: json.clone(),
+            detect_ms: told.detect_ms,
+            stall_ms: told.stall_ms,
+            cores: told.pace.cores,
+            sched_delay_ms: told.pace.delay.as_secs_f64() * 1e3,
+            longest_silence_ms,
+            weights_bytes: observer.weights_bytes,
+            fault_log: observer.fault_log(),
+        };
         let text = serde_json::to_string_pretty(&json).expect("plain data");
         write_output(path, &(text + "\n"))?;
     }

@@ -24,6 +24,9 @@ use crate::cli::launch::{LaunchError, Namespaces};
 const TURN: Duration = Duration::from_millis(1);
 /// A group that finishes no step, and changes nothing, for so long hangs.
 const PATIENCE_NS: u64 = 120_000_000_000;
+/// A group is whole again this long after a fault, and so many `detect_ms`: the longest fault, the lease, a rank that
+/// is held down, and then some.
+const WHOLE_WITHIN: (u64, u64) = (60_000_000_000, 60);
 /// Steps that everybody may be ahead of the last one heard of.
 const AHEAD: u64 = 24;
 /// Processes that may end without a reason before the campaign is given up.
@@ -82,6 +85,8 @@ pub(super) struct Supervisor<'a> {
     steps_wanted: u64,
     retry_ns: u64,
     moved_ns: u64,
+    /// When the group was whole for the last time.
+    whole_ns: u64,
     crashes: u32,
 }
 
@@ -109,6 +114,7 @@ pub(super) fn run(ground: Ground<'_>) -> Result<Observer, CliError> {
         steps_wanted: ground.plan.steps,
         retry_ns: config.rc_timers().timeout_ns(),
         moved_ns: now_ns,
+        whole_ns: now_ns,
         crashes: 0,
         shape: ground.shape,
     };
@@ -169,7 +175,7 @@ impl Supervisor<'_> {
     /// A path is whole again. Unless somebody is evicted for it, the pair counts as whole once every retry of that
     /// time has been answered, and silence would have been noticed.
     pub(super) fn heal_if_unharmed(&mut self, now_ns: u64, a: Rank, b: Rank) {
-        let notice_ns = 2 * self.retry_ns + 2_000_000 * u64::from(self.shape.detect_ms);
+        let notice_ns = self.retry_ns + 1_500_000 * u64::from(self.shape.detect_ms);
         self.healing.push((a, b, now_ns + notice_ns));
     }
 
@@ -188,12 +194,28 @@ impl Supervisor<'_> {
         injector.turn(self, now_ns)?;
         self.start_processes(now_ns)?;
         self.note_baselines();
-        if now_ns.saturating_sub(self.moved_ns) > PATIENCE_NS || self.crashes > CRASHES_MAX {
-            let text = format!("not at rest: {}; {injector}", self.describe());
+        if let Some(why) = self.given_up(now_ns) {
+            let text = format!("{why}: {}; {}; {injector}", self.describe(), self.observer.describe());
             self.observer.hang(now_ns, text);
             return Ok(true);
         }
         Ok(self.is_over(now_ns, injector.is_done()))
+    }
+
+    /// Why the campaign makes no sense any more; none while it does.
+    fn given_up(&mut self, now_ns: u64) -> Option<&'static str> {
+        let (pause_ns, detects) = WHOLE_WITHIN;
+        let whole_within_ns = pause_ns + detects * u64::from(self.shape.detect_ms) * 1_000_000;
+        if self.is_whole() || self.stage == Stage::Ending {
+            self.whole_ns = now_ns;
+        }
+        if now_ns.saturating_sub(self.moved_ns) > PATIENCE_NS {
+            return Some("nothing moves any more");
+        }
+        if now_ns.saturating_sub(self.whole_ns) > whole_within_ns {
+            return Some("the group does not become whole again");
+        }
+        (self.crashes > CRASHES_MAX).then_some("too many processes have ended by themselves")
     }
 
     fn hear(&mut self, heard: Heard) {

@@ -177,6 +177,27 @@ impl Fabric {
         }
     }
 
+    /// Ends this process's end of a udp fabric within a message, as a process ends that is killed there: the first
+    /// packet of the next message that has several is the last that leaves the port.
+    ///
+    /// # Errors
+    /// [`HcaError::Unreachable`] where no packets leave a socket.
+    pub fn end_within_message(&self) -> Result<(), HcaError> {
+        match &self.medium {
+            Medium::Udp(endpoint) => {
+                endpoint.end_within_message();
+                Ok(())
+            }
+            _ => Err(HcaError::Unreachable { reason: "a fabric without packets has no parts of messages" }),
+        }
+    }
+
+    /// Whether [`Fabric::end_within_message`] has come to that message.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        matches!(&self.medium, Medium::Udp(endpoint) if endpoint.has_ended())
+    }
+
     /// Where the socket of a udp fabric is bound, and what the kernel does for it.
     #[must_use]
     pub fn socket(&self) -> Option<(SocketAddr, Offloads)> {

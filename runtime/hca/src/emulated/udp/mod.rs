@@ -20,11 +20,13 @@ mod socket;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use ibex_abi::types::{Lid, PathMtu};
 use ibex_roce::Mtu;
-use ibex_roce::wire::{Flow, Frame, HiddenId, ICRC_LEN, Ips, Link, ROCE_PORT, WireError};
+use ibex_roce::wire::{
+    Class, Flow, Frame, HiddenId, ICRC_LEN, Ips, Link, Opcode, Part, ROCE_PORT, WireError,
+};
 use parking_lot::{Mutex, RwLock};
 
 use super::capture::Origin;
@@ -81,7 +83,16 @@ pub(super) struct Endpoint {
     /// A plan that the device is to follow from its next step on.
     next_plan: Mutex<Option<FaultPlan>>,
     has_next_plan: AtomicBool,
+    /// One of [`SENDING`], [`ENDING`], [`ENDED`].
+    life: AtomicU8,
 }
+
+/// The port sends what its device wants.
+const SENDING: u8 = 0;
+/// It ends with the next packet that begins a message and does not end it.
+const ENDING: u8 = 1;
+/// It has; nothing leaves it any more.
+const ENDED: u8 = 2;
 
 impl Endpoint {
     pub(super) fn new(config: UdpConfig) -> Result<Arc<Self>, HcaError> {
@@ -96,6 +107,7 @@ impl Endpoint {
             fault_counts: Mutex::default(),
             next_plan: Mutex::default(),
             has_next_plan: AtomicBool::new(false),
+            life: AtomicU8::new(SENDING),
         }))
     }
 
@@ -105,6 +117,30 @@ impl Endpoint {
         *self.next_plan.lock() = Some(plan);
         self.has_next_plan.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Nothing leaves the port from the first part of the next message on that has several.
+    pub(super) fn end_within_message(&self) {
+        let _ = self.life.compare_exchange(SENDING, ENDING, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Whether it has ended so.
+    pub(super) fn has_ended(&self) -> bool {
+        self.life.load(Ordering::Acquire) == ENDED
+    }
+
+    /// Whether a packet may leave; the one within whose message the port is to end is the last that may.
+    fn lets_out(&self, packet: &[u8]) -> bool {
+        match self.life.load(Ordering::Relaxed) {
+            SENDING => true,
+            ENDING => {
+                if is_first_of_several(packet) {
+                    self.life.store(ENDED, Ordering::Release);
+                }
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Where the socket is bound.
@@ -315,6 +351,13 @@ fn flow_from(from: SocketAddr, to: SocketAddr) -> Option<Flow> {
     Some(Flow { dst_port: to.port(), ..flow })
 }
 
+/// Whether a packet begins a message of the requester's and another one is to end it.
+fn is_first_of_several(packet: &[u8]) -> bool {
+    let opcode = packet.first().and_then(|byte| Opcode::from_byte(*byte));
+    opcode
+        .is_some_and(|opcode| matches!(opcode.class(), Class::Write(Part::First) | Class::Send(Part::First)))
+}
+
 /// Writes a frame around a UDP payload; Ethernet addresses stand for the ports, no kernel shows the real ones.
 fn put_frame(frame: &mut Vec<u8>, flow: &Flow, payload: &[u8]) {
     let link = Link { src: mac_of(flow.src_port).0, dst: mac_of(flow.dst_port).0 };
@@ -344,6 +387,15 @@ impl Carrier for UdpCarrier {
         let Some((_, peer, flow)) = &self.latest else { return };
         if !self.port.passes(&peer.port) {
             return;
+        }
+        if self.endpoint.life.load(Ordering::Relaxed) != SENDING {
+            let packet = match &mut self.exit {
+                Some(exit) => &exit.room[..len],
+                None => self.outbox.room(len).map_or(&[][..], |room| &*room),
+            };
+            if !self.endpoint.lets_out(packet) {
+                return;
+            }
         }
         if let Some(exit) = &mut self.exit {
             let packet = &mut exit.room[..len];
