@@ -80,6 +80,18 @@ fn killed_processes_are_missed_at_once_and_replaced() {
     let report = good("kill", &flags);
     assert!(report["kills"].as_u64() >= Some(8), "{report}");
     assert_eq!(report["detected_ms"]["count"], report["agree_ms"]["count"]);
+    // Every replacement has read the weights of all experts from a survivor: 32 of 4 KiB.
+    let rejoins = report["rejoins"].as_u64().unwrap();
+    assert!(report["weights_bytes"].as_u64().unwrap() >= rejoins * 32 * 4096, "{report}");
+}
+
+#[test]
+fn processes_that_end_within_a_message() {
+    let flags = ["--fabric", "udp", "--ranks", "3", "--steps", "20", "--faults", "partial_message"];
+    let report = good("partial", &flags);
+    let faults = report["fault_log"].as_array().unwrap();
+    assert_eq!(faults.len(), 2, "{report}");
+    assert!(faults.iter().all(|fault| fault["at_moment"] == true), "{report}");
 }
 
 #[test]

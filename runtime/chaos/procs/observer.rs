@@ -37,6 +37,8 @@ pub struct FaultEntry {
     pub kind: FaultKind,
     /// To whom first.
     pub rank: u16,
+    /// Whether a victim has ended by itself, in the moment it was told.
+    pub at_moment: bool,
     /// How long until the group was whole again, as far as that was seen before the next fault.
     pub took_ms: Option<u64>,
 }
@@ -149,7 +151,7 @@ impl Observer {
         self.report.count_fault(kind);
         self.note(now_ns, Some(rank), Happened::Fault(format!("{kind} {rank}")));
         let at_ms = now_ns.saturating_sub(self.origin_ns) / 1_000_000;
-        self.faults.push(FaultEntry { at_ms, kind, rank: rank.0, took_ms: None });
+        self.faults.push(FaultEntry { at_ms, kind, rank: rank.0, at_moment: false, took_ms: None });
     }
 
     /// The group is whole, and nothing of any fault is left.
@@ -349,6 +351,9 @@ impl Observer {
             Said::Dies => {
                 self.died_at(at_ns, rank);
                 self.note(at_ns, Some(rank), Happened::Died);
+                if let Some(fault) = self.faults.last_mut().filter(|fault| fault.rank == rank.0) {
+                    fault.at_moment = true;
+                }
             }
             Said::Stopped { is_fenced, why } => {
                 self.note(at_ns, Some(rank), Happened::Stopped(why.clone()));

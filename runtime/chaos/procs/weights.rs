@@ -372,7 +372,9 @@ mod tests {
             let (stepped, over) = (devices.clone(), Arc::clone(&is_over));
             let step = move || {
                 while !over.load(Ordering::Relaxed) {
-                    stepped.iter().for_each(|device| drop(device.step(Nanos(now_ns()))));
+                    stepped.iter().for_each(|device| {
+                        let _ = device.step(Nanos(now_ns()));
+                    });
                     sleep(Duration::from_micros(50));
                 }
             };

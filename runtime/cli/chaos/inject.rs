@@ -24,7 +24,7 @@ const DETECT_MS_OF_PLANS: u64 = 40;
 /// One replacement in so many has to wait until the lease of its predecessor has run out.
 const WAITS_FOR_LEASE: u64 = 8;
 /// How long a rank may take to reach the moment at which it is to end.
-const MOMENT_NS_MAX: u64 = 3_000_000_000;
+const MOMENT_NS_MAX: u64 = 20_000_000_000;
 /// Longest way of a replacement that is quick.
 const QUICK_NS: u64 = 10_000_000;
 /// How often a flapping rank dies.

@@ -262,6 +262,29 @@ fn one_plan_means_the_same_between_sockets_and_in_a_simulated_switch() {
     }
 }
 
+/// As a process does that is killed there: the far end has the first part of a message and never the rest.
+#[test]
+fn a_port_can_end_within_a_message() {
+    let devices = [0, 1].map(|node| port(UdpConfig { node, ..config() }));
+    introduce(&devices);
+    let mut pair = Pair::of(devices, 8);
+    pair.post(0, 1);
+    pair.finish(0);
+    pair.devices[0].fabric().end_within_message().unwrap();
+    assert!(!pair.devices[0].fabric().has_ended(), "no message has begun");
+    pair.post(0, 2);
+    pair.pass_until(pair.now + 1000 * MILLI);
+    assert!(pair.devices[0].fabric().has_ended());
+    let far = pair.ends[1].get(8192, 7168);
+    assert!(far[..1024] == [2; 1024] && far[1024..] == [1; 6144], "a packet of seven has arrived");
+    assert_eq!(pair.ends[0].qp.poll().unwrap().syndrome(), Some(Syndrome::TRANSPORT_RETRY_EXC));
+    pair.post(1, 3);
+    pair.pass_until(pair.now + 1000 * MILLI);
+    assert_eq!(pair.ends[1].qp.poll().unwrap().syndrome(), Some(Syndrome::TRANSPORT_RETRY_EXC), "no answer");
+    let refused = Fabric::inproc(FabricConfig::default()).end_within_message();
+    assert!(matches!(refused, Err(HcaError::Unreachable { .. })));
+}
+
 #[test]
 fn a_path_that_is_cut_gets_every_packet_of_every_try() {
     let mut pair = Pair::under(FaultRule::always(Fault::Partition), 8);
