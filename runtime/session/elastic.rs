@@ -94,8 +94,8 @@ pub struct ElasticMember {
     publisher: Arc<Publisher>,
 }
 
-/// By rank, the port that its newest known incarnation has on this rank's end of the fabric.
-type Ports = Arc<Mutex<BTreeMap<Rank, PortId>>>;
+/// By rank, the ports that its incarnations have had on this rank's end of the fabric, that of the newest last.
+type Ports = Arc<Mutex<BTreeMap<Rank, Vec<PortId>>>>;
 
 impl ElasticMember {
     /// Claims the rank's name and starts to join; returns before anybody has answered.
@@ -191,7 +191,7 @@ impl ElasticMember {
     /// The port of a peer's newest known incarnation, as this rank's end of the fabric numbers it.
     #[must_use]
     pub fn port_of(&self, peer: Rank) -> Option<PortId> {
-        self.ports.lock().get(&peer).copied()
+        self.ports.lock().get(&peer).and_then(|ports| ports.last().copied())
     }
 
     /// Which process this is, to the group.
@@ -393,22 +393,20 @@ impl Introducer {
         Ok(())
     }
 
-    /// A replacement may sit behind the socket of the process that it replaces: the port is known then, and numbers
-    /// of queue pairs and packets tell the two apart.
+    /// A replacement may sit behind the socket of the process that it replaces, or of an earlier one: the port is
+    /// known then, and numbers of queue pairs and packets tell them apart.
     fn admit(&self, from: Rank, advert: &[u8]) -> Result<(), HcaError> {
         let mut ports = self.ports.lock();
-        match self.fabric.admit(advert) {
-            Ok(port) => {
-                ports.insert(from, port);
-                Ok(())
+        let known = ports.entry(from).or_default();
+        let port = match self.fabric.admit(advert) {
+            Err(HcaError::Advert(AdvertError::AddressTaken { port })) if known.contains(&PortId(port)) => {
+                PortId(port)
             }
-            Err(HcaError::Advert(AdvertError::AddressTaken { port }))
-                if ports.get(&from) == Some(&PortId(port)) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
+            admitted => admitted?,
+        };
+        known.retain(|other| *other != port);
+        known.push(port);
+        Ok(())
     }
 }
 

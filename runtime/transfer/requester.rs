@@ -505,7 +505,10 @@ impl Requester {
         let (instance, address, qpn) = endpoint(snapshot, self.options.slot)?;
         // A port that nobody has introduced yet costs no queue pair, whose number the peer was told: the next look may
         // find it.
-        self.hca.resolve(&address)?;
+        if let Err(error) = self.hca.resolve(&address) {
+            count(&self.counters.link_failures, 1);
+            return Err(error.into());
+        }
         let mut seat = self.seat(slot).lock();
         if seat.is_linked() {
             return Err(unreachable_peer(snapshot, "a rank of its own"));

@@ -13,7 +13,7 @@ use std::thread;
 use ibex_abi::cqe::Syndrome;
 use ibex_abi::prm::Status;
 use ibex_abi::types::PathMtu;
-use ibex_hca::emulated::{EmulatedHca, PathState};
+use ibex_hca::emulated::{EmulatedHca, PathState, PortId};
 use ibex_hca::fault::{Effect, Fault, FaultHca};
 use ibex_hca::{Hca, Nanos};
 use ibex_metadata::blocking::Blocking;
@@ -105,6 +105,8 @@ pub struct Worker<W> {
     /// How late this process was at worst, as far as it has said so.
     told: Lateness,
     dies_in: Option<(Moment, Duration)>,
+    /// By peer, the ports to which nothing passes.
+    cuts: BTreeMap<u16, Vec<PortId>>,
     finish: Option<u64>,
     is_ready: bool,
     /// To get the weights of its experts.
@@ -178,6 +180,7 @@ impl<W: Write> Worker<W> {
             baseline: None,
             told: Lateness::default(),
             dies_in: None,
+            cuts: BTreeMap::new(),
             finish: None,
             is_ready: false,
             attempts: 0,
@@ -262,13 +265,7 @@ impl<W: Write> Worker<W> {
 
     fn carry_out(&mut self, order: Order) -> Result<(), Error> {
         match order {
-            Order::Cut { peer, is_cut } => {
-                let state = if is_cut { PathState::Cut } else { PathState::Up };
-                let port = self.member.device().port_id();
-                if let Some(to) = self.member.port_of(Rank(peer)) {
-                    self.member.fabric().set_path(port, to, state);
-                }
-            }
+            Order::Cut { peer, is_cut } => self.cut(peer, is_cut),
             Order::Packets(plan) => self.member.fabric().set_fault_plan(plan)?,
             Order::FailQueue { peer, syndrome, draw } => {
                 let qpns = self.member.session().queue_pairs(Rank(peer));
@@ -296,6 +293,20 @@ impl<W: Write> Worker<W> {
             Order::Be(_) | Order::End => {}
         }
         Ok(())
+    }
+
+    /// Cuts the path to whoever is `peer` now, or heals whatever was cut: another process may be that peer by then, and
+    /// a later one may come back to the port of the one that was cut off.
+    fn cut(&mut self, peer: u16, is_cut: bool) {
+        let own = self.member.device().port_id();
+        if is_cut && let Some(to) = self.member.port_of(Rank(peer)) {
+            self.member.fabric().set_path(own, to, PathState::Cut);
+            self.cuts.entry(peer).or_default().push(to);
+        } else if !is_cut {
+            for to in self.cuts.remove(&peer).unwrap_or_default() {
+                self.member.fabric().set_path(own, to, PathState::Up);
+            }
+        }
     }
 
     /// Ends as kill -9 does, if this is the moment.
