@@ -4,6 +4,7 @@
 //! steps, never while kernels run.
 
 mod baseline;
+pub mod detection;
 pub mod fuzz;
 mod parallel;
 pub mod post;

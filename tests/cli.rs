@@ -433,6 +433,57 @@ fn stores_are_measured_beside_what_the_same_bytes_cost() {
 }
 
 #[test]
+fn a_replaced_rank_is_measured_in_all_that_it_costs() {
+    let file = scratch("rejoin.json");
+    let json = file.to_str().unwrap();
+    let flags = ["--ranks", "3", "--qps-per-peer", "2", "--command-us", "1", "--iters", "2", "--json", json];
+    let output = ibex(&[&["bench", "rejoin"], &flags[..]].concat());
+    assert_eq!(exit_code(&output), 0, "{}{}", text(&output.stdout), text(&output.stderr));
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    assert_eq!((&report["wrong"], &report["command_us"]), (&0.into(), &1.into()));
+    let row = &report["rows"][0];
+    let times = ["agree_ms", "gate_ms", "pause_ms", "recreate_all_ms", "recreate_ms", "rejoin_ms"];
+    let counts =
+        ["control_bytes", "qps_created", "qps_created_all", "qps_destroyed", "qps_per_peer", "ranks"];
+    let mut expected = [times, counts].concat();
+    expected.sort_unstable();
+    assert_eq!(keys(row), expected);
+    for time in times {
+        let at = |share: &str| row[time][share].as_f64().unwrap();
+        assert!(at("p50") > 0.0 && at("p50") <= at("p99"), "{time}: {row}");
+    }
+    // Two that kernels drive, and one for signs of life; of one peer, and of two.
+    let qps = ["qps_created", "qps_destroyed", "qps_created_all"].map(|key| row[key].as_u64().unwrap());
+    assert_eq!(qps, [3, 3, 6]);
+    refused(&["bench", "rejoin", "--ranks", "1"], &["--ranks"]);
+}
+
+/// How long it takes is for a quiet machine to say; here each kind must be noticed for what it is.
+#[test]
+fn each_kind_of_loss_is_noticed_by_the_evidence_that_it_is_about() {
+    let file = scratch("detect.json");
+    let json = file.to_str().unwrap();
+    // A lease that a busy machine renews in time.
+    let output = ibex(&["bench", "detect", "--trials", "1", "--detect-ms", "3000", "--json", json]);
+    assert!(exit_code(&output) <= 1, "{}{}", text(&output.stdout), text(&output.stderr));
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let expected = ["evidence", "is_within", "limit_ms", "max_ms", "p50_ms", "p99_ms", "trials", "wrong"];
+    assert!(rows.iter().all(|row| keys(row) == expected && row["trials"] == 1), "{rows:?}");
+    let wrong = |row: &Value| (row["evidence"].as_str().unwrap().to_owned(), row["wrong"].as_u64().unwrap());
+    let found: Vec<_> = rows.iter().map(wrong).collect();
+    assert_eq!(found, ["deadline", "completion", "exit", "lease"].map(|kind| (kind.to_owned(), 0)));
+    assert_eq!(report["wrong"], 0);
+    // What runs out cannot do so sooner: kernels count from their first look, leases from their last renewal.
+    let least_ms = |row: usize| rows[row]["p50_ms"].as_f64().unwrap();
+    assert!(
+        least_ms(0) >= 900.0 && least_ms(3) >= report["lease_ttl_ms"].as_f64().unwrap() / 3.0,
+        "{rows:?}"
+    );
+    refused(&["bench", "detect", "--trials", "0"], &["--trials"]);
+}
+
+#[test]
 fn a_run_in_one_process_can_be_captured() {
     let file = scratch("one-process.pcapng");
     let path = file.to_str().unwrap().to_owned().leak();

@@ -18,6 +18,8 @@ use parking_lot::Mutex;
 
 #[path = "group/hub.rs"]
 mod hub;
+#[path = "group/replays.rs"]
+mod replays;
 #[path = "group/rig.rs"]
 mod rig;
 

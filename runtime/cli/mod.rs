@@ -45,6 +45,9 @@ enum Command {
     /// One rank of a campaign, as `chaos` starts it.
     #[command(name = "chaos-rank", hide = true)]
     ChaosRank,
+    /// One rank that `bench detect` ends.
+    #[command(name = "detect-rank", hide = true)]
+    DetectRank(bench::DetectRank),
     /// Start ranks as processes, here or in network namespaces.
     Launch(launch::Args),
     /// Serve records to other processes, or look into a store.
@@ -169,6 +172,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Bench(command) => bench::run(command),
         Command::Chaos(args) => chaos::run(&args),
         Command::ChaosRank => chaos::run_rank(),
+        Command::DetectRank(args) => bench::run_detect_rank(&args),
         Command::Launch(args) => launch::run(&args).map(Outcome::Ended),
         Command::Store(command) => store::run(&command),
         Command::Doctor(args) => doctor::run(&args),

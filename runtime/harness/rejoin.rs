@@ -4,7 +4,10 @@
 //! they share a few cores, so each one's calls are made by themselves and timed by themselves. Both ways of recreating
 //! are the same calls in the same order: fence, offer, connect, activate. What differs is for how many peers.
 //!
-//! Commands take the time that the case says, one after another on each host.
+//! Commands take the time that the case says, one after another on each host. Everybody is told at once here what to
+//! do; what agreeing on that takes is measured apart, by an [`AgreementRig`].
+
+mod agreement;
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -17,13 +20,15 @@ use super::{Rig, StepPlan};
 use crate::config::{Config, RoutePolicy, WireDtype};
 use crate::error::{Error, Stale};
 use crate::ids::Rank;
-use crate::membership::RankSet;
+use crate::membership::{MembershipConfig, RankSet};
 use crate::recovery::Offer;
 use crate::reference::inputs::RankInput;
 use crate::reference::rng::InputKey;
 use crate::reference::routing::Routing;
 use crate::session::{Session, Switch, WorldOptions};
 use crate::time::{Stopwatch, now_ns};
+
+pub use agreement::{Agreement, AgreementRig};
 
 /// One group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +56,8 @@ pub struct Rejoin {
     pub created: u64,
     /// See `created`.
     pub destroyed: u64,
+    /// Bytes of one rank's offer to another.
+    pub offer_bytes: usize,
 }
 
 /// What recreating all queue pairs of one rank took.
@@ -101,6 +108,12 @@ impl RejoinRig {
     pub fn control_bytes(&self) -> u64 {
         let session = &self.rig.ranks()[0].session;
         session.control_report().live_bytes + session.host_bytes()
+    }
+
+    /// The limits that members of this group would agree by.
+    #[must_use]
+    pub fn membership(&self) -> MembershipConfig {
+        MembershipConfig::new(self.rig.config(), RankSet::first(self.case.ranks))
     }
 
     /// One checked step of everybody; returns what was wrong or lost.
@@ -174,6 +187,7 @@ impl RejoinRig {
             let mut own = timed(|| survivor.fence(rank))?.1;
             let (theirs, took) = timed(|| joiner.offer(peer, None))?;
             rejoin.joiner += took;
+            rejoin.offer_bytes = theirs.to_bytes().len();
             let (ours, took) = timed(|| survivor.offer(rank, None))?;
             own += took + timed(|| survivor.connect(&theirs, &unknown))?.1;
             rejoin.joiner += timed(|| joiner.connect(&ours, &unknown))?.1;

@@ -239,6 +239,10 @@ impl Keeper {
             return Err(stop);
         }
         self.take_in(now_ns);
+        if self.is_serving() {
+            // Before the group agrees on it, which may be within this step.
+            self.give_up_lost(now_ns);
+        }
         self.look_at_records(now_ns);
         if now_ns >= self.next_look_ns {
             self.look(now_ns);
@@ -380,7 +384,7 @@ impl Keeper {
                 self.membership.handle_peer_suspicions(now_ns, peer, suspects);
             }
         }
-        self.give_up_lost();
+        self.give_up_lost(now_ns);
     }
 
     fn look_at_suspects(&mut self, now_ns: u64, suspected: RankSet) {
@@ -412,20 +416,24 @@ impl Keeper {
     ) {
         if self.membership.handle_suspicion(now_ns, peer, instance, evidence) {
             self.note(now_ns, Happening::Suspected { peer, evidence, fault });
-            self.give_up_lost();
+            self.give_up_lost(now_ns);
         }
     }
 
     /// Kernels stop waiting for whoever is lost for a reason that kernels cannot see: whose process has ended, or whose
     /// name is another's or nobody's. A member that is merely suspected goes on being told LOST in every step, until
     /// the group has agreed: were it not, it would stall, and healthy members with it.
-    fn give_up_lost(&mut self) {
+    fn give_up_lost(&mut self, now_ns: u64) {
         for (peer, _) in self.links.serving() {
-            let evidence = self.membership.evidence(peer);
-            let is_gone = matches!(evidence, Some(Evidence::Exit | Evidence::Lease | Evidence::Superseded));
+            let Some(evidence) = self.membership.evidence(peer) else { continue };
+            let is_gone = matches!(evidence, Evidence::Exit | Evidence::Lease | Evidence::Superseded);
             // What cannot be written is tried again with the next look.
             if is_gone && self.session.is_active(peer) && self.session.mask(peer).is_ok() {
                 self.links.stop_serving(peer);
+                // The store says so to membership itself; everything else has been told on its way there.
+                if evidence == Evidence::Lease {
+                    self.note(now_ns, Happening::Suspected { peer, evidence, fault: None });
+                }
             }
         }
     }

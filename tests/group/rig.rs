@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ibex::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
 use ibex::gpu::{Gpu, HostGpu, Stream};
+use ibex::harness::RigRank;
 use ibex::membership::{Instance, Membership, MembershipConfig, RankSet, Stop};
 use ibex::session::{
     Combined, Happening, Keeper, KeeperEvent, KeeperOptions, Session, SessionGraph, Tensors, Tokens,
@@ -219,6 +220,14 @@ impl Group {
             Running { session, tensors, stream }
         };
         ranks.iter().map(launch).collect()
+    }
+
+    /// The same rank for tests that check it against the reference; its stream is the one that captures use.
+    pub(crate) fn rig_rank(&self, rank: Rank) -> RigRank {
+        let nodes = self.agents.nodes.lock();
+        let node = &nodes[&rank];
+        let session = Arc::clone(&node.session);
+        RigRank { tensors: session.tensors().unwrap(), stream: node.stream.clone(), session }
     }
 
     /// Waits for all of them.

@@ -1,4 +1,5 @@
-//! The benchmarks: `ep` (dispatch and combine, end to end), `post` (work requests alone), `rejoin` (a replaced rank).
+//! The benchmarks: `ep` (dispatch and combine, end to end), `post` (work requests alone), `store` (records), `rejoin`
+//! (a replaced rank), `detect` (a lost one).
 //!
 //! Owns the samples of a run and its reports. Every number of a report comes from one run: what is
 //! compared was measured in the same process, between the same steps.
@@ -8,6 +9,7 @@ use clap::Subcommand;
 use super::{CliError, Outcome};
 
 mod commit;
+mod detect;
 mod ep;
 mod floor;
 mod moved;
@@ -21,6 +23,8 @@ pub(super) mod stats;
 mod store;
 mod yardstick;
 
+pub(super) use detect::{RankArgs as DetectRank, run_rank as run_detect_rank};
+
 /// The benchmarks.
 #[derive(Subcommand)]
 pub(super) enum Command {
@@ -32,6 +36,8 @@ pub(super) enum Command {
     Store(store::Args),
     /// A rank replaced in place, against recreating all queue pairs.
     Rejoin(rejoin::Args),
+    /// How long a group takes to notice that a rank is gone, by each kind of evidence.
+    Detect(detect::Args),
 }
 
 /// Runs a benchmark.
@@ -41,5 +47,6 @@ pub(super) fn run(command: Command) -> Result<Outcome, CliError> {
         Command::Post(args) => post::run(&args),
         Command::Store(args) => store::run(&args),
         Command::Rejoin(args) => rejoin::run(&args),
+        Command::Detect(args) => detect::run(&args),
     }
 }

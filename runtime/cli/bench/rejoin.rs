@@ -2,12 +2,16 @@
 //!
 //! Owns one rig per row. Rates of a busy machine show here too: the time of commands is modelled, that of the host's
 //! own work is not.
+//!
+//! Two things are measured one after the other, each on its own: what sessions do, told at once what to do, and what
+//! members need to agree on it, each on a thread, through a store in this process. Where one follows the other in a
+//! group (gate, pause, rejoin), a row has their sum.
 
 use core::time::Duration;
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
-use ibex::harness::rejoin::{RejoinCase, RejoinRig};
+use ibex::harness::rejoin::{Agreement, AgreementRig, Rejoin, RejoinCase, RejoinRig};
 use ibex::ids::Rank;
 use serde::Serialize;
 
@@ -49,7 +53,8 @@ struct Report {
     fabric: &'static str,
     commit: Option<String>,
     command_us: u32,
-    /// What a command takes here, its latency and the emulator's own work.
+    /// Where members publish and agree.
+    store: &'static str,
     rows: Vec<Row>,
     /// Rows and outputs that were wrong or lost in the step after each replacement.
     wrong: u64,
@@ -75,15 +80,17 @@ impl Ms {
 struct Row {
     ranks: u32,
     qps_per_peer: u32,
+    /// From the first suspicion until the last survivor has the agreed mask.
+    agree_ms: Ms,
     /// A survivor's queue pairs to the replaced rank.
     recreate_ms: Ms,
     /// All queue pairs of one rank.
     recreate_all_ms: Ms,
     /// From the first gate that closed to the last that opened.
     gate_ms: Ms,
-    /// How long one survivor launched nothing.
+    /// How long one survivor's gate was closed.
     pause_ms: Ms,
-    /// The replacement's own queue pairs, to everybody, and the gate.
+    /// From the replacement's claim of the name to the last commit, with its own queue pairs to everybody.
     rejoin_ms: Ms,
     qps_created: u64,
     qps_destroyed: u64,
@@ -100,6 +107,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         fabric: "inproc",
         commit: commit(),
         command_us: args.command_us,
+        store: "memory of this process",
         rows: Vec::new(),
         wrong: 0,
     };
@@ -129,42 +137,60 @@ fn measure(args: &Args, ranks: u32) -> Result<(Row, u64), CliError> {
     };
     let mut rig = RejoinRig::new(case)?;
     let mut wrong = rig.step()?;
-    let (mut recreate, mut all, mut pause) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut gate, mut rejoin, mut qps) = (Vec::new(), Vec::new(), (0, 0, 0));
+    let (mut rejoins, mut all, mut created_all) = (Vec::new(), Vec::new(), 0);
     for iteration in 0..args.iters {
-        // CAST: below 64.
-        let replaced = Rank((iteration % ranks) as u16);
-        let one = rig.replace(replaced)?;
+        let replaced = replaced(iteration, ranks);
+        rejoins.push(rig.replace(replaced)?);
         wrong += rig.step()?;
-        rejoin.push(one.joiner + one.gate);
-        recreate.extend(one.recreate);
-        pause.extend(one.pause);
-        gate.push(one.gate);
         let other = rig.recreate_all(replaced)?;
         wrong += rig.step()?;
         all.push(other.took);
-        qps = (one.created, one.destroyed, other.created);
+        created_all = other.created;
     }
-    let row = Row {
+    let (membership, control_bytes) = (rig.membership(), rig.control_bytes());
+    // Its workers have nothing more to do, and the next part is to have the cores.
+    drop(rig);
+    let offer_bytes = rejoins.first().map_or(0, |one| one.offer_bytes);
+    let mut group = AgreementRig::new(membership, offer_bytes)?;
+    let agreements = (0..args.iters)
+        .map(|iteration| group.replace(replaced(iteration, ranks)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let row =
+        Row { qps_created_all: created_all, control_bytes, ..row(args, ranks, &rejoins, &agreements, &all) };
+    Ok((row, wrong))
+}
+
+fn replaced(iteration: u32, ranks: u32) -> Rank {
+    // CAST: below 64.
+    Rank((iteration % ranks) as u16)
+}
+
+fn row(args: &Args, ranks: u32, rejoins: &[Rejoin], agreements: &[Agreement], all: &[Duration]) -> Row {
+    let both = || rejoins.iter().zip(agreements);
+    let sums = |of: fn((&Rejoin, &Agreement)) -> Duration| Ms::of(&both().map(of).collect::<Vec<_>>());
+    let pauses = both().flat_map(|(work, trips)| work.pause.iter().zip(&trips.pauses).map(|(a, b)| *a + *b));
+    Row {
         ranks,
         qps_per_peer: args.qps_per_peer,
-        recreate_ms: Ms::of(&recreate),
-        recreate_all_ms: Ms::of(&all),
-        gate_ms: Ms::of(&gate),
-        pause_ms: Ms::of(&pause),
-        rejoin_ms: Ms::of(&rejoin),
-        qps_created: qps.0,
-        qps_destroyed: qps.1,
-        qps_created_all: qps.2,
-        control_bytes: rig.control_bytes(),
-    };
-    Ok((row, wrong))
+        agree_ms: Ms::of(&agreements.iter().map(|one| one.agree).collect::<Vec<_>>()),
+        recreate_ms: Ms::of(&rejoins.iter().flat_map(|one| one.recreate.iter().copied()).collect::<Vec<_>>()),
+        recreate_all_ms: Ms::of(all),
+        gate_ms: sums(|(work, trips)| work.gate + trips.gate),
+        pause_ms: Ms::of(&pauses.collect::<Vec<_>>()),
+        rejoin_ms: sums(|(work, trips)| work.joiner + work.gate + trips.join),
+        qps_created: rejoins.last().map_or(0, |one| one.created),
+        qps_destroyed: rejoins.last().map_or(0, |one| one.destroyed),
+        qps_created_all: 0,
+        control_bytes: 0,
+    }
 }
 
 fn print(report: &Report) {
     let header = [
         "ranks",
         "qps/peer",
+        "agree",
+        "p99",
         "recreate",
         "p99",
         "recreate all",
@@ -180,6 +206,8 @@ fn print(report: &Report) {
         table.row([
             row.ranks.to_string(),
             row.qps_per_peer.to_string(),
+            ms(row.agree_ms.p50),
+            ms(row.agree_ms.p99),
             ms(row.recreate_ms.p50),
             ms(row.recreate_ms.p99),
             ms(row.recreate_all_ms.p50),
@@ -190,7 +218,10 @@ fn print(report: &Report) {
             bytes(row.control_bytes),
         ]);
     }
-    println!("milliseconds; each command takes {} us, one after another per host", report.command_us);
+    println!(
+        "milliseconds; each command takes {} us, one after another per host; store: {}",
+        report.command_us, report.store
+    );
     print!("{table}");
     println!("result    {} wrong or lost in the steps after each", report.wrong);
 }

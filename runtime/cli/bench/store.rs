@@ -95,7 +95,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     if urls.is_empty() {
         measure(args, "memory:", &StoreUrl::parse("memory:")?, &mut report)?;
         let (url, _served) = serve()?;
-        measure(args, "ibex://, loopback", &url, &mut report)?;
+        measure(args, "ibex://, loopback", &StoreUrl::parse(&url)?, &mut report)?;
     }
     for (text, url) in args.store.iter().zip(&urls) {
         measure(args, text, url, &mut report)?;
@@ -110,7 +110,7 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
 }
 
 /// Ends the server of [`serve`] when it is dropped.
-struct Served {
+pub(super) struct Served {
     stop: Option<mpsc::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -123,8 +123,8 @@ impl Drop for Served {
     }
 }
 
-/// A server over memory, on a thread of this process.
-fn serve() -> Result<(StoreUrl, Served), CliError> {
+/// A server over memory, on a thread of this process, and its URL.
+pub(super) fn serve() -> Result<(String, Served), CliError> {
     let (stop, stopped) = mpsc::channel::<()>();
     let (ready, address) = mpsc::channel();
     let memory = StoreUrl::parse("memory:")?;
@@ -137,8 +137,7 @@ fn serve() -> Result<(StoreUrl, Served), CliError> {
         let _ = host(&memory, config, Clock::system(), tell, move || stopped.recv().unwrap_or_default());
     });
     let address = address.recv().ok().flatten().ok_or(StoreError::Unavailable { retry_after: BUDGET })?;
-    let url = StoreUrl::parse(&format!("ibex://{address}"))?;
-    Ok((url, Served { stop: Some(stop), thread: Some(thread) }))
+    Ok((format!("ibex://{address}"), Served { stop: Some(stop), thread: Some(thread) }))
 }
 
 /// What one store is measured with.
