@@ -75,6 +75,7 @@ fn join(store: &Blocking, group: &str, rank: Rank, detect_ms: u32) -> Result<Ela
         rank,
         initial: RankSet::first(2),
         takeover: false,
+        flap_window: None,
         node: MemberOptions { fabric: MemberFabric::Shm, ..MemberOptions::default() },
     };
     let member = ElasticMember::join(&config(detect_ms), store, &options)?;
