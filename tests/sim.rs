@@ -286,6 +286,41 @@ fn writes_in_any_order_need_signals_by_fetch_add() {
     println!("a written signal overtakes its data under seed {:?}", overtaken.unwrap());
 }
 
+/// A pair is new, so that its first steps need no credit and old ones are told all the same. Those are lost on a path
+/// that is cut; when it heals, a newer credit for the same slot is placed first, and the old one is sent again. It must
+/// not take the newer one back.
+#[test]
+fn a_credit_that_is_sent_again_takes_no_newer_one_back() {
+    let config = Config { signal: SignalMode::FetchAdd, ..with_ring(1) };
+    for seed in 1..=SEEDS {
+        let options = WorldOptions { placement: Placement::WritesAnyOrder, ..seeded(seed) };
+        let sim = Sim::new(&config, &options, 4);
+        let mut flaws = Flaws::default();
+        sim.launch_step(0, CombineSource::Staged);
+        flaws.stuck += u64::from(sim.synchronize().is_err());
+        sim.world().replace_peer(Rank(1), Replacement::default()).unwrap();
+        // What rank 0 says is lost; what it hears is not.
+        sim.world().set_path(Rank(0), Rank(1), PathState::Cut);
+        let dispatch = |rank: usize| {
+            let stream = &sim.at(rank, 1).stream;
+            sim.dispatch(rank, 1, Lane(0), stream, Halves::Both).unwrap()
+        };
+        let handles = [0, 1].map(dispatch);
+        flaws.stuck += u64::from(sim.at(0, 1).session.gpu().synchronize(&sim.at(0, 1).stream).is_err());
+        sim.world().set_path(Rank(0), Rank(1), PathState::Up);
+        for (rank, handle) in handles.iter().enumerate() {
+            let stream = &sim.at(rank, 1).stream;
+            sim.combine(rank, 1, handle, stream, CombineSource::Staged, Halves::Both).unwrap();
+        }
+        sim.launch_step(2, CombineSource::Staged);
+        sim.launch_step(3, CombineSource::Staged);
+        flaws.stuck += u64::from(sim.synchronize().is_err());
+        (0..4).for_each(|set| flaws += sim.check(set));
+        flaws += sim.recorded();
+        assert_eq!(flaws, Flaws::default(), "seed {seed}");
+    }
+}
+
 /// One capture per rank of the same random program, whose halves are in the order that the ring allows.
 fn capture_program(sim: &Sim, seed: u64, num_steps: usize) -> (Vec<Runner>, Vec<SessionGraph>) {
     let sessions = || sim.world().sessions().iter();

@@ -130,27 +130,32 @@ IBEX_DEV uint32_t starve_for_room(SendJob& j, uint64_t& counter) {
 }
 IBEX_DEV uint32_t starve_for_space(SendJob& j) { return starve_for_room(j, j.a.telemetry[j.peer].sq_full); }
 
-/// Puts one little-endian word into our region at the peer, as a WQE of `b`. Returns its ctrl.
-IBEX_DEV Ctrl put_word(SendJob& j, Batch& b, uint64_t offset, uint64_t word) {
-  const RemoteAddress remote{j.to.region_va + offset, j.to.region_rkey_be};
-  ONE_LANE put_write_inline8(j.qp, b.next_idx, remote, word, kSignaled);
-  count_in(b, 1);
-  return make_ctrl(j.qp, b.next_idx - 1, kOpRdmaWrite, 3);
+/// Writes the WQE that turns one little-endian word at the peer from `last` into `word`; returns its ctrl. One lane.
+///
+/// Where a fabric keeps no order among writes, one that is sent again may be placed after a newer one, and the word
+/// would go back: there FETCH_ADD adds (word - last), in order and once, so that the word ends up the same.
+IBEX_CALL Ctrl put_word_wqe(const LaneArgs& a, const QpDeviceCtx& qp, uint32_t queue, uint32_t wqe_idx,
+                            RemoteAddress remote, uint64_t last, uint64_t word) {
+  if (a.shape.signal_mode == kSignalWrite) return put_write_inline8(qp, wqe_idx, remote, word, kSignaled);
+  const uint64_t result = reinterpret_cast<uint64_t>(&a.atomic_result[queue]);
+  return put_fetch_add(qp, wqe_idx, remote, word - last, result, a.lkey_be, kSignaled);
 }
 
-/// Puts the signal word by the lane's signal mode. FETCH_ADD adds (new - last), so the word ends up the same.
-IBEX_DEV Ctrl put_signal(SendJob& j, Batch& b, uint64_t word) {
-  const uint64_t offset = signal_offset(j.a, j.h.op, j.h.slot, j.channel);
-  if (j.a.shape.signal_mode == kSignalWrite) return put_word(j, b, offset, word);
+/// Turns one word in our region at the peer from `last` into `word`, as a WQE of `b`. Lane 0 gets its ctrl.
+IBEX_DEV Ctrl put_word(SendJob& j, Batch& b, uint64_t offset, uint64_t last, uint64_t word) {
   const RemoteAddress remote{j.to.region_va + offset, j.to.region_rkey_be};
-  const uint64_t result = reinterpret_cast<uint64_t>(&j.a.atomic_result[j.queue()]);
-  ONE_LANE {
-    uint64_t& last = j.qp.signal_last[j.h.op][j.h.slot];
-    put_fetch_add(j.qp, b.next_idx, remote, word - last, result, j.a.lkey_be, kSignaled);
-    last = word;
-  }
+  Ctrl ctrl{};
+  ONE_LANE ctrl = put_word_wqe(j.a, j.qp, j.queue(), b.next_idx, remote, last, word);
   count_in(b, 1);
-  return make_ctrl(j.qp, b.next_idx - 1, kOpAtomicFetchAdd, 4);
+  return ctrl;
+}
+
+/// Puts the signal word of this step.
+IBEX_DEV Ctrl put_signal(SendJob& j, Batch& b, uint64_t word) {
+  uint64_t& last = j.qp.signal_last[j.h.op][j.h.slot];
+  const Ctrl ctrl = put_word(j, b, signal_offset(j.a, j.h.op, j.h.slot, j.channel), last, word);
+  ONE_LANE last = word;
+  return ctrl;
 }
 
 /// Stores a word into our region at a mapped peer, after everything this warp has copied there.
@@ -188,7 +193,7 @@ IBEX_DEV void post_credits(SendJob& j) {
       store_word_mapped(j, offset, word);
     } else {
       if (!has_space(j.qp, b.num_wqes + 1)) continue;
-      last = put_word(j, b, offset, word);
+      last = put_word(j, b, offset, j.to.posted_credit[op][slot], word);
     }
     warp::sync();
     ONE_LANE {
