@@ -37,6 +37,7 @@ mod control;
 mod events;
 mod fencing;
 mod identity;
+mod neighbours;
 mod offer;
 mod quarantine;
 mod queues;
@@ -48,6 +49,9 @@ pub use events::{DEVICE_EVENTS_MAX, DeviceEvent, DeviceEventCounts};
 pub(crate) use fencing::Fences;
 pub use identity::HostId;
 pub(crate) use identity::draw_instance;
+pub(crate) use neighbours::Neighbours;
+#[doc(hidden)]
+pub use neighbours::{SimulatedHosts, SimulatedProcess};
 pub use offer::{LaneOffer, Mappings, Offer, OfferError, QueueOffer};
 pub(crate) use quarantine::Quarantine;
 pub(crate) use queues::PeerQueues;
@@ -56,7 +60,6 @@ pub(crate) use route::Reach;
 pub use route::{Route, RouteReason, RouteReport};
 
 use control::ControlQueue;
-use identity::process_id;
 use queues::Queue;
 use route::Way;
 
@@ -105,12 +108,13 @@ impl Session {
                 core::mem::replace(&mut offers, rest),
             )?);
         }
+        let home = self.neighbours.home();
         Ok(Offer {
             from: self.rank,
             to: peer,
-            process: process_id(),
-            pid: std::process::id(),
-            host: HostId::current(),
+            process: home.process,
+            pid: home.pid,
+            host: home.host,
             port: self.hca.port(),
             lanes,
             control: control_offer,
@@ -178,7 +182,7 @@ impl Session {
             }
         }
         queues.controls[peer.index()].connect(offer, self.plan.layout.life_off, timers)?;
-        let reach = Reach::choose(&*self.gpu, self.config.route, offer);
+        let reach = Reach::choose(&*self.gpu, self.config.route, offer, &self.neighbours);
         let ways: Vec<Way> = (0..).zip(&offer.lanes).map(|(lane, offer)| reach.way(lane, offer)).collect();
         // Kept before any context names it.
         self.reaches.lock()[peer.index()] = reach;

@@ -36,6 +36,12 @@ pub struct Seeds {
     pub failures_max: usize,
 }
 
+/// How many cores a campaign has: the process may be kept to some of them.
+#[must_use]
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, core::num::NonZeroUsize::get)
+}
+
 /// Runs seeds; `progress` is told how many are done.
 pub fn run(seeds: Seeds, ask: &Ask, progress: &(dyn Fn(u64) + Sync)) -> Campaign {
     run_without(seeds, ask, Unguarded::default(), progress)
@@ -64,9 +70,8 @@ pub fn run_without(
             progress(done.fetch_add(1, Ordering::Relaxed) + 1);
         }
     };
-    let cores = std::thread::available_parallelism().map_or(1, core::num::NonZeroUsize::get);
     let mut campaign = Campaign::default();
-    for part in on_all_cores(cores, worker) {
+    for part in on_all_cores(cores(), worker) {
         campaign.report.merge(part.report);
         campaign.failures.extend(part.failures);
     }

@@ -97,6 +97,10 @@ pub struct Plan {
     /// Dispatches in a row on each lane of a step.
     #[serde(default = "one")]
     pub per_lane: u32,
+    /// Hosts that the ranks live on in turn: processes of one host map each other's memory, others go by queue pairs.
+    /// 0: all go by queue pairs.
+    #[serde(default)]
+    pub hosts: u32,
     /// Victims are taken as planned, also where the group loses its quorum with them; one that stands still wakes up
     /// when its time is over, evicted or not. Never drawn: for directed plans.
     #[serde(default)]
@@ -134,9 +138,19 @@ impl Plan {
             changes: Vec::new(),
             lanes: 1,
             per_lane: 1,
+            hosts: 0,
             is_reckless: false,
         };
-        whole.with_changes()
+        whole.with_hosts(in_parts).with_changes()
+    }
+
+    /// The same with a way between the ranks. Faults of packets and of messages need some that go through devices.
+    fn with_hosts(mut self, in_parts: bool) -> Self {
+        let mut draws = Draws::new(self.seed, 13);
+        if draws.one_in(3) && !self.packets && !in_parts {
+            self.hosts = draws.between(1, 2) as u32;
+        }
+        self
     }
 
     /// The same with what is drawn apart from the faults: changes, lanes, dispatches in a row.
@@ -222,6 +236,7 @@ mod tests {
                 assert!(fault.rank != fault.other && u32::from(fault.rank.max(fault.other)) < plan.ranks);
                 assert!(fault.kind.ranks_min() <= plan.ranks && fault.at_step <= 30);
                 assert!(plan.packets || !fault.kind.needs_packets());
+                assert!(plan.hosts == 0 || fault.kind != FaultKind::PartialMessage && !plan.packets);
             }
         }
         assert_ne!(Plan::draw(1, &ask), Plan::draw(2, &ask));

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fault::FaultKind;
 use super::plan::ChangeKind;
+use crate::recovery::Route;
 
 /// What was found. All counts of the first group are 0 after a good run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +118,8 @@ pub struct Report {
     pub fault_counts: BTreeMap<FaultKind, u64>,
     /// Changes begun, by kind.
     pub change_counts: BTreeMap<ChangeKind, u64>,
+    /// How ranks reach each other once a group is whole, by the name of the way; each direction counts.
+    pub routes: BTreeMap<String, u64>,
     /// Members that ended or were evicted, where a replacement was asked for.
     pub kills: u64,
     /// Replacements that became members.
@@ -138,6 +141,11 @@ impl Report {
     /// Counts one change that was begun.
     pub fn count_change(&mut self, kind: ChangeKind) {
         *self.change_counts.entry(kind).or_default() += 1;
+    }
+
+    /// Counts the way from one rank to another.
+    pub fn count_route(&mut self, route: Route) {
+        *self.routes.entry(route.name().to_owned()).or_default() += 1;
     }
 
     /// Notes one duration.
@@ -171,6 +179,9 @@ impl Report {
         for (kind, count) in other.change_counts {
             *self.change_counts.entry(kind).or_default() += count;
         }
+        for (route, count) in other.routes {
+            *self.routes.entry(route).or_default() += count;
+        }
         for (phase, mut times) in other.times {
             self.times.entry(phase).or_default().ns.append(&mut times.ns);
         }
@@ -189,6 +200,7 @@ impl Report {
             faults: self.faults(),
             fault_counts: self.fault_counts.clone(),
             change_counts: self.change_counts.clone(),
+            routes: self.routes.clone(),
             kills: self.kills,
             rejoins: self.rejoins,
             findings: self.findings.clone(),
@@ -212,6 +224,7 @@ pub struct ReportJson {
     pub faults: u64,
     pub fault_counts: BTreeMap<FaultKind, u64>,
     pub change_counts: BTreeMap<ChangeKind, u64>,
+    pub routes: BTreeMap<String, u64>,
     pub kills: u64,
     pub rejoins: u64,
     #[serde(flatten)]

@@ -16,7 +16,8 @@ use core::fmt;
 
 use ibex_abi::device_ctx::code;
 
-use super::identity::{HostId, process_id};
+use super::identity::HostId;
+use super::neighbours::Neighbours;
 use super::watch::ProcessWatch;
 use super::{LaneOffer, Offer};
 use crate::config::RoutePolicy;
@@ -134,14 +135,15 @@ impl Reach {
     }
 
     /// Chooses the way to whoever made `offer`, and maps what it needs.
-    pub(super) fn choose(gpu: &dyn Gpu, policy: RoutePolicy, offer: &Offer) -> Self {
+    pub(super) fn choose(gpu: &dyn Gpu, policy: RoutePolicy, offer: &Offer, neighbours: &Neighbours) -> Self {
         if policy == RoutePolicy::Ibgda {
             return Self::by(Route::Ibgda, RouteReason::Policy);
         }
-        if offer.process == process_id() {
+        let home = neighbours.home();
+        if offer.process == home.process {
             return Self::by(Route::Mapped, RouteReason::SameProcess);
         }
-        let (theirs, ours) = (offer.host, HostId::current());
+        let (theirs, ours) = (offer.host, home.host);
         if theirs != ours {
             return Self::by(Route::Ibgda, RouteReason::AnotherHost { theirs, ours });
         }
@@ -150,7 +152,7 @@ impl Reach {
             Err(reason) => Self::by(Route::Ibgda, reason),
         };
         // Whatever has come of it here, the peer may have mapped what it was offered.
-        Self { process: Some(ProcessWatch::of(offer.pid)), ..way }
+        Self { process: Some(neighbours.watch(offer.pid)), ..way }
     }
 
     /// Kernels use the way from now on, at both ends.
@@ -215,6 +217,7 @@ mod tests {
     use ibex_abi::types::{Gid, Lid, Mac, PathMtu, Psn, QpNum};
     use ibex_hca::{LinkLayer, PortInfo};
 
+    use super::super::identity::process_id;
     use super::super::{Mappings, QueueOffer};
     use super::*;
     use crate::gpu::HostGpu;
@@ -248,7 +251,7 @@ mod tests {
     }
 
     fn reason(gpu: &HostGpu, policy: RoutePolicy, offer: &Offer) -> RouteReason {
-        let reach = Reach::choose(gpu, policy, offer);
+        let reach = Reach::choose(gpu, policy, offer, &Neighbours::Real);
         let way = reach.way(0, &offer.lanes[0]);
         let has_pointers = way.region_ptr != 0 && way.combine_ptr != 0;
         assert_eq!(has_pointers, reach.report().route == Route::Mapped, "{}", reach.report());
@@ -280,7 +283,7 @@ mod tests {
         let memory = gpu.alloc(8192, 4096).unwrap();
         let export = |offset| gpu.export(memory.addr() + offset, 4096).unwrap();
         let offer = offer(Some(Mappings { region: export(0), combine: export(4096) }));
-        let way = Reach::choose(&gpu, RoutePolicy::Auto, &offer).way(0, &offer.lanes[0]);
+        let way = Reach::choose(&gpu, RoutePolicy::Auto, &offer, &Neighbours::Real).way(0, &offer.lanes[0]);
         assert!(way.region_ptr != memory.addr() && way.region_ptr != offer.lanes[0].region_va);
         assert_eq!(Reach::itself().way(0, &offer.lanes[0]).region_ptr, 0x1000);
     }

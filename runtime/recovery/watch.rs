@@ -4,10 +4,13 @@
 //! stranger: then the end of the peer is never confirmed, which is the safe side.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::neighbours::SimulatedHosts;
 
 /// A process that may have our memory mapped.
 #[derive(Debug)]
@@ -18,6 +21,8 @@ pub(super) enum ProcessWatch {
     Ended,
     /// This system does not tell.
     Unknown,
+    /// A simulation plays it.
+    Simulated { hosts: Arc<SimulatedHosts>, pid: u32 },
 }
 
 impl ProcessWatch {
@@ -33,7 +38,12 @@ impl ProcessWatch {
 
     /// Has it ended, all its threads and their memory gone? Never waits.
     pub(super) fn has_ended(&self) -> bool {
-        let Self::Watched(descriptor) = self else { return matches!(self, Self::Ended) };
+        let descriptor = match self {
+            Self::Watched(descriptor) => descriptor,
+            Self::Ended => return true,
+            Self::Unknown => return false,
+            Self::Simulated { hosts, pid } => return hosts.has_ended(*pid),
+        };
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut polled = [PollFd::new(descriptor, PollFlags::IN)];
         poll(&mut polled, Some(&at_once)).is_ok_and(|ready| ready > 0)

@@ -25,7 +25,7 @@ use crate::ids::{Epoch, Lane, Rank};
 use crate::layout::{Plan, qp_slot};
 use crate::membership::RankSet;
 use crate::placement::Placement;
-use crate::recovery::{DeviceLog, Fences, PeerQueues, Quarantine, Reach};
+use crate::recovery::{DeviceLog, Fences, Neighbours, PeerQueues, Quarantine, Reach, SimulatedProcess};
 
 mod attendant;
 mod calls;
@@ -155,6 +155,7 @@ pub struct Session {
     /// Locked last: nothing else is taken while it is held.
     pub(crate) device_log: Mutex<DeviceLog>,
     pub(crate) quarantine: Mutex<Quarantine>,
+    pub(crate) neighbours: Neighbours,
     membership: Mutex<Membership>,
     steps: Steps,
     capture: Mutex<Option<Capture>>,
@@ -218,6 +219,7 @@ impl Session {
             fences: Mutex::default(),
             device_log: Mutex::new(DeviceLog::new(config.num_ranks)),
             quarantine: Mutex::default(),
+            neighbours: Neighbours::Real,
             membership: Membership::new(Epoch(1), members, placement),
             steps: Steps::default(),
             capture: Mutex::new(None),
@@ -233,6 +235,14 @@ impl Session {
         };
         session.write_initial_state()?;
         Ok(session)
+    }
+
+    /// Lets the session live in a process that a simulation plays, before it offers anything to a peer.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn in_process(mut self, process: &SimulatedProcess) -> Self {
+        self.neighbours = process.neighbours();
+        self
     }
 
     fn write_initial_state(&self) -> Result<(), Error> {

@@ -392,7 +392,11 @@ impl Group {
     fn note_holdings(&mut self, now_ns: u64) {
         for node in &mut self.nodes {
             self.watch.look_at_commands(now_ns, node);
-            self.holdings[node.rank.index()] = Some(node.holdings());
+            let noted = self.holdings[node.rank.index()].replace(node.holdings());
+            if noted.is_none() {
+                let peers = self.expected.iter().filter(|peer| *peer != node.rank);
+                peers.for_each(|peer| self.watch.report.count_route(node.session.route(peer).route));
+            }
         }
     }
 

@@ -113,6 +113,8 @@ pub fn run_without(plan: &Plan, unguarded: Unguarded) -> Result<Outcome, Error> 
     let lease_ttl_ns = u64::from(shape.config.lease_ttl_ms()) * 1_000_000;
     let ground = Ground {
         store: SimStore::new(plan.seed, lease_ttl_ns),
+        hosts: Arc::default(),
+        num_hosts: plan.hosts,
         config: shape.config,
         pool: Arc::clone(&pool),
         fabric,

@@ -15,12 +15,13 @@ use super::Unguarded;
 use super::store::SimStore;
 use crate::chaos::app::{App, Sets, Style};
 use crate::chaos::draws::Draws;
-use crate::config::ValidConfig;
+use crate::config::{RoutePolicy, ValidConfig};
 use crate::error::Error;
 use crate::gpu::pool::Pool;
 use crate::gpu::{Gpu, HostGpu};
 use crate::ids::Rank;
 use crate::membership::{Instance, Membership, MembershipConfig, RankSet};
+use crate::recovery::{SimulatedHosts, SimulatedProcess};
 use crate::session::{Keeper, KeeperOptions, Session};
 
 /// What nodes of one group have in common.
@@ -29,6 +30,10 @@ pub(super) struct Ground {
     pub(super) pool: Arc<Pool>,
     pub(super) fabric: Arc<Fabric>,
     pub(super) store: SimStore,
+    /// Where processes live.
+    pub(super) hosts: Arc<SimulatedHosts>,
+    /// How many of them ranks live on in turn.
+    pub(super) num_hosts: u32,
     /// What is taken away.
     pub(super) unguarded: Unguarded,
     /// Who forms the group.
@@ -61,6 +66,8 @@ pub(super) struct Node {
     pub(super) gpu: Arc<HostGpu>,
     pub(super) hca: Arc<FaultHca<EmulatedHca>>,
     pub(super) device: Arc<EmulatedHca>,
+    /// What its neighbours see of it.
+    process: SimulatedProcess,
     pub(super) rank: Rank,
     pub(super) instance: Instance,
     pub(super) board: u64,
@@ -118,9 +125,15 @@ impl Node {
         let config = EmulatedConfig { link: LinkLayer::Roce, ..EmulatedConfig::default() };
         let device = EmulatedHca::new(Arc::clone(&ground.fabric), config)?;
         let hca = FaultHca::new(Arc::clone(&device));
-        let gpu = Arc::new(HostGpu::new(Arc::clone(&ground.pool), id));
+        let process = ground.hosts.start(u64::from(rank.0) % u64::from(ground.num_hosts.max(1)));
+        let make_gpu = match ground.config.route {
+            RoutePolicy::Auto => HostGpu::shared,
+            RoutePolicy::Ibgda => HostGpu::new,
+        };
+        let gpu = Arc::new(make_gpu(Arc::clone(&ground.pool), id));
         let (dyn_gpu, dyn_hca): (Arc<dyn Gpu>, Arc<dyn Hca>) = (Arc::clone(&gpu) as _, Arc::clone(&hca) as _);
-        let session = Arc::new(Session::new(&ground.config, rank, dyn_gpu, dyn_hca)?);
+        let session = Session::new(&ground.config, rank, dyn_gpu, dyn_hca)?.in_process(&process);
+        let session = Arc::new(session);
         if let Some(guard) = ground.unguarded.guard {
             session.switch_guard_off(guard);
         }
@@ -140,6 +153,7 @@ impl Node {
             gpu,
             hca,
             device,
+            process,
             rank,
             instance,
             board: board_id,
@@ -200,7 +214,8 @@ impl Node {
         self.device.fabric().kill(self.device.port_id());
         self.gpu.kill()?;
         self.hca.clear();
-        let Self { app, keeper, session, gpu, hca, device, .. } = self;
+        let Self { app, keeper, session, gpu, hca, device, process, .. } = self;
+        drop(process);
         let (session_left, gpu_left) = (Arc::downgrade(&session), Arc::downgrade(&gpu));
         drop((app, keeper));
         drop(session);

@@ -44,7 +44,7 @@ pub(super) fn shape(plan: &Plan) -> Result<Shape, ConfigError> {
         num_owner_warps: Some(1),
         // A written signal may overtake its data where writes keep no order.
         signal: if any_order { SignalMode::FetchAdd } else { signal },
-        route: RoutePolicy::Ibgda,
+        route: if plan.hosts == 0 { RoutePolicy::Ibgda } else { RoutePolicy::Auto },
         detect_ms: if plan.packets { DETECT_MS_PACKETS } else { DETECT_MS },
         sq_depth_log: min_sq_depth_log(ring) + draws.below(3) as u32,
         staging_rows: draws.between(2, 8) as u32,

@@ -19,7 +19,9 @@ use ibex::chaos::report::{Report, ReportJson};
 use ibex::chaos::timeline::Timeline;
 use ibex::chaos::{ALL_KINDS, FaultKind, html, sim};
 use ibex::error::{ConfigError, Limit};
+use ibex::time::Stopwatch;
 use parking_lot::Mutex;
+use serde::Serialize;
 
 use super::flags::Hosts;
 use super::progress::Progress;
@@ -143,17 +145,20 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
     sim::check(&Plan::draw(args.seed, &ask))?;
     claim_output(args.json.as_deref())?;
     claim_output(args.report.as_deref())?;
+    let watch = Stopwatch::start();
     let (campaign, timeline) = match args.seeds {
         1 => one_seed(args, &ask)?,
         _ => (many_seeds(args, &ask), None),
     };
+    let run = RunJson::new(args, &campaign, &watch);
     print("virtual time", &campaign.report);
+    println!("{:.1} minutes on {} cores", run.wall_s / 60.0, run.cores);
     for failure in &campaign.failures {
         println!("failed: {}", args.replay(failure.seed));
         failure.flaws.iter().take(FLAWS_SHOWN).for_each(|flaw| println!("  {flaw}"));
     }
     if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&campaign.report.to_json()).expect("plain data");
+        let json = serde_json::to_string_pretty(&run).expect("plain data");
         write_output(path, &(json + "\n"))?;
     }
     if let Some(path) = &args.report {
@@ -165,6 +170,31 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         write_output(path, &page(args, &campaign, shown, &timeline))?;
     }
     Ok(if campaign.is_good() { Outcome::Good } else { Outcome::Wrong })
+}
+
+/// The report of a simulated campaign, and what it took.
+#[derive(Serialize)]
+struct RunJson {
+    /// The first seed.
+    seed: u64,
+    cores: usize,
+    wall_s: f64,
+    /// Those with findings.
+    failed_seeds: Vec<u64>,
+    #[serde(flatten)]
+    report: ReportJson,
+}
+
+impl RunJson {
+    fn new(args: &Args, campaign: &Campaign, watch: &Stopwatch) -> Self {
+        Self {
+            seed: args.seed,
+            cores: if args.seeds == 1 { 1 } else { campaign::cores() },
+            wall_s: watch.elapsed().as_secs_f64(),
+            failed_seeds: campaign.failures.iter().map(|failure| failure.seed).collect(),
+            report: campaign.report.to_json(),
+        }
+    }
 }
 
 fn one_seed(args: &Args, ask: &Ask) -> Result<(Campaign, Option<Timeline>), CliError> {
