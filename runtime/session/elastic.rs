@@ -439,3 +439,43 @@ fn start(
     let thread = thread::Builder::new().name("ibex-keeper".into()).spawn(keep);
     Ok(thread.map_err(|error| OsError::from_io("pthread_create", &error))?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ibex_hca::emulated::{EmulatedConfig, UdpConfig};
+
+    use super::*;
+
+    /// A device behind a socket at `port`, or at any for 0.
+    fn device(port: u16) -> Arc<EmulatedHca> {
+        let bind = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        let fabric = Fabric::udp(UdpConfig { bind, ..UdpConfig::new(bind.ip()) }).unwrap();
+        EmulatedHca::new(fabric, EmulatedConfig::default()).unwrap()
+    }
+
+    #[test]
+    fn a_rank_comes_back_to_an_address_that_it_had_and_nobody_else_does() {
+        let own = device(0);
+        let introducer = Introducer {
+            config: Config::default().validate().unwrap(),
+            fabric: Arc::clone(own.fabric()),
+            needs_one_host: false,
+            exits: Arc::default(),
+            ports: Ports::default(),
+        };
+        let advert = |device: &EmulatedHca| device.fabric().advert(device.port_id()).unwrap();
+        let newest = || introducer.ports.lock()[&Rank(1)].last().copied();
+        let [first, second] = [device(0), device(0)];
+        introducer.admit(Rank(1), &advert(&first)).unwrap();
+        let at_first = newest();
+        // Its successor sits elsewhere, and the one after that where the first one sat.
+        introducer.admit(Rank(1), &advert(&second)).unwrap();
+        assert_ne!(newest(), at_first);
+        introducer.admit(Rank(1), &advert(&first)).unwrap();
+        assert_eq!(newest(), at_first);
+        let refused = introducer.admit(Rank(2), &advert(&first));
+        assert!(matches!(refused, Err(HcaError::Advert(AdvertError::AddressTaken { .. }))), "{refused:?}");
+    }
+}
