@@ -164,12 +164,10 @@ impl Supervisor<'_> {
             })
     }
 
-    /// Everybody is a member, runs, and is not switching.
+    /// Everybody is a member, runs, and is not switching. An evicted process may still be on its way out: the last
+    /// step that it has launched must end first.
     pub(super) fn is_whole(&self) -> bool {
-        self.observer.is_settled()
-            && self.births.is_empty()
-            && self.procs.len() == self.shape.ranks as usize
-            && self.ranks().all(|rank| self.is_serving(rank))
+        self.observer.is_settled() && self.births.is_empty() && self.ranks().all(|rank| self.is_serving(rank))
     }
 
     /// A path is whole again. Unless somebody is evicted for it, the pair counts as whole once every retry of that

@@ -262,6 +262,20 @@ fn one_plan_means_the_same_between_sockets_and_in_a_simulated_switch() {
     }
 }
 
+/// A rank's next process may sit elsewhere, and the one after it where the first one sat: plans know one node.
+#[test]
+fn packets_that_pass_a_switch_reach_the_port_that_is_meant_of_several_of_a_node() {
+    let near = port(UdpConfig { node: 0, faults: Some(FaultPlan::default()), ..config() });
+    let others = [0, 1, 2, 3].map(|_| port(UdpConfig { node: 1, ..config() }));
+    others.iter().for_each(|far| introduce(&[Arc::clone(&near), Arc::clone(far)]));
+    for far in others {
+        let mut pair = Pair::of([Arc::clone(&near), far], 13);
+        pair.post(0, 1);
+        pair.finish(0);
+        assert!(pair.arrived(0, 1));
+    }
+}
+
 /// As a process does that is killed there: the far end has the first part of a message and never the rest.
 #[test]
 fn a_port_can_end_within_a_message() {

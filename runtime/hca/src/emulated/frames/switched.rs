@@ -127,7 +127,7 @@ impl Carrier for SwitchCarrier {
 
     fn for_each(&mut self, each: &mut EachArrival<'_>) {
         let ports = self.exchange.ports.read();
-        for Delivery { src, frame } in &self.arrived {
+        for Delivery { src, frame, .. } in &self.arrived {
             if ports.by_number.get(src).is_none_or(|src| !src.passes(&self.port)) {
                 continue;
             }

@@ -86,6 +86,8 @@ impl AddAssign for FaultCounts {
 pub struct Delivery {
     /// The node that sent it.
     pub src: u16,
+    /// What its sender has marked it with.
+    pub mark: u16,
     /// Its bytes.
     pub frame: Vec<u8>,
 }
@@ -96,6 +98,7 @@ struct Flight {
     due: Nanos,
     nth: u64,
     src: u16,
+    mark: u16,
     frame: Vec<u8>,
 }
 
@@ -187,6 +190,11 @@ impl Switch {
 
     /// Takes a frame that `src` sends to `dst`.
     pub fn submit(&mut self, now: Nanos, src: u16, dst: u16, frame: &[u8]) {
+        self.submit_marked(now, src, (dst, 0), frame);
+    }
+
+    /// The same with a mark that it keeps: which of the places is meant that a node has had, one after the other.
+    pub fn submit_marked(&mut self, now: Nanos, src: u16, (dst, mark): (u16, u16), frame: &[u8]) {
         self.counts.submitted += 1;
         if self.in_flight >= IN_FLIGHT_MAX {
             self.counts.crowded_out += 1;
@@ -196,7 +204,7 @@ impl Switch {
         bytes.clear();
         bytes.extend_from_slice(frame);
         match self.decide(now, src, dst, &mut bytes) {
-            Some(fate) => self.launch(now, src, dst, bytes, &fate),
+            Some(fate) => self.launch(now, src, (dst, mark), bytes, &fate),
             None => self.give_back(bytes),
         }
     }
@@ -211,7 +219,7 @@ impl Switch {
         let Reverse(flight) = arrivals.pop()?;
         self.in_flight -= 1;
         self.counts.delivered += 1;
-        Some(Delivery { src: flight.src, frame: flight.frame })
+        Some(Delivery { src: flight.src, mark: flight.mark, frame: flight.frame })
     }
 
     /// When the next frame for `dst` is due.
@@ -306,22 +314,29 @@ impl Switch {
     }
 
     /// Puts a frame, and its copies, on the way.
-    fn launch(&mut self, now: Nanos, src: u16, dst: u16, frame: Vec<u8>, fate: &Fate) {
+    fn launch(&mut self, now: Nanos, src: u16, to: (u16, u16), frame: Vec<u8>, fate: &Fate) {
         let due = now.plus(self.latency).plus(fate.extra_delay);
         for _ in 1..fate.copies {
             let mut copy = self.spare.pop().unwrap_or_default();
             copy.clear();
             copy.extend_from_slice(&frame);
-            self.enqueue(src, dst, due, copy, fate.hold);
+            self.enqueue(src, to, due, copy, fate.hold);
         }
-        self.enqueue(src, dst, due, frame, fate.hold);
+        self.enqueue(src, to, due, frame, fate.hold);
     }
 
-    fn enqueue(&mut self, src: u16, dst: u16, due: Nanos, frame: Vec<u8>, hold: Option<(u32, u64)>) {
+    fn enqueue(
+        &mut self,
+        src: u16,
+        (dst, mark): (u16, u16),
+        due: Nanos,
+        frame: Vec<u8>,
+        hold: Option<(u32, u64)>,
+    ) {
         self.in_flight += 1;
         self.nth += 1;
         let path = self.paths.entry((src, dst)).or_default();
-        let flight = |due| Flight { due, nth: self.nth, src, frame };
+        let flight = |due| Flight { due, nth: self.nth, src, mark, frame };
         if let Some((left, hold)) = hold {
             path.held.push(Held { flight: flight(due.plus(hold)), left });
             return;

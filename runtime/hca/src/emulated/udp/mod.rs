@@ -17,7 +17,7 @@ mod bare;
 mod ident;
 mod socket;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -307,18 +307,22 @@ impl UdpCarrier {
         }
     }
 
-    /// Moves what the switch lets go to the outbox.
+    /// Moves what the switch lets go to the outbox. A node has had several addresses if its processes have: each
+    /// packet goes to the port that it was meant for.
     fn release(&mut self, now: Nanos) {
         let Some(mut exit) = self.exit.take() else { return };
-        let peers: Vec<(SocketAddr, u16)> =
-            self.endpoint.peers.read().iter().map(|(addr, peer)| (*addr, peer.node)).collect();
-        for (addr, node) in peers {
+        let peers: BTreeMap<(u16, u16), SocketAddr> = {
+            let peers = self.endpoint.peers.read();
+            peers.iter().map(|(addr, peer)| ((peer.node, peer.port.id().0), *addr)).collect()
+        };
+        for (node, _) in peers.keys().copied() {
             while exit.switch.next_deadline(node).is_some_and(|due| due <= now) {
                 if self.outbox.room(PACKET_LEN_MAX).is_none() {
                     self.flush_outbox();
                 }
                 let Some(room) = self.outbox.room(PACKET_LEN_MAX) else { break };
                 let Some(delivery) = exit.switch.poll(now, node) else { break };
+                let Some(addr) = peers.get(&(node, delivery.mark)).copied() else { continue };
                 let len = delivery.frame.len();
                 room[..len].copy_from_slice(&delivery.frame);
                 self.keep(now, addr, len);
@@ -400,7 +404,8 @@ impl Carrier for UdpCarrier {
         if let Some(exit) = &mut self.exit {
             let packet = &mut exit.room[..len];
             if flow.seal(packet).is_ok() {
-                exit.switch.submit(now, self.endpoint.config.node, peer.node, packet);
+                let to = (peer.node, peer.port.id().0);
+                exit.switch.submit_marked(now, self.endpoint.config.node, to, packet);
             }
         } else if let Some(room) = self.outbox.room(len)
             && flow.seal(room).is_ok()
