@@ -351,7 +351,8 @@ impl Observer {
             Said::Dies => {
                 self.died_at(at_ns, rank);
                 self.note(at_ns, Some(rank), Happened::Died);
-                if let Some(fault) = self.faults.last_mut().filter(|fault| fault.rank == rank.0) {
+                // Faults that harm nobody may have struck since.
+                if let Some(fault) = self.faults.iter_mut().rev().find(|fault| fault.rank == rank.0) {
                     fault.at_moment = true;
                 }
             }
