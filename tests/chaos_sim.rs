@@ -184,6 +184,18 @@ fn without_sticky_suspicion_a_peer_that_was_given_up_is_waited_for_again() {
     is_missed_by(unguarded, cut, "trusts");
 }
 
+/// Rank 0 stands still until rank 1 has given it up, and goes on. Of two ranks the lower one stays, and while the store
+/// is away nobody is evicted at all: rank 1 goes on without rank 0, and says so in every step.
+#[test]
+fn without_lost_a_rank_waits_in_vain_for_one_that_has_given_it_up() {
+    let stopped = |seed| {
+        let faults =
+            vec![fault(FaultKind::StoreOutage, (1, 0), 540_000), fault(FaultKind::Zombie, (0, 1), 35_000)];
+        Plan { faults, is_reckless: true, ..quiet(seed, 2) }
+    };
+    is_missed_by(without(Guard::Lost), stopped, "in vain");
+}
+
 #[test]
 fn without_other_places_rows_of_a_rank_that_was_given_up_spoil_later_sums() {
     // What rank 2 sends to rank 0 is held up until rank 0 works with rank 1 alone; then it comes.
@@ -223,7 +235,7 @@ fn the_whole_campaign_plans_every_kind_500_times_and_every_change_1000_times() {
     assert_eq!(faults.len(), ALL_KINDS.len());
     assert!(faults.values().all(|count| *count >= 500), "{faults:?}");
     assert!(changes.len() == 3 && changes.values().all(|count| *count >= 1_000), "{changes:?}");
-    assert!(mapped >= SEEDS_FULL / 10, "{mapped} groups map memory");
+    assert!(mapped >= SEEDS_FULL / 5, "{mapped} groups map memory");
 }
 
 /// What the process below is told by.

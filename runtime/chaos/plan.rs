@@ -147,7 +147,7 @@ impl Plan {
     /// The same with a way between the ranks. Faults of packets and of messages need some that go through devices.
     fn with_hosts(mut self, in_parts: bool) -> Self {
         let mut draws = Draws::new(self.seed, 13);
-        if draws.one_in(3) && !self.packets && !in_parts {
+        if draws.one_in(2) && !self.packets && !in_parts {
             self.hosts = draws.between(1, 2) as u32;
         }
         self

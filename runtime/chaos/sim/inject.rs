@@ -20,6 +20,7 @@ use crate::chaos::timeline::Happened;
 use crate::error::Error;
 use crate::ids::Rank;
 use crate::membership::SlotState;
+use crate::recovery::Route;
 
 /// How long a fault waits for its moment before it strikes at any.
 const MOMENT_NS_MAX: u64 = 60_000_000;
@@ -534,7 +535,11 @@ fn fail_queue_pair(group: &mut Group, now_ns: u64, fault: &Fault, victim: Rank) 
     // CAST: an index into a short list.
     let qpn = qpns[(fault.draw % qpns.len() as u64) as usize];
     node.device.set_qp_error(qpn, Syndrome(fault.syndrome), Nanos(now_ns));
-    group.watch.ledger.touch_pair(victim, far, false);
+    // Where both store into each other's memory nobody feels it.
+    let posts = |from, to| group.node(from).is_some_and(|node| node.session.route(to).route == Route::Ibgda);
+    if posts(victim, far) || posts(far, victim) {
+        group.watch.ledger.touch_pair(victim, far, false);
+    }
 }
 
 /// Commands of a survivor's device fail while its peer is replaced.
