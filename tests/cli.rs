@@ -136,9 +136,12 @@ fn a_gpu_that_is_not_there_is_refused_with_a_sentence() {
             refused(&["bench", bench, "--gpu", "cuda"], &["libcuda.so.1"]);
         }
         refused(&["bench", "ep", "--gpu", "cuda", "--baseline", "nccl"], &["libcuda.so.1"]);
+        refused(&["bench", "ep", "--gpu", "cuda", "--procs", "--ranks", "2"], &["libcuda.so.1"]);
         refused(&["bench", "ep", "--gpu", "cuda", "--provider", "mlx5"], &["libcuda.so.1"]);
     }
     refused(&["bench", "ep", "--baseline", "nccl"], &["--baseline nccl", "--gpu host"]);
+    let several = ["bench", "ep", "--gpu", "cuda", "--baseline", "nccl", "--procs"];
+    refused(&several, &["--baseline nccl", "several processes"]);
     refused(&["bench", "ep", "--gpu", "cuda", "--fabric", "sim"], &["--fabric sim", "simulation"]);
     refused(&["bench", "ep", "--gpu-uuid", "7"], &["--gpu-uuid", "32 hexadecimal digits"]);
     let uuid = "GPU-00000000-0000-0000-0000-000000000000";
@@ -152,7 +155,6 @@ fn what_is_not_built_yet_is_refused_and_says_what_is() {
     };
     refuses("post", &["--provider", "mlx5"], "emulated");
     refuses("ep", &["--provider", "mlx5", "--procs"], "one process");
-    refuses("ep", &["--gpu", "cuda", "--procs"], "one process");
     for bench in ["ep", "post"] {
         refuses(bench, &["--store", "tcp://127.0.0.1:7"], "store");
     }

@@ -5,16 +5,26 @@
 #![expect(unsafe_code, reason = "launches hand addresses to kernels")]
 #![expect(clippy::unwrap_used, reason = "a failed expectation is the message")]
 
-use std::sync::Arc;
+use core::time::Duration;
+use std::sync::{Arc, Barrier};
 
-use ibex::config::Link;
+use ibex::config::{Config, Link, RoutePolicy};
 use ibex::gpu::cuda::{CudaError, Uuid};
 use ibex::gpu::pool::{Pool, PoolConfig};
 use ibex::gpu::{
-    CaptureError, CudaGpu, CudaMemory, CudaOptions, DeviceMemory, Gpu, GpuError, GpuField, HostGpu, KernelId,
-    Launch, Reachable, Stream,
+    CaptureError, CudaGpu, CudaMemory, CudaOptions, CudaSharing, DeviceMemory, Gpu, GpuError, GpuField,
+    HostGpu, KernelId, Launch, Reachable, Stream,
 };
 use ibex::harness::post::{PostCase, PostRig};
+use ibex::harness::{RigRank, StepPlan};
+use ibex::ids::Rank;
+use ibex::reference::check::Step;
+use ibex::reference::inputs::{InputKey, RankInput};
+use ibex::reference::routing::Routing;
+use ibex::session::{ElasticMember, ElasticOptions, Gpus, GroupName, MemberOptions, TopkDtype};
+use ibex_metadata::blocking::Blocking;
+use ibex_metadata::clock::Clock;
+use ibex_metadata::url::StoreUrl;
 
 use ibex_hca::control_region::RegionPlace;
 
@@ -26,7 +36,10 @@ mod gang;
 mod group;
 
 use double::Double;
+use ibex::gpu::NicWay;
 
+/// Far longer than anything takes, on a busy machine too.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Out of memory, as the driver says it.
 const FAILED: i32 = 2;
 
@@ -105,6 +118,82 @@ fn a_device_is_chosen_by_what_it_is_and_not_by_its_place() {
     assert_eq!(Uuid([0x77; 16]).to_string(), uuid);
 }
 
+/// Allocates, fills, shares and maps memory whose pages have descriptors; whether a NIC reaches it by dma-buf.
+fn use_descriptors(double: &Double) -> Result<bool, Box<dyn std::error::Error>> {
+    let sharing = CudaSharing::Descriptor;
+    let gpu = CudaGpu::open(&CudaOptions { sharing, ..double.options(CudaMemory::Device, 1) })?;
+    let memory = gpu.alloc(70_000, 4096)?;
+    gpu.write(memory.addr() + 8192, b"over there")?;
+    let mapped = gpu.import(&gpu.export(memory.addr() + 8192, 4096)?)?;
+    assert!(mapped.addr() != memory.addr() + 8192 && mapped.len() == 4096);
+    // SAFETY: memory of the double is memory of this process.
+    let seen = unsafe { std::slice::from_raw_parts(mapped.addr() as *const u8, 11) };
+    assert_eq!(seen, b"over there\0", "the same pages, which came zeroed");
+    let ways = gpu.nic_ways(memory.addr(), true)?.ways;
+    double.fail(0, 0);
+    assert!(matches!(ways.last(), Some(NicWay::Address)));
+    Ok(matches!(ways[..], [NicWay::DmaBuf(_), NicWay::Address]))
+}
+
+#[test]
+fn memory_is_shared_by_descriptors_and_every_call_that_fails_leaves_nothing() {
+    let double = Double::new("descriptors");
+    assert!(use_descriptors(&double).unwrap());
+    assert_eq!(double.live(), 0, "a run without failures leaves nothing");
+    let calls = double.calls();
+    let mut told = Vec::new();
+    for nth in 1..=calls.len() as u64 {
+        double.fail(nth, FAILED);
+        told.extend(use_descriptors(&double).err().map(|error| error.to_string()));
+        assert_eq!(double.live(), 0, "call {nth}: something stayed behind");
+    }
+    for name in [
+        "Create",
+        "AddressReserve",
+        "Map",
+        "SetAccess",
+        "ExportToShareableHandle",
+        "ImportFromShareableHandle",
+        "GetAllocationGranularity",
+    ] {
+        let name = format!("cuMem{name} failed");
+        assert!(told.iter().any(|error| error.starts_with(&name)), "{name}: {told:?}");
+    }
+    let sharing = CudaSharing::Descriptor;
+    for attribute in [102, 103, 110] {
+        double.machine(13_000, 1, 9, attribute);
+        let options = double.options(CudaMemory::Device, 1);
+        let error = refused(&double, &CudaOptions { sharing, ..options.clone() });
+        assert!(matches!(error, CudaError::Unfit { value: 0, min: 1, .. }), "{error}");
+        drop(CudaGpu::open(&options).unwrap());
+    }
+}
+
+#[test]
+fn what_another_process_says_of_its_memory_is_not_believed() {
+    let double = Double::new("strangers");
+    let sharing = CudaSharing::Descriptor;
+    let gpu = CudaGpu::open(&CudaOptions { sharing, ..double.options(CudaMemory::Device, 1) }).unwrap();
+    let memory = gpu.alloc(4096, 4096).unwrap();
+    let before = double.live();
+    let good = gpu.export(memory.addr(), 4096).unwrap();
+    let with = |at: usize, value: u64| {
+        let mut bytes = good.clone();
+        bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        gpu.import(&bytes).map(drop).unwrap_err()
+    };
+    // Beyond the pages, pages that are longer than they are, another time of start.
+    for error in [with(24, 1 << 20), with(32, 1 << 20), with(56, 1)] {
+        assert!(matches!(error, GpuError::Shared(_)), "{error}");
+    }
+    assert!(matches!(with(40, 1 << 20), GpuError::Cuda(_)));
+    assert!(matches!(with(8, 0x7777), GpuError::NoPeerAccess { .. }));
+    assert_eq!(double.live(), before);
+    drop(gpu.import(&good).unwrap());
+    drop((memory, gpu));
+    assert_eq!(double.live(), 0);
+}
+
 /// Uses everything once. What it made is given back when it returns, so on success it disarms the double first.
 fn use_everything(double: &Double) -> Result<(), Box<dyn std::error::Error>> {
     let gpu = CudaGpu::open(&double.options(CudaMemory::Device, 1))?;
@@ -144,6 +233,9 @@ fn use_everything(double: &Double) -> Result<(), Box<dyn std::error::Error>> {
         Err(GpuError::UnorderedWrites { found: None, .. }) => {}
         ways => assert!(!ways?.ways.is_empty()),
     }
+    let gate = gpu.gate()?;
+    gate.hold(&gpu, &stream)?;
+    gate.open()?;
     // The events of the double are 1.5 ms apart, whatever lies between them.
     assert_eq!(gpu.copies().measure_ns(&[0, 4096, 100])?, 1_500_000);
     double.fail(0, 0);
@@ -362,6 +454,91 @@ fn payload_stays_on_the_gpu_and_emulated_devices_reach_it_by_copies() {
         drop(rig);
         assert_eq!(double.live(), 0, "{config:?}");
     }
+}
+
+/// One of two ranks that have a GPU each, and meet in a store.
+fn serve_on(gpu: Arc<dyn Gpu>, rank: u16, config: &Config, store: &Blocking, end: &Barrier) {
+    let options = ElasticOptions {
+        group: GroupName { cluster: "test".into(), group: "cuda".into() },
+        rank: Rank(rank),
+        initial: [0, 1].into_iter().map(Rank).collect(),
+        takeover: false,
+        flap_window: None,
+        node: MemberOptions { gpus: Gpus::Given(vec![gpu]), ..MemberOptions::default() },
+    };
+    let member = ElasticMember::join(config, store, &options).unwrap();
+    let session = member.session();
+    let rig = RigRank {
+        tensors: session.tensors().unwrap(),
+        stream: session.stream(),
+        session: Arc::clone(session),
+    };
+    assert!(member.wait_linked(PATIENCE).unwrap(), "{:?}", member.view());
+    member.ready(rank.into());
+    assert!(member.wait_open(PATIENCE).unwrap(), "{:?}", member.view());
+    let input = |rank: u16| {
+        let key = InputKey { seed: 3, iteration: 0, rank: Rank(rank) };
+        RankInput::generate(session.config(), Routing::Uniform, key, 5)
+    };
+    let inputs = [0, 1].map(input);
+    rig.load(&inputs[usize::from(rank)], TopkDtype::I32).unwrap();
+    rig.launch(session.config().max_topk, &StepPlan::default()).unwrap();
+    session.gpu().synchronize(&rig.stream).unwrap();
+    let step = Step::new(session.config(), &inputs);
+    let verdict = rig.check_combine(&step, &inputs[usize::from(rank)], &[true; 2]).unwrap();
+    assert!(verdict.checked > 0);
+    assert_eq!((verdict.wrong, verdict.lost), (0, 0), "rank {rank}: {verdict:?}");
+    end.wait();
+}
+
+#[test]
+fn ranks_in_processes_of_their_own_bring_a_gpu_each() {
+    for (route, memory) in [
+        (RoutePolicy::Auto, CudaMemory::Device),
+        (RoutePolicy::Ibgda, CudaMemory::Device),
+        (RoutePolicy::Ibgda, CudaMemory::HostMapped),
+    ] {
+        let config = Config { route, ..group::config(2) };
+        let store = Blocking::open(&StoreUrl::Memory, Clock::system(), PATIENCE).unwrap();
+        let end = Barrier::new(2);
+        // Threads stand for processes.
+        std::thread::scope(|scope| {
+            for rank in [0, 1] {
+                let (config, store, end) = (&config, &store, &end);
+                scope.spawn(move || {
+                    let pool = Arc::new(Pool::new(PoolConfig::real_time(1)).unwrap());
+                    let double = Double::new("member").run_kernels(HostGpu::new(pool, 0));
+                    let gpu = CudaGpu::open(&double.options(memory, 1)).unwrap();
+                    serve_on(Arc::new(gpu), rank, config, store, end);
+                    assert_eq!(double.live(), 0, "{route}, {memory:?}");
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn streams_of_several_ranks_wait_for_one_gate_and_none_is_left_behind_it() {
+    let double = Double::new("gate");
+    let gpus = [0, 1].map(|_| open(&double, CudaMemory::Device));
+    let streams = [gpus[0].stream(), gpus[1].stream()];
+    let gate = gpus[0].gate().unwrap();
+    assert_eq!(double.held(), 0, "it has been tried");
+    for round in 0..3 {
+        gate.hold(&gpus[0], &streams[0]).unwrap();
+        gate.hold(&gpus[1], &streams[1]).unwrap();
+        assert_eq!(double.held(), 2, "round {round}");
+        gate.open().unwrap();
+        assert_eq!(double.held(), 0, "round {round}");
+    }
+    let foreign = gate.hold(&gpus[0], &streams[1]);
+    assert!(matches!(foreign, Err(GpuError::ForeignHandle { .. })), "{foreign:?}");
+    gate.hold(&gpus[1], &streams[1]).unwrap();
+    drop(gate);
+    // Its word is given back when the stream has done all work, which it was let go on with.
+    assert_eq!(double.held(), 0);
+    drop((streams, gpus));
+    assert_eq!(double.live(), 0);
 }
 
 #[test]

@@ -107,7 +107,8 @@ pub(super) struct Machine {
     /// What runs kernels.
     #[arg(long, default_value = "host")]
     gpu: GpuKind,
-    /// Which GPU, as nvidia-smi -L prints it [default: the first]; all ranks share it.
+    /// Which GPU, as nvidia-smi -L prints it; all ranks share it [default: the first; ranks with processes of their own
+    /// take the GPUs of their host in turn].
     #[arg(long, value_name = "GPU-UUID")]
     pub(super) gpu_uuid: Option<Uuid>,
     /// What lies between emulated devices [default: inproc; between processes shm, between hosts udp].
@@ -159,9 +160,8 @@ impl Machine {
         self.gpu == GpuKind::Cuda
     }
 
-    /// Ranks that share a GPU are threads of one process.
+    /// GPUs have a name, and run kernels in real time.
     fn validate_gpu(&self) -> Result<(), CliError> {
-        let refuse = |value, available| Err(CliError::NotBuilt { flag: "--gpu", value, available });
         if !self.is_cuda() {
             return match self.gpu_uuid {
                 Some(_) => {
@@ -170,9 +170,6 @@ impl Machine {
                 }
                 None => Ok(()),
             };
-        }
-        if self.is_group() {
-            return refuse("cuda between processes", "one GPU for the ranks of one process");
         }
         if self.fabric() == FabricKind::Sim {
             let because = "a simulation runs kernels itself";

@@ -9,9 +9,10 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 
-use ibex::bootstrap::cuda_connections;
+use ibex::bootstrap::{Place, cuda_connections};
 use ibex::config::RoutePolicy;
 use ibex::error::OsError;
+use ibex::gpu::cuda::{CudaError, Driver};
 use ibex::gpu::{CudaGpu, CudaMemory, CudaOptions, Gpu};
 use ibex::session::{DeviceWrapper, Gpus, reaches_doorbells};
 use ibex_hca::assisted::{AssistedHca, Forwarder, PAGES_MAX};
@@ -65,6 +66,8 @@ pub(super) struct OpenGpus {
     pub(super) gpus: Gpus,
     /// The one that all ranks share; none where kernels run on the host.
     pub(super) shared: Option<Arc<CudaGpu>>,
+    /// As each rank of this process has it.
+    pub(super) each: Vec<Arc<CudaGpu>>,
 }
 
 /// Where a run keeps payload: on the GPU, unless emulated devices move it, which only copy it there and back.
@@ -85,6 +88,69 @@ fn missing_connections(ranks: u32, told: Option<u32>) -> Option<u32> {
     (told.unwrap_or(CONNECTIONS_DEFAULT) < wanted).then_some(wanted)
 }
 
+/// Refuses to start ranks that could not open a GPU.
+///
+/// # Errors
+/// No driver, or one without this GPU.
+pub(super) fn check_driver(machine: &Machine) -> Result<(), CliError> {
+    if machine.is_cuda() {
+        chosen(machine, 0)?;
+    }
+    Ok(())
+}
+
+/// The GPU that a rank of this host takes, and how many there are.
+fn chosen(machine: &Machine, local_rank: u32) -> Result<([u8; 16], usize), CudaError> {
+    let devices = Driver::load()?.devices()?;
+    if let Some(wanted) = machine.gpu_uuid {
+        let found = devices.len();
+        let is_there = devices.iter().any(|device| device.uuid == wanted.0);
+        let missing = CudaError::NoDevice { wanted: Some(wanted.0), found };
+        return if is_there { Ok((wanted.0, 1)) } else { Err(missing) };
+    }
+    let turn = local_rank as usize % devices.len().max(1);
+    let device = devices.get(turn).ok_or(CudaError::NoDevice { wanted: None, found: 0 })?;
+    Ok((device.uuid, devices.len()))
+}
+
+/// Opens the GPU of a rank in a process of its own: ranks of a host take its GPUs in turn.
+///
+/// # Errors
+/// As [`open_gpus`].
+pub(super) fn open_gpu_of(
+    machine: &Machine,
+    place: &Place,
+    memory: CudaMemory,
+) -> Result<OpenGpus, CliError> {
+    if !machine.is_cuda() {
+        return Ok(OpenGpus::default());
+    }
+    ensure_connections(1)?;
+    let (uuid, count) = chosen(machine, place.local_rank)?;
+    // As if all ranks were on this host: no fewer share a GPU then.
+    // CAST: GPUs of one host.
+    let sharers = place.num_ranks.div_ceil(count.max(1) as u32);
+    let ranks_per_device = NonZeroU32::new(sharers).unwrap_or(NonZeroU32::MIN);
+    let uuid = Some(uuid);
+    let options = CudaOptions { uuid, ranks_per_device, memory, ..CudaOptions::default() };
+    let gpu = Arc::new(CudaGpu::open(&options)?);
+    let gpus = Gpus::Given(vec![Arc::clone(&gpu) as Arc<dyn Gpu>]);
+    Ok(OpenGpus { gpus, each: vec![Arc::clone(&gpu)], shared: Some(gpu) })
+}
+
+/// Sees to it that no stream of this process waits for another's connection, as far as the driver lets it.
+fn ensure_connections(ranks: u32) -> Result<(), CliError> {
+    let told = cuda_connections();
+    match missing_connections(ranks, told) {
+        Some(wanted) if told.is_none() => Err(start_again(wanted)),
+        Some(wanted) => {
+            println!("gpu       {CONNECTIONS} is less than {wanted}: kernels of some ranks may wait");
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
 /// Runs this program in this process from the start, with a driver that will be told; returns only if that fails.
 fn start_again(connections: u32) -> CliError {
     let started = std::env::current_exe().map(|program| {
@@ -103,14 +169,7 @@ pub(super) fn open_gpus(machine: &Machine, ranks: u32, memory: CudaMemory) -> Re
     if !machine.is_cuda() {
         return Ok(OpenGpus::default());
     }
-    let told = cuda_connections();
-    match missing_connections(ranks, told) {
-        None => {}
-        Some(wanted) if told.is_none() => return Err(start_again(wanted)),
-        Some(wanted) => {
-            println!("gpu       {CONNECTIONS} is less than {wanted}: kernels of some ranks may wait")
-        }
-    }
+    ensure_connections(ranks)?;
     let options = CudaOptions {
         uuid: machine.gpu_uuid.map(|uuid| uuid.0),
         ranks_per_device: NonZeroU32::new(ranks).unwrap_or(NonZeroU32::MIN),
@@ -123,8 +182,8 @@ pub(super) fn open_gpus(machine: &Machine, ranks: u32, memory: CudaMemory) -> Re
         println!("gpu       {} at {}, {} SMs for {ranks} ranks", info.name, info.pci, info.sms);
     }
     let shared = opened.first().cloned();
-    let gpus = opened.into_iter().map(|gpu| gpu as Arc<dyn Gpu>).collect();
-    Ok(OpenGpus { gpus: Gpus::Given(gpus), shared })
+    let gpus = opened.iter().map(|gpu| Arc::clone(gpu) as Arc<dyn Gpu>).collect();
+    Ok(OpenGpus { gpus: Gpus::Given(gpus), shared, each: opened })
 }
 
 /// Opens what the flags ask for.

@@ -7,7 +7,8 @@
 //!  CudaGpu (gpu.rs) ---- streams, events, graphs, launches ----+
 //!     |  memory.rs  what is allocated, copies, ways of NICs    |
 //!     |  registered.rs  pages of devices that kernels reach    |
-//!     |  copies.rs  plain copies, timed                        |
+//!     |  copies.rs, gate.rs  plain copies, timed; a common start|
+//!     |  vmm.rs     pages and addresses, apart                 |
 //!     |  peer.rs    handles between processes, dma-buf         v
 //!     +----------------------------------------------> context.rs ---> calls.rs ---> libcuda.so.1
 //!                                                      owners of handles   one checked method per call
@@ -29,14 +30,17 @@ use calls::{Calls, RawDevice, check};
 mod calls;
 mod context;
 mod copies;
+mod gate;
 mod gpu;
 mod memory;
 mod peer;
 mod registered;
+mod vmm;
 
 pub use calls::CallError;
 pub use copies::DeviceCopies;
-pub use gpu::{CudaGpu, CudaMemory, CudaOptions};
+pub use gate::Gate;
+pub use gpu::{CudaGpu, CudaMemory, CudaOptions, CudaSharing};
 
 /// Name of the driver's library, as every driver installs it.
 pub const LIBRARY_NAME: &str = "libcuda.so.1";
@@ -207,6 +211,9 @@ enum Attribute {
     CapabilityMajor = 75,
     CapabilityMinor = 76,
     CooperativeLaunch = 95,
+    VirtualMemoryManagement = 102,
+    PosixDescriptors = 103,
+    RdmaOfVirtualMemory = 110,
     GpuDirectRdma = 116,
     GpuDirectWritesOrdering = 118,
     DmaBuf = 124,

@@ -28,7 +28,7 @@ pub mod image;
 mod nic;
 pub mod pool;
 
-pub use cuda::{CudaGpu, CudaMemory, CudaOptions};
+pub use cuda::{CudaGpu, CudaMemory, CudaOptions, CudaSharing};
 pub use error::{CaptureError, GpuError, GpuField, HandleKind};
 pub use host::{Backing, HostGpu};
 pub use nic::{NicWay, NicWays};

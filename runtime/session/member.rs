@@ -20,7 +20,7 @@ use ibex_hca::emulated::switch::FaultPlan;
 use ibex_hca::emulated::{Doorbells, EmulatedHca, Fabric};
 
 use super::node::{Node, check_host, parts};
-use super::{DeviceWrapper, Session};
+use super::{DeviceWrapper, Gpus, Session};
 use crate::bootstrap::{Advertised, Bootstrap, BootstrapError, Place, TcpBootstrap, advertise};
 use crate::config::{Config, ValidConfig};
 use crate::error::{Error, Violation};
@@ -46,6 +46,9 @@ pub struct MemberOptions {
     pub doorbells: Doorbells,
     /// Threads that run kernels and step the device meanwhile.
     pub workers: u32,
+    /// What runs this rank's kernels: the processors of this machine, or the one GPU that is given; then a thread steps
+    /// the device.
+    pub gpus: Gpus,
     /// The address to tell peers, as the command line has it.
     pub advertise_flag: Option<String>,
     /// The address to tell peers, as the configuration has it.
@@ -70,6 +73,7 @@ impl Default for MemberOptions {
             fabric: MemberFabric::Shm,
             doorbells: Doorbells::Strict,
             workers: 1,
+            gpus: Gpus::default(),
             advertise_flag: None,
             advertise: None,
             faults: None,

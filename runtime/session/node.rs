@@ -1,10 +1,12 @@
-//! What one rank in a process of its own stands on: device, fabric's end, GPU made of the CPU, session, attendant.
+//! What one rank in a process of its own stands on: device, fabric's end, GPU (made of the CPU, or given), session,
+//! attendant.
 //!
 //! A [`Node`] owns all of it. How ranks find each other is not its business: [`Member`](super::Member) and
 //! [`ElasticMember`](super::ElasticMember) know that.
 //!
 //! A thread of its own, the *attendant*, sends the signs of life and serves the device while no kernel runs: peers may
-//! still be sending. While kernels run their worker steps the device, and the attendant stays out of the way.
+//! still be sending. While kernels run their worker steps the device, and the attendant stays out of the way; where a
+//! GPU runs them, a stepper plays the worker.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -14,20 +16,34 @@ use ibex_hca::emulated::{Capture, EmulatedConfig, EmulatedHca, Fabric, ShmConfig
 use ibex_hca::{HcaError, LinkLayer, Nanos};
 
 use super::attendant::{Attendant, Lateness};
+use super::stepper::Stepper;
 use super::{MemberFabric, MemberOptions, Session};
 use crate::bootstrap::{Advertised, BootstrapError};
 use crate::config::{Link, ValidConfig};
 use crate::error::{ConfigError, Error, Limit};
-use crate::gpu::pool::{Pool, PoolConfig, Progress};
-use crate::gpu::{Gpu, HostGpu};
+use crate::gpu::HostGpu;
+use crate::gpu::pool::{Pool, PoolConfig, Progress, Progressed};
 use crate::ids::Rank;
 use crate::recovery::HostId;
 use crate::time::unix_ns;
+
+/// Steps the device as a worker would, by the same clock.
+struct Kernels {
+    progress: Arc<dyn Progress>,
+    pool: Arc<Pool>,
+}
+
+impl Progress for Kernels {
+    fn progress(&self, worker: u32, _now_ns: u64, random: u64) -> Progressed {
+        self.progress.progress(worker, self.pool.now_ns(), random)
+    }
+}
 
 /// See the module documentation.
 pub(super) struct Node {
     // In this order: queue pairs go while the device runs, the device while its fabric does.
     session: Arc<Session>,
+    _stepper: Option<Stepper>,
     attendant: Attendant,
     device: Arc<EmulatedHca>,
     fabric: Arc<Fabric>,
@@ -55,19 +71,22 @@ impl Node {
         let device_config =
             EmulatedConfig { link, doorbells: options.doorbells, ..EmulatedConfig::default() };
         let device = EmulatedHca::new(Arc::clone(&fabric), device_config)?;
+        let given = options.gpus.only()?;
         let attendant = Attendant::new(&device, &fabric, config.detect_ms);
         let progress: Arc<dyn Progress> = attendant.progress();
         let pool_config = PoolConfig::real_time(options.workers).with_progress(progress);
         let pool = Arc::new(Pool::new(pool_config).map_err(crate::gpu::GpuError::from)?);
         let capture = options.capture.as_deref().map(|path| capture(path, &fabric, &pool)).transpose()?;
         meet(&fabric, &device)?;
-        let gpu: Arc<dyn Gpu> = Arc::new(HostGpu::shared(Arc::clone(&pool), 0));
-        let given =
+        let kernels = Kernels { progress: attendant.progress(), pool: Arc::clone(&pool) };
+        let stepper = given.is_some().then(|| Stepper::start(Arc::new(kernels))).transpose()?;
+        let gpu = given.unwrap_or_else(|| Arc::new(HostGpu::shared(Arc::clone(&pool), 0)));
+        let refused =
             ConfigError { field: "devices", value: 1_u32.into(), limit: Limit::Range { min: 0, max: 0 } };
-        let hca = options.devices.around(rank, &device).ok_or(given)?;
+        let hca = options.devices.around(rank, &device).ok_or(refused)?;
         let session = Arc::new(Session::new(config, rank, gpu, hca)?);
         let attendant = attendant.start(&session, &pool)?;
-        Ok(Self { session, attendant, device, fabric, pool, capture })
+        Ok(Self { session, _stepper: stepper, attendant, device, fabric, pool, capture })
     }
 
     pub(super) fn session(&self) -> &Arc<Session> {

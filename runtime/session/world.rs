@@ -63,6 +63,13 @@ pub enum Gpus {
 }
 
 impl Gpus {
+    /// The one GPU of a rank in a process of its own, if it is given.
+    pub(super) fn only(&self) -> Result<Option<Arc<dyn Gpu>>, ConfigError> {
+        let Self::Given(gpus) = self else { return Ok(None) };
+        exactly("gpus", gpus.len() as u64, 1)?;
+        Ok(gpus.first().cloned())
+    }
+
     /// The GPU of one rank.
     fn of(&self, rank: Rank, pool: &Arc<Pool>, backing: Backing) -> Arc<dyn Gpu> {
         match self {
@@ -71,7 +78,7 @@ impl Gpus {
         }
     }
 
-    const fn are_given(&self) -> bool {
+    pub(super) const fn are_given(&self) -> bool {
         matches!(self, Self::Given(_))
     }
 

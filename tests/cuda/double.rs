@@ -191,6 +191,11 @@ impl Double {
         self.ask("ibex_double_live")
     }
 
+    /// Streams that wait for a word.
+    pub(crate) fn held(&self) -> u64 {
+        self.ask("ibex_double_held")
+    }
+
     /// Kernels launched, outside graphs and within; and how many of them cooperatively.
     pub(crate) fn launches(&self) -> (u64, u64) {
         (self.ask("ibex_double_launches"), self.ask("ibex_double_cooperative"))

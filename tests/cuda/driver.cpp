@@ -7,6 +7,7 @@
 /// Where NVIDIA's header is found, the compiler compares every signature here with it.
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if __has_include(<cuda.h>)
@@ -37,9 +39,25 @@ using CUdevice_attribute = int;
 using CUfunction_attribute = int;
 using CUstreamCaptureMode = int;
 using CUmemRangeHandleType = int;
+using cuuint32_t = std::uint32_t;
 using cuuint64_t = std::uint64_t;
 struct CUuuid { char bytes[16]; };
 struct CUipcMemHandle { char reserved[64]; };
+using CUmemGenericAllocationHandle = unsigned long long;
+using CUmemAllocationGranularity_flags = int;
+using CUmemAllocationHandleType = int;
+struct CUmemLocation { int type, id; };
+struct CUmemAllocationProp {
+  int type, requestedHandleTypes;
+  CUmemLocation location;
+  void* win32HandleMetaData;
+  struct {
+    unsigned char compressionType, gpuDirectRDMACapable;
+    unsigned short usage;
+    unsigned char reserved[4];
+  } allocFlags;
+};
+struct CUmemAccessDesc { CUmemLocation location; int flags; };
 #define CUDAAPI
 #define RESULT(code) (code)
 #endif
@@ -48,6 +66,9 @@ namespace {
 
 constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidContext = 201, kInvalidHandle = 400, kNotReady = 600,
               kOperatingSystem = 304, kNotSupported = 801;
+
+/// What pages come in; a real one's are larger.
+constexpr size_t kGranularity = 64 << 10;
 
 /// What the test does for the double; null: nothing happens, and everything is done at once.
 struct Hooks {
@@ -63,7 +84,10 @@ struct Hooks {
   int (*is_done)(void* ctx, uint64_t event);
 };
 
-enum Kind { kContext, kModule, kStream, kEvent, kGraph, kExec, kDeviceMemory, kHostMemory, kRegistered, kIpc, kKinds };
+enum Kind {
+  kContext, kModule, kStream, kEvent, kGraph, kExec, kDeviceMemory, kHostMemory, kRegistered, kIpc,
+  kPhysical, kReserved, kMapped,
+};
 
 struct Object {
   Kind kind;
@@ -90,6 +114,8 @@ std::map<uint64_t, Object> objects;
 std::map<uint64_t, int> ipc_opened;
 std::map<uint64_t, std::string> functions;
 std::vector<std::string> calls;
+/// What streams were told to wait for. Nothing waits here.
+std::vector<std::pair<uint64_t, uint32_t>> held;
 uint64_t next_handle = 0x1000;
 uint64_t launches = 0, cooperative = 0;
 /// Countdown to the call that fails; 0: none does.
@@ -128,7 +154,7 @@ uint64_t id(const void* handle) { return reinterpret_cast<uint64_t>(handle); }
 /// Whether `len` bytes at `addr` lie in one live allocation.
 bool is_memory(uint64_t addr, size_t len) {
   for (const auto& [base, object] : objects) {
-    const bool is_one = object.kind == kDeviceMemory || object.kind == kHostMemory;
+    const bool is_one = object.kind == kDeviceMemory || object.kind == kHostMemory || object.kind == kMapped;
     if (is_one && addr >= base && addr + len <= base + object.len) return true;
   }
   return false;
@@ -170,6 +196,13 @@ int allocate(uint64_t* addr, size_t len, Kind kind) {
   *addr = reinterpret_cast<uint64_t>(room) + 512;
   objects[*addr] = {kind, len};
   return 0;
+}
+
+/// Whether pages can be shared with another process, and with NICs.
+bool is_shareable(const CUmemAllocationProp& prop) {
+  return static_cast<int>(prop.type) == 1 && static_cast<int>(prop.requestedHandleTypes) == 1 &&
+         static_cast<int>(prop.location.type) == 1 && prop.win32HandleMetaData == nullptr &&
+         prop.allocFlags.compressionType == 0 && prop.allocFlags.gpuDirectRDMACapable == 1;
 }
 
 int give_back(uint64_t addr, Kind kind, bool fail) {
@@ -220,6 +253,15 @@ int ibex_double_has_failed() { return fail_in == 0; }
 uint64_t ibex_double_calls() { return calls.size(); }
 const char* ibex_double_call(uint64_t at) { return calls[at].c_str(); }
 uint64_t ibex_double_live() { return objects.size(); }
+/// Streams that still wait for a word.
+uint64_t ibex_double_held() {
+  const std::lock_guard guard(lock);
+  uint64_t waiting = 0;
+  for (const auto& [addr, value] : held) {
+    if (is_memory(addr, 4) && static_cast<int32_t>(*reinterpret_cast<volatile uint32_t*>(addr) - value) < 0) ++waiting;
+  }
+  return waiting;
+}
 uint64_t ibex_double_launches() { return launches; }
 uint64_t ibex_double_cooperative() { return cooperative; }
 
@@ -430,11 +472,104 @@ CUresult CUDAAPI cuMemGetHandleForAddressRange(void* handle, CUdeviceptr addr, s
   if (machine.attribute_off == 124) return RESULT(kNotSupported);
   for (const auto& [base, object] : objects) {
     // A file has no part that begins elsewhere.
-    if (object.kind != kDeviceMemory || object.pages != addr) continue;
+    if (object.fd < 0 || object.pages != addr) continue;
     *static_cast<int*>(handle) = fcntl(object.fd, F_DUPFD_CLOEXEC, 0);
     return RESULT(0);
   }
   return RESULT(kInvalidValue);
+}
+CUresult CUDAAPI cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocationProp* prop,
+                                               CUmemAllocationGranularity_flags option) {
+  BEGIN_IN_CONTEXT("cuMemGetAllocationGranularity");
+  NEED(static_cast<int>(option) == 0 && is_shareable(*prop));
+  *granularity = kGranularity;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size, const CUmemAllocationProp* prop,
+                             unsigned long long flags) {
+  BEGIN_IN_CONTEXT("cuMemCreate");
+  NEED(size != 0 && size % kGranularity == 0 && flags == 0 && is_shareable(*prop));
+  const int fd = memfd_create("ibex-double", MFD_CLOEXEC);
+  if (fd < 0 || ftruncate(fd, static_cast<off_t>(size)) != 0) return RESULT(kOutOfMemory);
+  *handle = next_handle += 16;
+  objects[*handle] = {kPhysical, size, fd, 0};
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemRelease(CUmemGenericAllocationHandle handle) {
+  const std::lock_guard guard(lock);
+  const bool fail = fails("cuMemRelease");
+  const auto found = objects.find(handle);
+  if (found != objects.end() && found->second.kind == kPhysical) close(found->second.fd);
+  return RESULT(release(handle, kPhysical, fail));
+}
+CUresult CUDAAPI cuMemAddressReserve(CUdeviceptr* addr, size_t size, size_t align, CUdeviceptr wanted,
+                                     unsigned long long flags) {
+  BEGIN_IN_CONTEXT("cuMemAddressReserve");
+  NEED(size % kGranularity == 0 && align <= kGranularity && wanted == 0 && flags == 0);
+  // The mapping of a whole granule more leaves room for one that begins at a multiple.
+  void* room = mmap(nullptr, size + kGranularity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room == MAP_FAILED) return RESULT(kOutOfMemory);
+  const uint64_t start = (reinterpret_cast<uint64_t>(room) + kGranularity - 1) / kGranularity * kGranularity;
+  objects[start + 1] = {kReserved, size, -1, reinterpret_cast<uint64_t>(room)};
+  *addr = start;
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemAddressFree(CUdeviceptr addr, size_t size) {
+  const std::lock_guard guard(lock);
+  const bool fail = fails("cuMemAddressFree");
+  const auto found = objects.find(addr + 1);
+  NEED(found != objects.end() && found->second.len == size && objects.count(addr) == 0);
+  munmap(reinterpret_cast<void*>(found->second.pages), size + kGranularity);
+  return RESULT(release(addr + 1, kReserved, fail));
+}
+CUresult CUDAAPI cuMemMap(CUdeviceptr addr, size_t size, size_t offset, CUmemGenericAllocationHandle handle,
+                          unsigned long long flags) {
+  BEGIN_IN_CONTEXT("cuMemMap");
+  const auto range = objects.find(addr + 1), pages = objects.find(handle);
+  NEED(range != objects.end() && range->second.kind == kReserved && range->second.len == size);
+  NEED(pages != objects.end() && pages->second.kind == kPhysical && flags == 0 && offset == 0);
+  if (pages->second.len != size) return RESULT(kInvalidValue);
+  void* at = reinterpret_cast<void*>(addr);
+  if (mmap(at, size, PROT_NONE, MAP_SHARED | MAP_FIXED, pages->second.fd, 0) == MAP_FAILED) {
+    return RESULT(kOutOfMemory);
+  }
+  objects[addr] = {kMapped, size, fcntl(pages->second.fd, F_DUPFD_CLOEXEC, 0), addr};
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemUnmap(CUdeviceptr addr, size_t size) {
+  const std::lock_guard guard(lock);
+  const bool fail = fails("cuMemUnmap");
+  const auto found = objects.find(addr);
+  NEED(found != objects.end() && found->second.kind == kMapped && found->second.len == size);
+  mmap(reinterpret_cast<void*>(addr), size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  close(found->second.fd);
+  return RESULT(release(addr, kMapped, fail));
+}
+CUresult CUDAAPI cuMemSetAccess(CUdeviceptr addr, size_t size, const CUmemAccessDesc* access, size_t count) {
+  BEGIN_IN_CONTEXT("cuMemSetAccess");
+  NEED(is_live(reinterpret_cast<void*>(addr), kMapped) && count == 1);
+  NEED(static_cast<int>(access->flags) == 3 && static_cast<int>(access->location.type) == 1);
+  mprotect(reinterpret_cast<void*>(addr), size, PROT_READ | PROT_WRITE);
+  // What nobody has written is not zero: callers must not count on it.
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemExportToShareableHandle(void* descriptor, CUmemGenericAllocationHandle handle,
+                                              CUmemAllocationHandleType kind, unsigned long long flags) {
+  BEGIN_IN_CONTEXT("cuMemExportToShareableHandle");
+  NEED(is_live(reinterpret_cast<void*>(handle), kPhysical) && static_cast<int>(kind) == 1 && flags == 0);
+  *static_cast<int*>(descriptor) = fcntl(objects[handle].fd, F_DUPFD_CLOEXEC, 0);
+  return RESULT(0);
+}
+CUresult CUDAAPI cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, void* descriptor,
+                                                CUmemAllocationHandleType kind) {
+  BEGIN_IN_CONTEXT("cuMemImportFromShareableHandle");
+  NEED(static_cast<int>(kind) == 1);
+  const int fd = fcntl(static_cast<int>(reinterpret_cast<intptr_t>(descriptor)), F_DUPFD_CLOEXEC, 0);
+  struct stat pages {};
+  if (fd < 0 || fstat(fd, &pages) != 0) return RESULT(kInvalidValue);
+  *handle = next_handle += 16;
+  objects[*handle] = {kPhysical, static_cast<size_t>(pages.st_size), fd, 0};
+  return RESULT(0);
 }
 CUresult CUDAAPI cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr addr) {
   BEGIN_IN_CONTEXT("cuIpcGetMemHandle");
@@ -493,6 +628,12 @@ CUresult CUDAAPI cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int)
   BEGIN_IN_CONTEXT("cuStreamWaitEvent");
   NEED(is_live(stream, kStream) && is_live(event, kEvent));
   return RESULT(hooks.wait != nullptr ? hooks.wait(hooks.ctx, id(event), id(stream)) : 0);
+}
+CUresult CUDAAPI SECOND(cuStreamWaitValue32)(CUstream stream, CUdeviceptr addr, cuuint32_t value, unsigned int flags) {
+  BEGIN_IN_CONTEXT("cuStreamWaitValue32_v2");
+  NEED(is_live(stream, kStream) && is_memory(addr, 4) && flags == 0);
+  held.push_back({addr, value});
+  return RESULT(0);
 }
 CUresult CUDAAPI SECOND(cuStreamBeginCapture)(CUstream stream, CUstreamCaptureMode) {
   BEGIN_IN_CONTEXT("cuStreamBeginCapture_v2");

@@ -2,18 +2,21 @@
 //!
 //! A run owns the rig (world, tensors, streams), the captured graphs and the samples. Inputs, routes,
 //! weights and masked picks are new in every step. A step's time is that of its slowest rank, from the
-//! launch on its stream to the end of its last kernel. All ranks live in this process, or each in one
-//! of its own (`procs`).
+//! launch on its stream to the end of its last kernel; on a GPU the streams of all ranks start together.
+//! All ranks live in this process, or each in one of its own (`procs`).
 //!
 //! INVARIANT: with `--check` every step is verified on every rank, warm-up included, and what an earlier
 //! step left in the small outputs is wiped before.
 
 use core::time::Duration;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ibex::bootstrap::Place;
 use ibex::config::ValidConfig;
 use ibex::error::Error;
+use ibex::gpu::CudaGpu;
+use ibex::gpu::cuda::Gate;
 use ibex::harness::{Rig, RigRank, on_all_cores};
 use ibex::ids::{Lane, Rank};
 use ibex::reference::check::{Step, Verdict};
@@ -68,11 +71,24 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
         let because = "NCCL moves memory of GPUs";
         return Err(CliError::Conflict { one: "--baseline nccl", other: "--gpu host", because });
     }
+    let is_group = place.is_some() || args.shared.machine.procs;
+    if args.baseline.is_some() && is_group {
+        let because = "NCCL's ranks would be others than ours";
+        return Err(CliError::Conflict { one: "--baseline nccl", other: "several processes", because });
+    }
     if let Some(place) = place {
-        return procs::run_rank(&args, &config, &place);
+        let memory = provider::payload(&args.shared.machine, args.shared.route);
+        let gpus = provider::open_gpu_of(&args.shared.machine, &place, memory)?;
+        if let Some(gpu) = &gpus.shared {
+            args.shared.shape.fill(gpu.info().sms);
+            config = args.shared.config()?;
+        }
+        return procs::run_rank(&args, &config, &place, gpus.gpus);
     }
     claim_outputs(&args)?;
     if args.shared.machine.procs {
+        // Each rank opens its own; one refusal is enough.
+        provider::check_driver(&args.shared.machine)?;
         return procs::launch_ranks(&args);
     }
     let memory = provider::payload(&args.shared.machine, args.shared.route);
@@ -87,7 +103,8 @@ pub(super) fn run(mut args: Args) -> Result<Outcome, CliError> {
         args.shared.shape.fill(gpu.info().sms);
         config = args.shared.config()?;
     }
-    let bench = Bench::new(&args.shared, config, devices.wrapper(), gpus.gpus, args.corrupt)?;
+    let start = Start::of(&gpus)?;
+    let bench = Bench::new(&args.shared, config, devices.wrapper(), gpus.gpus, start, args.corrupt)?;
     if args.shared.machine.is_cuda() || args.shared.machine.is_mlx5() {
         let places = bench.rig.world().session(Rank(0)).places();
         println!("queues    {}", places.queues);
@@ -136,7 +153,40 @@ pub(super) fn tell(args: &Args, report: &Report, samples: &Samples) -> Result<Ou
     Ok(report.outcome())
 }
 
+/// How kernels of all ranks start together on a GPU: launching them takes the host longer than they take.
+#[derive(Default)]
+struct Start {
+    /// None on the host, whose ranks share its cores anyway.
+    gate: Option<Gate>,
+    gpus: Vec<Arc<CudaGpu>>,
+}
+
+impl Start {
+    fn of(gpus: &OpenGpus) -> Result<Self, CliError> {
+        let gate = gpus.shared.as_ref().map(|gpu| gpu.gate()).transpose()?;
+        Ok(Self { gate, gpus: gpus.each.clone() })
+    }
+
+    /// Holds a rank's stream back.
+    fn hold(&self, rank: &RigRank) -> Result<(), Error> {
+        if let (Some(gate), Some(gpu)) = (&self.gate, self.gpus.get(rank.rank().index())) {
+            gate.hold(gpu, &rank.stream)?;
+        }
+        Ok(())
+    }
+
+    /// Lets all of them go on.
+    fn go(&self) -> Result<(), Error> {
+        if let Some(gate) = &self.gate {
+            gate.open()?;
+        }
+        Ok(())
+    }
+}
+
 struct Bench<'a> {
+    // First: no stream is left behind it.
+    start: Start,
     flags: &'a Shared,
     /// Outputs are corrupted before they are checked.
     corrupt: bool,
@@ -151,6 +201,7 @@ impl<'a> Bench<'a> {
         config: ValidConfig,
         devices: DeviceWrapper,
         gpus: Gpus,
+        start: Start,
         corrupt: bool,
     ) -> Result<Self, Error> {
         let is_simulation = flags.machine.fabric() == FabricKind::Sim;
@@ -163,7 +214,7 @@ impl<'a> Bench<'a> {
         };
         let rig = Rig::new(&config, &options)?;
         let benches = rig.ranks().iter().map(|rank| RankBench::new(flags, rank)).collect::<Result<_, _>>()?;
-        Ok(Self { flags, corrupt, benches, rig })
+        Ok(Self { start, flags, corrupt, benches, rig })
     }
 
     fn run(&self, yardsticks: &mut Yardsticks) -> Result<Samples, CliError> {
@@ -195,16 +246,20 @@ impl<'a> Bench<'a> {
         }
         let mut handles = Vec::new();
         for (rank, bench) in self.ranks() {
+            self.start.hold(rank)?;
             handles.push(bench.start_dispatch(rank, lane)?);
         }
+        self.start.go()?;
         let dispatch_us = self.slowest_us()?;
         for rank in self.rig.ranks() {
             rank.session.run_expert(&rank.stream, &rank.tensors)?;
         }
         self.rig.synchronize()?;
         for ((rank, bench), handle) in self.ranks().zip(&handles) {
+            self.start.hold(rank)?;
             bench.start_combine(rank, lane, handle.as_ref())?;
         }
+        self.start.go()?;
         let combine_us = self.slowest_us()?;
         if self.corrupt {
             flip_bit(&self.rig.ranks()[0])?;

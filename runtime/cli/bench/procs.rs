@@ -20,7 +20,7 @@ use ibex::ids::{Lane, Rank};
 use ibex::recovery::RouteReport;
 use ibex::reference::check::{Step, Verdict};
 use ibex::reference::inputs::RankInput;
-use ibex::session::{Member, MemberFabric, MemberOptions};
+use ibex::session::{Gpus, Member, MemberFabric, MemberOptions};
 use ibex::time::sleep;
 use ibex_hca::emulated::{Doorbells, UdpConfig};
 use serde::{Deserialize, Serialize};
@@ -67,7 +67,12 @@ pub(super) fn launch_ranks(args: &Args) -> Result<Outcome, CliError> {
 }
 
 /// Runs one rank of the group that `place` names.
-pub(super) fn run_rank(args: &Args, config: &ValidConfig, place: &Place) -> Result<Outcome, CliError> {
+pub(super) fn run_rank(
+    args: &Args,
+    config: &ValidConfig,
+    place: &Place,
+    gpus: Gpus,
+) -> Result<Outcome, CliError> {
     let is_first = place.rank == Rank(0);
     if is_first {
         claim_outputs(args)?;
@@ -84,6 +89,7 @@ pub(super) fn run_rank(args: &Args, config: &ValidConfig, place: &Place) -> Resu
         faults: faults.clone(),
         capture: args.pcap.as_deref().map(|path| of_rank(path, place.rank)),
         timeout: PATIENCE,
+        gpus,
         ..MemberOptions::default()
     };
     let member = Member::join(config, place, &options)?;
@@ -197,7 +203,8 @@ impl<'a> Run<'a> {
         let total = flags.warmup + flags.iters;
         let is_first = self.me() == Rank(0);
         let mut progress = is_first.then(|| Progress::new("step", total));
-        let mut yardsticks = is_first.then(Yardsticks::host);
+        // What one device copies is no measure of several that do.
+        let mut yardsticks = (is_first && !flags.machine.is_cuda()).then(Yardsticks::host);
         for iteration in 0..total {
             let inputs = self.inputs(iteration, is_first);
             let times = self.step(iteration, &inputs, &mut samples.verdict)?;

@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 use libloading::Library;
 
+use super::vmm::{AccessDesc, AllocationProp};
+
 /// A device by its ordinal, as `cuDeviceGet` gives it.
 pub(super) type RawDevice = c_int;
 /// `CUcontext`, `CUmodule`, `CUfunction`, `CUstream`, `CUevent`, `CUgraph`, `CUgraphExec`: pointers to nothing of ours.
@@ -136,6 +138,29 @@ calls! {
     /// A descriptor behind which a NIC reaches device memory.
     mem_get_handle_for_range = "cuMemGetHandleForAddressRange"
         (handle: *mut c_void, addr: u64, len: usize, kind: c_int, flags: c_ulonglong);
+    /// What sizes of pages must be multiples of.
+    mem_granularity = "cuMemGetAllocationGranularity"
+        (granularity: *mut usize, prop: *const AllocationProp, option: c_int);
+    /// Pages on a device, without an address.
+    mem_create = "cuMemCreate" (handle: *mut u64, size: usize, prop: *const AllocationProp, flags: c_ulonglong);
+    /// Gives them back, once nothing has them mapped.
+    mem_release = "cuMemRelease" (handle: u64);
+    /// Addresses, without pages.
+    mem_address_reserve = "cuMemAddressReserve"
+        (addr: *mut u64, size: usize, align: usize, wanted: u64, flags: c_ulonglong);
+    /// Gives them back.
+    mem_address_free = "cuMemAddressFree" (addr: u64, size: usize);
+    /// Puts pages behind addresses.
+    mem_map = "cuMemMap" (addr: u64, size: usize, offset: usize, handle: u64, flags: c_ulonglong);
+    /// Takes them away.
+    mem_unmap = "cuMemUnmap" (addr: u64, size: usize);
+    /// Lets devices use them.
+    mem_set_access = "cuMemSetAccess" (addr: u64, size: usize, access: *const AccessDesc, count: usize);
+    /// A descriptor by which another process maps pages.
+    mem_export = "cuMemExportToShareableHandle"
+        (descriptor: *mut c_void, handle: u64, kind: c_int, flags: c_ulonglong);
+    /// Pages that another process has exported.
+    mem_import = "cuMemImportFromShareableHandle" (handle: *mut u64, descriptor: *mut c_void, kind: c_int);
     /// A handle by which another process maps an allocation.
     ipc_get_mem_handle = "cuIpcGetMemHandle" (handle: *mut IpcHandle, addr: u64);
     /// Maps another process's allocation.
@@ -152,6 +177,8 @@ calls! {
     stream_synchronize = "cuStreamSynchronize" (stream: RawHandle);
     /// Lets a stream wait for an event.
     stream_wait_event = "cuStreamWaitEvent" (stream: RawHandle, event: RawHandle, flags: c_uint);
+    /// Lets a stream wait until a word is a number, or up to 2^31 beyond.
+    stream_wait_value = "cuStreamWaitValue32_v2" (stream: RawHandle, addr: u64, value: u32, flags: c_uint);
     /// Starts a capture.
     stream_begin_capture = "cuStreamBeginCapture_v2" (stream: RawHandle, mode: c_int);
     /// Ends it.

@@ -18,7 +18,6 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock, Weak};
 
 use ibex_hca::bus::{self, Bus, BusId};
-use ibex_hca::shared_memory::SharedMemoryError;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::super::host::capture::{CapturedMark, Captures, Plan};
@@ -31,6 +30,7 @@ use super::super::{
 use super::calls::{CallError, RawDevice, RawHandle};
 use super::context::{self, Context, Module, OwnedEvent, OwnedGraph, OwnedStream};
 use super::copies::DeviceCopies;
+use super::gate::Gate;
 use super::memory::{Home, Memory};
 use super::peer::{self, Exported, Imported};
 use super::registered::Registered;
@@ -61,6 +61,18 @@ pub enum CudaMemory {
     HostMapped,
 }
 
+/// How other processes of this host map memory on the device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CudaSharing {
+    /// By CUDA's IPC handles: what the driver gave is shared as a whole, also where it is more than one allocation.
+    #[default]
+    Ipc,
+    /// By descriptors of pages of their own (CUDA's virtual memory management), which are rounded up to the driver's
+    /// granularity, mostly 2 MiB. The importer must be allowed to take descriptors of the exporter (`pidfd_getfd`): the
+    /// same user, and no Yama in the way.
+    Descriptor,
+}
+
 /// How to make a [`CudaGpu`].
 #[derive(Debug, Clone)]
 pub struct CudaOptions {
@@ -72,6 +84,8 @@ pub struct CudaOptions {
     pub ranks_per_device: NonZeroU32,
     /// Where memory goes.
     pub memory: CudaMemory,
+    /// How memory on the device is shared.
+    pub sharing: CudaSharing,
     /// The kernels: a fat binary, alive and unchanged for ever.
     pub image: &'static [u8],
 }
@@ -83,6 +97,7 @@ impl Default for CudaOptions {
             uuid: None,
             ranks_per_device: NonZeroU32::MIN,
             memory: CudaMemory::default(),
+            sharing: CudaSharing::default(),
             image: image::bytes(),
         }
     }
@@ -213,7 +228,7 @@ impl CudaGpu {
     /// build, or none that fit. Nothing stays behind.
     pub fn open(options: &CudaOptions) -> Result<Self, CudaError> {
         let (driver, all) = Found::all(options)?;
-        let found = Found::of(&driver, all, options.uuid)?;
+        let found = Found::of(&driver, all, options.uuid, options.sharing)?;
         let context = Context::primary(driver.calls()?, found.device)?;
         Self::on(context, found, options)
     }
@@ -231,7 +246,7 @@ impl CudaGpu {
         // SAFETY: the caller's contract.
         let context = unsafe { Context::lent(driver.calls()?, context) }?;
         let uuid = all.iter().find(|(_, device)| *device == context.device).map(|(info, _)| info.uuid);
-        let found = Found::of(&driver, all, uuid)?;
+        let found = Found::of(&driver, all, uuid, options.sharing)?;
         Self::on(context, found, options)
     }
 
@@ -245,7 +260,7 @@ impl CudaGpu {
             Streams { captures: Captures::new(), live: BTreeMap::new(), closing: Vec::new(), next: 0 };
         let device = Device {
             id: GpuId::fresh(),
-            memory: Memory::new(&context)?,
+            memory: Memory::new(&context, options.sharing)?,
             streams: Mutex::new(streams),
             functions,
             _module: module,
@@ -304,6 +319,24 @@ impl CudaGpu {
     /// Plain copies on this device, to measure kernels against.
     pub fn copies(&self) -> DeviceCopies {
         DeviceCopies::new(Self { device: Arc::clone(&self.device) })
+    }
+
+    /// A gate before streams of this device, whichever [`CudaGpu`] of this process made them.
+    ///
+    /// # Errors
+    /// The driver lets no stream wait for a word.
+    pub fn gate(&self) -> Result<Gate, GpuError> {
+        Gate::new(Self { device: Arc::clone(&self.device) })
+    }
+
+    /// Lets a stream wait for a word of pinned memory of any context.
+    pub(super) fn queue_wait(&self, stream: &Stream, addr: u64, value: u32) -> Result<(), GpuError> {
+        /// SPEC: cuda.h `CU_STREAM_WAIT_VALUE_GEQ`.
+        const AT_LEAST: u32 = 0;
+        let (_, raw) = self.stream_of(stream)?;
+        let _entered = self.device.context.enter()?;
+        // SAFETY: a live stream; the gate keeps the word until it has opened for the last time.
+        Ok(unsafe { self.device.context.calls.stream_wait_value(raw, addr, value, AT_LEAST) }?)
     }
 
     /// Allocates on the device, wherever [`Gpu::alloc`] does.
@@ -416,6 +449,7 @@ impl Found {
         driver: &Driver,
         all: Vec<(DeviceInfo, RawDevice)>,
         wanted: Option<[u8; 16]>,
+        sharing: CudaSharing,
     ) -> Result<Self, CudaError> {
         let is_wanted = |(info, _): &&(DeviceInfo, RawDevice)| wanted.is_none_or(|uuid| uuid == info.uuid);
         let Some((info, device)) = all.iter().find(is_wanted).cloned() else {
@@ -423,12 +457,12 @@ impl Found {
         };
         let all = all.into_iter().map(|(info, device)| (info.uuid, device)).collect();
         let found = Self { device, info, all };
-        found.check(driver)?;
+        found.check(driver, sharing)?;
         Ok(found)
     }
 
-    /// What kernels rely on.
-    fn check(&self, driver: &Driver) -> Result<(), CudaError> {
+    /// What kernels, and who shares memory, rely on.
+    fn check(&self, driver: &Driver, sharing: CudaSharing) -> Result<(), CudaError> {
         let unfit = |what, value, min| {
             if value >= min {
                 return Ok(());
@@ -436,11 +470,18 @@ impl Found {
             Err(CudaError::Unfit { device: self.info.name.clone(), what, value, min })
         };
         unfit("compute capability", self.info.capability.0, CAPABILITY_MAJOR_MIN)?;
-        for (what, attribute) in [
+        let of_descriptors = [
+            ("virtual memory management", Attribute::VirtualMemoryManagement),
+            ("memory by descriptors", Attribute::PosixDescriptors),
+            ("rdma into virtual memory", Attribute::RdmaOfVirtualMemory),
+        ];
+        let of_sharing = of_descriptors.into_iter().filter(|_| sharing == CudaSharing::Descriptor);
+        let of_kernels = [
             ("cooperative launches", Attribute::CooperativeLaunch),
             ("unified addressing", Attribute::UnifiedAddressing),
             ("mapped host memory", Attribute::CanMapHostMemory),
-        ] {
+        ];
+        for (what, attribute) in of_kernels.into_iter().chain(of_sharing) {
             unfit(what, driver.attribute(self.device, attribute)?, 1)?;
         }
         Ok(())
@@ -641,16 +682,9 @@ impl Gpu for CudaGpu {
 
     fn export(&self, addr: u64, len: usize) -> Result<Vec<u8>, GpuError> {
         self.device.memory.with_live(addr, len, |block| {
-            if Memory::home(block) == Home::Host {
-                return Err(GpuError::Shared(SharedMemoryError::NotShared { addr, len: len as u64 }));
-            }
-            let exported = Exported {
-                uuid: self.device.info.uuid,
-                offset: addr - block.base(),
-                len: len as u64,
-                handle: peer::handle_of(&self.device.context, block.base())?,
-            };
-            Ok(exported.to_bytes())
+            let (by, offset) = block.share(addr)?;
+            let uuid = self.device.info.uuid;
+            Ok(Exported { uuid, offset, len: len as u64, by }.to_bytes())
         })
     }
 
@@ -672,7 +706,7 @@ impl Gpu for CudaGpu {
     fn nic_ways(&self, addr: u64, is_on_bus: bool) -> Result<NicWays, GpuError> {
         let device = &self.device;
         device.memory.with_live(addr, 1, |block| {
-            if Memory::home(block) == Home::Host {
+            if block.home() == Home::Host {
                 return Ok(NicWays::host());
             }
             if !is_on_bus {

@@ -8,19 +8,22 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use ibex_hca::control_region::RegionPlace;
+use ibex_hca::shared_memory::SharedMemoryError;
 use parking_lot::{Mutex, RwLock};
 
 use super::super::host::raw;
 use super::super::{GpuError, GpuField, NicWay, NicWays};
 use super::calls::CallError;
 use super::context::{Context, OwnedStream};
-use super::peer;
+use super::gpu::CudaSharing;
+use super::peer::{self, Descriptor, Means};
+use super::vmm::Mapped;
 
 /// Longest allocation; far beyond any device.
 const ALLOC_LEN_MAX: usize = 1 << 46;
@@ -46,43 +49,83 @@ pub(super) enum Home {
 #[derive(Debug)]
 pub(super) struct Block {
     context: Arc<Context>,
-    home: Home,
     /// What the driver gave; what is used begins at the first aligned address in it.
-    base: u64,
+    given: Given,
     pub(super) addr: u64,
     pub(super) len: usize,
     /// What NICs reach it by, made when it is first asked for.
     dma_buf: OnceLock<Result<Arc<OwnedFd>, CallError>>,
+    /// What other processes open, made when it is first asked for.
+    descriptor: OnceLock<Result<OwnedFd, CallError>>,
+}
+
+/// What the driver gave, and how it is given back.
+#[derive(Debug)]
+enum Given {
+    /// Device memory at an address.
+    Device(u64),
+    /// Device memory that gives itself back.
+    Mapped(Mapped),
+    /// Host memory at an address.
+    Host(u64),
 }
 
 impl Block {
-    fn new(context: &Arc<Context>, home: Home, len: usize, align: usize) -> Result<Self, GpuError> {
+    fn new(
+        context: &Arc<Context>,
+        home: Home,
+        sharing: CudaSharing,
+        len: usize,
+        align: usize,
+    ) -> Result<Self, GpuError> {
         let align = checked_align(len, align)?;
         // Whole pages on the device: a dma-buf has no smaller parts.
         let used = if home == Home::Device { len.next_multiple_of(PAGE) } else { len };
         let room = used + (align - ALLOC_ALIGN);
         let _entered = context.enter()?;
-        let base = match home {
-            Home::Device => {
+        let given = match (home, sharing) {
+            (Home::Device, CudaSharing::Ipc) => {
                 let mut base = 0;
                 // SAFETY: a writable address.
                 unsafe { context.calls.mem_alloc(&mut base, room) }?;
-                base
+                Given::Device(base)
             }
-            Home::Host => {
+            (Home::Device, CudaSharing::Descriptor) => Given::Mapped(Mapped::create(context, used, align)?),
+            (Home::Host, _) => {
                 let mut base: *mut c_void = null_mut();
                 // SAFETY: a writable pointer.
                 unsafe { context.calls.mem_host_alloc(&mut base, room, HOST_ALLOC_FLAGS) }?;
-                base.expose_provenance() as u64
+                Given::Host(base.expose_provenance() as u64)
             }
         };
-        let addr = base.next_multiple_of(align as u64);
-        Ok(Self { context: Arc::clone(context), home, base, addr, len, dma_buf: OnceLock::new() })
+        let addr = given.base().next_multiple_of(align as u64);
+        let (dma_buf, descriptor) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { context: Arc::clone(context), given, addr, len, dma_buf, descriptor })
     }
 
-    /// First byte of what the driver gave, which is what its handles name.
-    pub(super) fn base(&self) -> u64 {
-        self.base
+    pub(super) fn home(&self) -> Home {
+        match self.given {
+            Given::Device(_) | Given::Mapped(_) => Home::Device,
+            Given::Host(_) => Home::Host,
+        }
+    }
+
+    /// By what another process opens it, and where `addr` lies in that.
+    pub(super) fn share(&self, addr: u64) -> Result<(Means, u64), GpuError> {
+        let base = self.given.base();
+        let means = match &self.given {
+            Given::Device(base) => Means::Ipc(peer::handle_of(&self.context, *base)?),
+            Given::Mapped(mapped) => {
+                let descriptor = self.descriptor.get_or_init(|| mapped.export());
+                let fd = descriptor.as_ref().map_err(|refused| *refused)?.as_raw_fd();
+                Means::Descriptor(Descriptor::ours(fd, mapped.size() as u64)?)
+            }
+            Given::Host(_) => {
+                let (addr, len) = (self.addr, self.len as u64);
+                return Err(GpuError::Shared(SharedMemoryError::NotShared { addr, len }));
+            }
+        };
+        Ok((means, addr - base))
     }
 
     /// A descriptor of all of it, which lies on the device and begins at a page.
@@ -93,7 +136,7 @@ impl Block {
 
     /// The ways by which a device that moves bytes itself reaches it, best first.
     pub(super) fn nic_ways(&self) -> NicWays {
-        if self.home == Home::Host {
+        if self.home() == Home::Host {
             return NicWays::host();
         }
         let by_buffer = match self.addr.is_multiple_of(PAGE as u64) {
@@ -113,13 +156,25 @@ impl Drop for Block {
     fn drop(&mut self) {
         // No descriptor of ours outlives what it describes.
         self.dma_buf.take();
+        self.descriptor.take();
         // SAFETY: given by the driver, given back once.
         self.context.release(|calls| unsafe {
-            match self.home {
-                Home::Device => calls.mem_free(self.base),
-                Home::Host => calls.mem_free_host(pointer(self.base)),
+            match &self.given {
+                Given::Device(base) => calls.mem_free(*base),
+                Given::Host(base) => calls.mem_free_host(pointer(*base)),
+                Given::Mapped(_) => Ok(()),
             }
         });
+    }
+}
+
+impl Given {
+    /// First byte of what the driver gave, which is what its handles name.
+    const fn base(&self) -> u64 {
+        match self {
+            Self::Device(base) | Self::Host(base) => *base,
+            Self::Mapped(mapped) => mapped.addr(),
+        }
     }
 }
 
@@ -147,21 +202,23 @@ pub(super) struct Memory {
     /// One copy at a time: whoever waits for the stream waits for its own copy.
     copies: Mutex<OwnedStream>,
     context: Arc<Context>,
+    sharing: CudaSharing,
 }
 
 impl Memory {
-    pub(super) fn new(context: &Arc<Context>) -> Result<Self, CallError> {
+    pub(super) fn new(context: &Arc<Context>, sharing: CudaSharing) -> Result<Self, CallError> {
         Ok(Self {
             live: RwLock::default(),
             retired: Mutex::default(),
             copies: Mutex::new(OwnedStream::new(context)?),
             context: Arc::clone(context),
+            sharing,
         })
     }
 
     /// Allocates zeroed bytes; returns the address of the first.
     pub(super) fn alloc(&self, home: Home, len: usize, align: usize) -> Result<u64, GpuError> {
-        let block = Block::new(&self.context, home, len, align)?;
+        let block = Block::new(&self.context, home, self.sharing, len, align)?;
         let addr = block.addr;
         match home {
             Home::Device => self.set_on_device(addr, 0, len)?,
@@ -212,7 +269,7 @@ impl Memory {
     }
 
     pub(super) fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), GpuError> {
-        self.with_live(addr, bytes.len(), |block| match block.home {
+        self.with_live(addr, bytes.len(), |block| match block.home() {
             Home::Host => {
                 // SAFETY: `with_live` has checked the range, and keeps it.
                 unsafe { raw::copy_in(addr as usize, bytes) };
@@ -226,7 +283,7 @@ impl Memory {
     }
 
     pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
-        self.with_live(addr, bytes.len(), |block| match block.home {
+        self.with_live(addr, bytes.len(), |block| match block.home() {
             Home::Host => {
                 // SAFETY: as in `write`.
                 unsafe { raw::copy_out(addr as usize, bytes) };
@@ -240,7 +297,7 @@ impl Memory {
     }
 
     pub(super) fn fill(&self, addr: u64, byte: u8, len: usize) -> Result<(), GpuError> {
-        self.with_live(addr, len, |block| match block.home {
+        self.with_live(addr, len, |block| match block.home() {
             Home::Host => {
                 // SAFETY: as in `write`.
                 unsafe { raw::fill_in(addr as usize, byte, len) };
@@ -285,7 +342,7 @@ impl Memory {
     }
 
     pub(super) fn load_u32(&self, addr: u64) -> Result<u32, GpuError> {
-        self.with_word(addr, 4, |block| match block.home {
+        self.with_word(addr, 4, |block| match block.home() {
             // SAFETY: live and aligned; everyone accesses this memory atomically.
             Home::Host => Ok(unsafe { AtomicU32::from_ptr(pointer(addr).cast()) }.load(Ordering::Acquire)),
             Home::Device => self.copied_word(addr).map(u32::from_ne_bytes),
@@ -293,7 +350,7 @@ impl Memory {
     }
 
     pub(super) fn store_u32(&self, addr: u64, value: u32) -> Result<(), GpuError> {
-        self.with_word(addr, 4, |block| match block.home {
+        self.with_word(addr, 4, |block| match block.home() {
             Home::Host => {
                 // SAFETY: as in `load_u32`.
                 unsafe { AtomicU32::from_ptr(pointer(addr).cast()) }.store(value, Ordering::Release);
@@ -304,7 +361,7 @@ impl Memory {
     }
 
     pub(super) fn load_u64(&self, addr: u64) -> Result<u64, GpuError> {
-        self.with_word(addr, 8, |block| match block.home {
+        self.with_word(addr, 8, |block| match block.home() {
             // SAFETY: as in `load_u32`.
             Home::Host => Ok(unsafe { AtomicU64::from_ptr(pointer(addr).cast()) }.load(Ordering::Acquire)),
             Home::Device => self.copied_word(addr).map(u64::from_ne_bytes),
@@ -312,7 +369,7 @@ impl Memory {
     }
 
     pub(super) fn store_u64(&self, addr: u64, value: u64) -> Result<(), GpuError> {
-        self.with_word(addr, 8, |block| match block.home {
+        self.with_word(addr, 8, |block| match block.home() {
             Home::Host => {
                 // SAFETY: as in `load_u32`.
                 unsafe { AtomicU64::from_ptr(pointer(addr).cast()) }.store(value, Ordering::Release);
@@ -348,11 +405,6 @@ impl Memory {
             return Err(GpuError::Misaligned { addr, align });
         }
         self.with_live(addr, len, access)
-    }
-
-    /// Where a block lives.
-    pub(super) fn home(block: &Block) -> Home {
-        block.home
     }
 }
 
