@@ -365,6 +365,13 @@ fn info_takes_shapes_alone() {
         refused(&[&["info"], flag].concat(), &[flag[0]]);
     }
     refused(&["info", "--topk", "33"], &["max_topk", "33", "1..=32"]);
+    // What counts is said, not what was asked for: retries outlast a stall, a lease three limits of silence.
+    let said = text(&ibex(&["info", "--detect-ms", "100"]).stdout);
+    for timer in
+        ["detect 100 ms, stall 2000 ms", "8 attempts of 2^16 x 4.096 us", "after 2147 ms", "lease 300 ms"]
+    {
+        assert!(said.contains(timer), "no '{timer}' in {said}");
+    }
 }
 
 /// All defaults but for the number of steps and the route; `detect_ms` too.

@@ -65,11 +65,13 @@ pub(super) fn run(args: &Args) -> Result<Outcome, CliError> {
         config.num_owner_warps(),
         config.num_warps()
     );
+    let timers = config.rc_timers();
+    println!("timers      detect {} ms, stall {} ms", config.detect_ms, config.stall_ms());
     println!(
-        "timers      detect {} ms, stall {} ms, transport retries end after {} ms",
-        config.detect_ms,
-        config.stall_ms(),
-        config.rc_timers().total_ns() / 1_000_000
+        "            transport {} attempts of 2^{} x 4.096 us, which end after {} ms",
+        timers.retry_count + 1,
+        timers.ack_timeout,
+        timers.total_ns() / 1_000_000
     );
     println!(
         "            lease {} ms, without a store or a quorum {} ms",

@@ -134,22 +134,6 @@ impl RejoinRig {
         Ok(verdict.wrong + verdict.lost)
     }
 
-    /// Launches the last step's inputs once more on every rank, and does not wait.
-    ///
-    /// # Errors
-    /// What a session refused.
-    pub fn launch(&self) -> Result<(), Error> {
-        self.rig.launch(self.rig.config().max_topk, &StepPlan::default())
-    }
-
-    /// Waits for what was launched.
-    ///
-    /// # Errors
-    /// What a GPU reports.
-    pub fn finish(&self) -> Result<(), Error> {
-        self.rig.synchronize()
-    }
-
     fn session(&self, rank: Rank) -> &Arc<Session> {
         self.rig.world().session(rank)
     }
