@@ -66,6 +66,8 @@ impl Shape {
             num_sms: 1,
             // Memory of a process that was killed is nothing to stand on: everything goes through queue pairs.
             route: RoutePolicy::Ibgda,
+            // Two ranks may die in different steps of one ring slot before anybody has fenced the first.
+            spare_regions: 2,
             detect_ms: self.detect_ms,
             stall_ms: Some(self.stall_ms),
             store_grace_ms: self.store_grace_ms,

@@ -221,6 +221,12 @@ impl Observer {
         self.ranks.iter().filter_map(|watched| watched.finished).map(|(step, _)| step).max().unwrap_or(0)
     }
 
+    /// The newest step that every rank has finished.
+    #[must_use]
+    pub fn step_of_all(&self) -> u64 {
+        self.ranks.iter().map(|watched| watched.finished.map_or(0, |(step, _)| step)).min().unwrap_or(0)
+    }
+
     /// Whether everybody is a member, is not switching, and has finished a step of the present epoch.
     #[must_use]
     pub fn is_settled(&self) -> bool {

@@ -24,6 +24,9 @@ use crate::cli::launch::{LaunchError, Namespaces};
 const TURN: Duration = Duration::from_millis(1);
 /// A group that finishes no step, and changes nothing, for so long hangs.
 const PATIENCE_NS: u64 = 120_000_000_000;
+/// Steps that everybody must have finished since the newest one of the time, before a pair counts as unharmed: every
+/// ring slot has been used again.
+const HEALED_BY_STEPS: u64 = 3;
 /// A group is whole again this long after a fault, and so many `detect_ms`: the longest fault, the lease, a rank that
 /// is held down, and then some.
 const WHOLE_WITHIN: (u64, u64) = (60_000_000_000, 60);
@@ -74,8 +77,9 @@ pub(super) struct Supervisor<'a> {
     pub(super) store: Option<StoreProcess>,
     pub(super) draws: Draws,
     pub(super) shape: Shape,
-    /// Pairs that a fault has touched and may have left unharmed: when that can be said.
-    healing: Vec<(Rank, Rank, u64)>,
+    /// Pairs that a fault has touched and may have left unharmed: when that can be said, by the clock and by the step
+    /// that everybody must have finished.
+    healing: Vec<(Rank, Rank, u64, u64)>,
     hosts: Option<(&'a Namespaces, u32)>,
     incarnations: Vec<usize>,
     heard: Receiver<Heard>,
@@ -171,10 +175,12 @@ impl Supervisor<'_> {
     }
 
     /// A path is whole again. Unless somebody is evicted for it, the pair counts as whole once every retry of that
-    /// time has been answered, and silence would have been noticed.
+    /// time has been answered, silence would have been noticed, and everybody has finished steps since: who waits for a
+    /// queue pair that is dead at the other end finds out after `stall_ms` only.
     pub(super) fn heal_if_unharmed(&mut self, now_ns: u64, a: Rank, b: Rank) {
         let notice_ns = self.retry_ns + 1_500_000 * u64::from(self.shape.detect_ms);
-        self.healing.push((a, b, now_ns + notice_ns));
+        let step = self.observer.step() + HEALED_BY_STEPS;
+        self.healing.push((a, b, now_ns + notice_ns, step));
     }
 
     /// One turn; whether the campaign is over.
@@ -336,10 +342,10 @@ impl Supervisor<'_> {
             return;
         }
         let is_calm = self.is_whole() && self.observer.is_trusting();
-        let step = self.observer.step() + 1;
+        let (step, finished) = (self.observer.step() + 1, self.observer.step_of_all());
         let ledger = &mut self.observer.ledger;
-        self.healing.retain(|(a, b, at_ns)| {
-            if is_calm && now_ns >= *at_ns {
+        self.healing.retain(|(a, b, at_ns, by_step)| {
+            if is_calm && now_ns >= *at_ns && finished >= *by_step {
                 ledger.healed(*a, *b, step);
             }
             ledger.is_touched(*a, *b)
