@@ -98,9 +98,9 @@ fn processes_that_end_within_a_message() {
 fn stopped_cut_off_and_misled_processes_and_a_store_that_is_killed() {
     let kinds =
         "zombie,one_way,qp_error,command_error,kill_in_reconnect,kill_in_commit,store_outage,flapping";
-    let flags = ["--fabric", "shm", "--ranks", "4", "--steps", SHORT, "--seed", "1", "--faults", kinds];
+    let flags = ["--fabric", "shm", "--ranks", "4", "--steps", "35", "--seed", "1", "--faults", kinds];
     let report = good("mixed", &flags);
-    assert_eq!(report["faults"], 8);
+    assert_eq!(report["faults"], 5);
 }
 
 #[test]
