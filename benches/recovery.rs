@@ -117,7 +117,7 @@ const MEMBERSHIP: [Guard; 2] = [Guard::Membership, Guard::LateRows];
 
 /// Steps at the published setting, with and without what membership adds, turn and turn about.
 fn steady() -> bool {
-    const ROUNDS: usize = 201;
+    const ROUNDS: usize = 401;
     let config = Config { route: RoutePolicy::Ibgda, ..Config::default() };
     let rig = Rig::new(&config, &WorldOptions::default()).expect("the published setting");
     let input = |rank: u32| {
