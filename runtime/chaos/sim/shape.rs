@@ -47,6 +47,8 @@ pub(super) fn shape(plan: &Plan) -> Result<Shape, ConfigError> {
         route: if plan.hosts == 0 { RoutePolicy::Ibgda } else { RoutePolicy::Auto },
         detect_ms: if plan.packets { DETECT_MS_PACKETS } else { DETECT_MS },
         sq_depth_log: min_sq_depth_log(ring) + draws.below(3) as u32,
+        // As many as may be given up in different steps before one of them is fenced: two deaths in one fault.
+        spare_regions: 2,
         staging_rows: draws.between(2, 8) as u32,
         ..Config::default()
     };
